@@ -1,0 +1,22 @@
+"""Flux text-to-image on MindSpore with First-Block Cache and TaylorSeer, the whole denoise loop as one graph."""
+
+from importlib import import_module
+
+_HOMES = {
+    "CacheConfig": "config",
+    "CacheContext": "utils",
+    "CacheStats": "utils",
+    "FBCache_transformer_construct": "models.transformer_flux_withFBCache",
+    "FluxDenoiseLoop": "models.denoise_loop",
+    "FluxPipeline": "pipeline_flux",
+    "apply_cache_on_pipe": "pipeline_flux",
+    "remove_cache_from_pipe": "pipeline_flux",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name):
+    # Importing mindspore takes seconds: a program that only checks its arguments must not wait for it.
+    if name in _HOMES:
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

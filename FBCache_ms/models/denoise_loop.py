@@ -1,0 +1,83 @@
+"""The whole denoise loop of Flux as one graph."""
+
+from mindspore import nn, ops
+
+from .transformer_flux_withFBCache import cached_step, embed_condition, embed_time
+
+
+class FluxDenoiseLoop(nn.Cell):
+    """Every step of a generation, or a piece of them, in one call.
+
+    Args:
+        transformer: mindone's FluxTransformer2DModel.
+        cache_context: a CacheContext for the latents' shape, with two branches for true CFG.
+    """
+
+    def __init__(self, transformer, cache_context):
+        super().__init__(auto_prefix=False)
+        self.transformer = transformer
+        self.cache = cache_context
+
+    def construct(
+        self,
+        latents,
+        prompt_embeds,
+        pooled_prompt_embeds,
+        text_ids,
+        latent_image_ids,
+        guidance,
+        true_cfg_scale,
+        timesteps,
+        sigmas,
+        start,
+        stop,
+        residual_diff_threshold,
+        warmup_steps,
+    ):
+        """The latents after steps start to stop - 1.
+
+        Args:
+            latents: (B, S, C), packed.
+            prompt_embeds, pooled_prompt_embeds: (B, T, E) and (B, P) a branch, stacked on a leading axis.
+            text_ids, latent_image_ids: (T, 3), (S, 3).
+            guidance: (B,), or None for a model without guidance embedding.
+            true_cfg_scale: scalar; not used with one branch.
+            timesteps, sigmas: (N,) in [0, 1000] and (N + 1,) in [0, 1], padded to any fixed length.
+            start, stop: int32 scalars; a start of 0 begins a generation, any other goes on with the last.
+            residual_diff_threshold, warmup_steps: CacheConfig's, as float32 and int32 scalars.
+        """
+        transformer, cache = self.transformer, self.cache
+        batch, dtype = latents.shape[0], latents.dtype
+        contexts, rotary = embed_condition(
+            transformer, prompt_embeds.reshape((-1,) + prompt_embeds.shape[2:]), text_ids, latent_image_ids
+        )
+        contexts = contexts.reshape((cache.branches, batch) + contexts.shape[1:])
+        cache.set_knobs(residual_diff_threshold, warmup_steps)
+        if start == 0:
+            for branch in range(cache.branches):
+                cache.select(branch)
+                cache.reset()
+        step = start
+        while step < stop:
+            timestep = timesteps[step].to(dtype).broadcast_to((batch,)) / 1000
+            branch = ops.zeros_like(start)
+            velocity = ops.zeros_like(latents)
+            positive = velocity
+            while branch < cache.branches:
+                cache.select(branch)
+                temb = embed_time(
+                    transformer, timestep, guidance, ops.gather(pooled_prompt_embeds, branch, 0), dtype
+                )
+                positive = velocity
+                velocity = cached_step(transformer, cache, latents, ops.gather(contexts, branch, 0), temb, rotary)
+                branch = branch + 1
+            if cache.branches == 2:
+                velocity = velocity + true_cfg_scale * (positive - velocity)
+            latents = euler_step(latents, velocity, sigmas[step], sigmas[step + 1])
+            step = step + 1
+        return latents
+
+
+def euler_step(latents, velocity, sigma, next_sigma):
+    """x + (sigma' - sigma) v in float32: FlowMatchEulerDiscreteScheduler.step, without noise."""
+    return (latents.float() + (next_sigma - sigma) * velocity).to(velocity.dtype)
