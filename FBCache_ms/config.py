@@ -9,6 +9,13 @@ _TAG = re.compile(
     r"F(?P<Fn>\d+)B(?P<Bn>\d+)_W(?P<W>\d+)(?:I(?P<I>\d+))?M(?P<M>\d+)MC(?P<MC>\d+)"
     r"_T(?P<T>[01])(?:O(?P<O>\d+))?_R(?P<R>\d+(?:\.\d+)?(?:e-?\d+)?)"
 )
+PRESETS = {
+    "conservative": "F1B0_W0M0MC0_T0O0_R0.05",
+    "balanced": "F1B0_W0M0MC0_T0O0_R0.12",
+    "aggressive": "F1B0_W0M0MC0_T0O0_R0.2",
+}
+"""Tags by name."""
+
 _FIXED = {"Fn": 1, "Bn": 0, "I": 1, "M": 0, "MC": 0}
 
 
@@ -66,6 +73,13 @@ class CacheConfig:
         if match["T"] == "1" and order == 0:
             raise ValueError(f"cache tag {tag!r}: T1 needs an order O of 1 or more")
         return cls(float(match["R"]), order, int(match["W"]))
+
+    @classmethod
+    def preset(cls, name):
+        """The configuration of that name in PRESETS. Raises ValueError for any other."""
+        if name not in PRESETS:
+            raise ValueError(f"cache preset {name!r} must be one of {', '.join(PRESETS)}")
+        return cls.from_tag(PRESETS[name])
 
     def __str__(self):
         threshold = f"{self.residual_diff_threshold:g}"

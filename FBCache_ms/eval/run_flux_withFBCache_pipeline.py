@@ -1,0 +1,255 @@
+"""Draws a prompt with Flux, First-Block Cache and TaylorSeer, and says what was cached and what that saved."""
+
+import argparse
+import importlib.util
+import json
+import math
+import os
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from FBCache_ms.checkpoint import TINY_FLUX, check_checkpoint
+from FBCache_ms.config import PRESETS, CacheConfig
+
+COMPARE_RUNS = 3
+"""With --compare, how often the cached and the uncached run are timed, in turn; their medians are reported."""
+
+
+def parse_arguments(argv=None):
+    """The command line, checked as far as it can be without loading anything; exits with 2 and one line if it is off."""
+    parser = argparse.ArgumentParser(prog="fbcache-flux", description=__doc__, allow_abbrev=False)
+    add = parser.add_argument_group("model").add_argument
+    add("--ckpt", type=Path, default=TINY_FLUX, metavar="PATH", help="folder in diffusers layout (default: the embedded checkpoint)")
+    add("--device", choices=("auto", "Ascend", "CPU"), default="auto", help="auto: Ascend where there is one")
+    add("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto", help="auto: bfloat16 on Ascend, float32 on CPU")
+    add("--use_graph_mode", action=argparse.BooleanOptionalAction, default=True, help="compile, or run operator by operator")
+    add = parser.add_argument_group("picture").add_argument
+    add("--prompt", default="a big red circle in the center, blue background", metavar="TEXT")
+    add("--negative_prompt", metavar="TEXT", help="what not to show; takes effect with --true_cfg_scale above 1")
+    add("--image_size", type=int, nargs=2, metavar=("H", "W"), help="pixels (default: the model's own size)")
+    add("--num_inference_steps", type=int, default=28, metavar="N")
+    add("--guidance_scale", type=float, default=3.5, metavar="G", help="of the guidance embedding (Flux dev)")
+    add("--true_cfg_scale", type=float, default=1.0, metavar="G", help="of true classifier-free guidance")
+    add("--num_images_per_prompt", type=int, default=1, metavar="N")
+    add("--seed", type=int, default=0)
+    add = parser.add_argument_group("cache").add_argument
+    add("--cache", metavar="TAG|PRESET", help=f"like F1B0_W4M0MC0_T1O2_R0.12, or {', '.join(PRESETS)}; the options below change it")
+    add("--residual_diff_threshold", type=float, metavar="R", help="reuse below this difference, in [0, 1]; 0: no cache (default: 0.12)")
+    add("--taylorseer_derivative", type=int, metavar="O", help="order of the forecast; 0: plain reuse (default: 0)")
+    add("--warmup_steps", type=int, metavar="W", help="steps at the start that are always computed (default: 0)")
+    add = parser.add_argument_group("output").add_argument
+    add("--save_path", type=Path, default=Path("./results"), metavar="FOLDER")
+    add("--compare", action="store_true", help="also run with the cache off, and report the speed-up and the loss")
+    args = parser.parse_args(argv)
+    try:
+        args.config = cache_config(args)
+        check_arguments(args)
+    except (OSError, TypeError, ValueError) as error:
+        parser.exit(2, f"{parser.prog}: error: {one_line(error)}\n")
+    return args
+
+
+def cache_config(args):
+    """The CacheConfig of the cache options."""
+    config = CacheConfig()
+    if args.cache is not None:
+        config = CacheConfig.preset(args.cache) if args.cache in PRESETS else CacheConfig.from_tag(args.cache)
+    names = ("residual_diff_threshold", "taylorseer_derivative", "warmup_steps")
+    return replace(config, **{name: getattr(args, name) for name in names if getattr(args, name) is not None})
+
+
+def check_arguments(args):
+    """Raises ValueError or OSError, naming the option, for a value that cannot work."""
+    for name in ("num_inference_steps", "num_images_per_prompt"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be 1 or more, not {getattr(args, name)}")
+    if args.num_inference_steps > 1000:
+        raise ValueError(f"--num_inference_steps must be at most 1000, not {args.num_inference_steps}")
+    if args.seed < 0:
+        raise ValueError(f"--seed must be 0 or more, not {args.seed}")
+    if args.true_cfg_scale > 1 and args.negative_prompt is None:
+        raise ValueError("--true_cfg_scale above 1 needs a --negative_prompt")
+    if args.compare and importlib.util.find_spec("skimage") is None:
+        raise ValueError("--compare needs scikit-image; install FBCache_ms[eval]")
+    check_checkpoint(args.ckpt)
+    if args.image_size is not None:
+        vae = json.loads((args.ckpt / "vae" / "config.json").read_text(encoding="utf-8"))
+        unit = 2 ** len(vae["block_out_channels"])
+        if min(args.image_size) < 1 or any(size % unit for size in args.image_size):
+            raise ValueError(f"--image_size must be positive multiples of {unit}, not {' '.join(map(str, args.image_size))}")
+    try:
+        args.save_path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.save_path).close()
+    except OSError as error:
+        raise OSError(f"--save_path {args.save_path} cannot be written: {error.strerror}") from None
+
+
+def choose_device(args):
+    """Sets the device and returns its name and the dtype's. Raises ValueError for what is not there or cannot be."""
+    import mindspore as ms
+
+    here = "Ascend" if ms.hal.is_available("Ascend") else "CPU"
+    device = here if args.device == "auto" else args.device
+    if device == "Ascend" and here == "CPU":
+        raise ValueError("--device Ascend: there is no Ascend NPU here; only CPU is")
+    dtype = args.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if device == "Ascend" else "float32"
+    if device == "CPU" and dtype != "float32":
+        raise ValueError(f"--dtype {dtype} is not supported on CPU; only float32 is")
+    ms.set_device(device)
+    return device, dtype
+
+
+def generate(pipe, args, cache_config):
+    """The pictures, as float arrays (number, H, W, 3) in [0, 1]."""
+    import numpy as np
+
+    height, width = args.image_size or (None, None)
+    return pipe(
+        args.prompt,
+        negative_prompt=args.negative_prompt,
+        height=height,
+        width=width,
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
+        true_cfg_scale=args.true_cfg_scale,
+        num_images_per_prompt=args.num_images_per_prompt,
+        generator=np.random.default_rng(args.seed),
+        output_type="np",
+        cache_config=cache_config,
+    )[0]
+
+
+def compare(pipe, args, pictures):
+    """run.json's "baseline", and the cached run's median denoise time; both are timed anew, in turn."""
+    from FBCache_ms.eval.metrics import psnr, ssim
+
+    times = {"cached": [], "baseline": []}
+    for _ in range(COMPARE_RUNS):
+        reference = generate(pipe, args, None)
+        times["baseline"].append(pipe.seconds["denoise"])
+        generate(pipe, args, args.config)
+        times["cached"].append(pipe.seconds["denoise"])
+    cached, baseline = (statistics.median(times[name]) for name in ("cached", "baseline"))
+    report = {
+        "denoise": baseline,
+        "speedup": baseline / cached,
+        "psnr": statistics.mean(map(psnr, reference, pictures)),
+        "ssim": statistics.mean(map(ssim, reference, pictures)),
+    }
+    return report, cached
+
+
+def write(save_path, pictures, report):
+    """Writes the pictures and run.json, each into a new file that then takes its name."""
+    from PIL import Image
+
+    for index, picture in enumerate(pictures):
+        image = Image.fromarray((picture * 255).round().astype("uint8"))
+        _replace(save_path / f"output_{index}.png", lambda stream: image.save(stream, format="PNG"))
+    text = json.dumps(finite(report), indent=1, ensure_ascii=False) + "\n"
+    _replace(save_path / "run.json", lambda stream: stream.write(text.encode()))
+
+
+def _replace(path, write_to):
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as stream:
+        write_to(stream)
+    os.chmod(stream.name, 0o644)
+    os.replace(stream.name, path)
+
+
+def finite(value):
+    """The same with None for numbers that JSON does not have: the PSNR of equal pictures, a difference of NaN."""
+    if isinstance(value, dict):
+        return {name: finite(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def one_line(error):
+    """An error's message as one line."""
+    return " ".join(str(error).split())
+
+
+def run(args):
+    """Loads, draws, compares if asked, writes; returns run.json's content."""
+    device, dtype = choose_device(args)
+    import mindone
+    import mindspore as ms
+
+    from FBCache_ms import FluxPipeline
+
+    begin = time.perf_counter()
+    pipe = FluxPipeline.from_pretrained(
+        str(args.ckpt),
+        mindspore_dtype=getattr(ms, dtype),
+        cache_config=args.config,
+        use_graph_mode=args.use_graph_mode,
+    )
+    load = time.perf_counter() - begin
+    pictures = generate(pipe, args, args.config)
+    stats, seconds, bytes_of_cache = pipe.cache_stats, dict(pipe.seconds), pipe.cache_bytes
+    report = {
+        "config": str(args.config),
+        "prompt": args.prompt,
+        "seed": args.seed,
+        "steps": args.num_inference_steps,
+        "image_size": list(pictures.shape[1:3]),
+        "computed_steps": stats.computed_steps,
+        "cached_steps": stats.cached_steps,
+        "residual_diffs": stats.residual_diffs,
+        "seconds": {"load": load, **seconds, "total": load + seconds["total"]},
+        "graph_compilations": pipe.graph_compilations,
+        "cache_bytes": bytes_of_cache,
+        "device": device,
+        "mode": "GRAPH_MODE" if args.use_graph_mode else "PYNATIVE_MODE",
+        "dtype": dtype,
+        "mindspore": ms.__version__,
+        "mindone": mindone.__version__,
+    }
+    if args.compare:
+        report["baseline"], denoise = compare(pipe, args, pictures)
+        report["seconds"].update(denoise=denoise, per_step=denoise / args.num_inference_steps)
+    write(args.save_path, pictures, report)
+    return report
+
+
+def summary(report, save_path):
+    """What a person wants to know of a run, in a few lines."""
+    seconds, reused = report["seconds"], report["cached_steps"]
+    lines = [
+        f"{report['config']}: {len(reused)} of {report['steps']} steps reused, "
+        f"{len(report['computed_steps'])} computed",
+        f"load {seconds['load']:.1f} s, compile {seconds['compile']:.1f} s, denoise {seconds['denoise']:.2f} s "
+        f"({seconds['per_step'] * 1000:.1f} ms a step) on {report['device']}, {report['dtype']}, {report['mode']}",
+    ]
+    if "baseline" in report:
+        baseline = report["baseline"]
+        lines.append(
+            f"without the cache: denoise {baseline['denoise']:.2f} s, so {baseline['speedup']:.2f} times as fast; "
+            f"PSNR {baseline['psnr']:.1f} dB, SSIM {baseline['ssim']:.4f} against it"
+        )
+    lines.append(f"written to {save_path}: output_0.png and run.json")
+    return "\n".join(lines)
+
+
+def main(argv=None):
+    """The command fbcache-flux; returns its exit status."""
+    args = parse_arguments(argv)
+    try:
+        report = run(args)
+    except (OSError, TypeError, ValueError) as error:
+        print(f"fbcache-flux: error: {one_line(error)}", file=sys.stderr)
+        return 2
+    print(summary(report, args.save_path))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

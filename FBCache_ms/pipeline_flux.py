@@ -1,0 +1,359 @@
+"""FluxPipeline: mindone's, with the denoise loop as one cached graph."""
+
+import sys
+import time
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import wraps
+from inspect import signature
+from pathlib import Path
+
+import numpy as np
+from mindone.diffusers import FlowMatchEulerDiscreteScheduler
+from mindone.diffusers import FluxPipeline as MindoneFluxPipeline
+from mindone.diffusers.utils import logging
+from tqdm.auto import tqdm
+
+import mindspore as ms
+from mindspore import ops
+
+from .checkpoint import check_checkpoint
+from .config import CacheConfig
+from .models.denoise_loop import FluxDenoiseLoop
+from .utils import MAX_STEPS, CacheContext
+
+logger = logging.get_logger(__name__)
+
+_SIGNATURE = signature(MindoneFluxPipeline.__call__)
+
+DEFAULT = object()
+"""Stands for the pipeline's own cache_config, since None means no cache."""
+
+
+def prepare_device():
+    """Makes the current device able to run Flux: installs the CPU backend's stand-ins, and does nothing elsewhere."""
+    if ms.get_context("device_target") == "CPU":
+        from .backend import cpu
+
+        cpu.install()
+
+
+class FluxPipeline(MindoneFluxPipeline):
+    """mindone's FluxPipeline with First-Block Cache and TaylorSeer, its denoise loop one compiled graph.
+
+    Takes and returns what mindone's does, and:
+
+    Args:
+        cache_config: the CacheConfig of calls that bring none of their own; None for no cache.
+        use_graph_mode: whether to compile, whatever mode the process is in; False runs operator by operator.
+
+    After a call, ``cache_stats`` is its CacheStats and ``seconds`` its times: "compile" (of the loop), "denoise",
+    "per_step", "decode" (with the autoencoder's compilation, the first time) and "total".
+    """
+
+    def __init__(
+        self,
+        scheduler,
+        vae,
+        text_encoder,
+        tokenizer,
+        text_encoder_2,
+        tokenizer_2,
+        transformer,
+        image_encoder=None,
+        feature_extractor=None,
+    ):
+        prepare_device()
+        super().__init__(
+            scheduler,
+            vae,
+            text_encoder,
+            tokenizer,
+            text_encoder_2,
+            tokenizer_2,
+            transformer,
+            image_encoder,
+            feature_extractor,
+        )
+        self.default_sample_size = vae.config.sample_size // self.vae_scale_factor
+        self.cache_config = CacheConfig()
+        self.use_graph_mode = True
+        self.cache_stats = None
+        self.seconds = {}
+        self._loops = {}
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path, *, cache_config=DEFAULT, use_graph_mode=True, mindspore_dtype=None, **kwargs
+    ):
+        """Loads a pipeline; see mindone's from_pretrained, and the class for what is added.
+
+        Raises:
+            OSError: the folder or a file of it is missing or damaged.
+            ValueError: a component's weights do not fit its config, or the device cannot do the dtype.
+        """
+        prepare_device()
+        if mindspore_dtype not in (None, ms.float32) and ms.get_context("device_target") == "CPU":
+            raise ValueError(f"mindspore_dtype {mindspore_dtype} is not supported on CPU; only float32 is")
+        tensors = None
+        if "/" not in str(pretrained_model_name_or_path) or Path(pretrained_model_name_or_path).exists():
+            tensors = check_checkpoint(pretrained_model_name_or_path)
+        if mindspore_dtype is not None:
+            kwargs["mindspore_dtype"] = mindspore_dtype
+        pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if cache_config is not DEFAULT:
+            pipe.cache_config = cache_config
+        pipe.use_graph_mode = use_graph_mode
+        return pipe
+
+    @property
+    def graph_compilations(self):
+        """How many denoise graphs this pipeline has compiled so far."""
+        return sum(len(loop.compile_cache) for loop in self._loops.values())
+
+    @property
+    def cache_bytes(self):
+        """Bytes that the last call's CacheContext takes."""
+        return self._loop.cache.nbytes
+
+    def check_inputs(self, prompt, prompt_2, height, width, *args, **kwargs):
+        """mindone's checks, and: ValueError for an empty prompt list and for sizes that it would round."""
+        if isinstance(prompt, list) and not prompt:
+            raise ValueError("prompt is an empty list; give one prompt or more")
+        unit = self.vae_scale_factor * 2
+        for name, size in {"height": height, "width": width}.items():
+            if size < 1 or size % unit:
+                raise ValueError(f"{name} must be a positive multiple of {unit}, not {size}")
+        super().check_inputs(prompt, prompt_2, height, width, *args, **kwargs)
+
+    @wraps(MindoneFluxPipeline.__call__)
+    def __call__(self, *args, cache_config=DEFAULT, **kwargs):
+        call = _SIGNATURE.bind(self, *args, **kwargs)
+        call.apply_defaults()
+        arguments = dict(call.arguments)
+        del arguments["self"]
+        steps = arguments["num_inference_steps"]
+        if arguments["sigmas"] is None and not 1 <= steps <= MAX_STEPS:
+            raise ValueError(f"num_inference_steps must be in [1, {MAX_STEPS}], not {steps}")
+        arguments["max_sequence_length"] = min(arguments["max_sequence_length"], self.tokenizer_2.model_max_length)
+        config = self.cache_config if cache_config is DEFAULT else cache_config
+        if config is None:
+            config = replace(self.cache_config or CacheConfig(), residual_diff_threshold=0)
+        begin = time.perf_counter()
+        with _mode(self.use_graph_mode):
+            reason = self._why_not_cached(arguments)
+            if reason:
+                logger.warning(f"{reason}: this call runs without the cache, step by step")
+                self.cache_stats, self.seconds = None, {}
+                result = super().__call__(**arguments)
+            else:
+                with _WholeLoop(self, config, arguments).in_place():
+                    result = super().__call__(**arguments)
+                self.seconds["decode"] = time.perf_counter() - begin - self.seconds.pop("until_decode")
+        self.seconds["total"] = time.perf_counter() - begin
+        return result
+
+    def _why_not_cached(self, arguments):
+        config = self.scheduler.config
+        if not isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler) or config.stochastic_sampling:
+            return f"scheduler {type(self.scheduler).__name__} is no deterministic FlowMatchEulerDiscreteScheduler"
+        for name in arguments:
+            if "ip_adapter" in name and arguments[name] is not None:
+                return f"{name} is given"
+        return None
+
+    def _loop_for(self, config, latents, branches):
+        """The denoise loop for a shape and a structure; its compiled graphs live as long as the pipeline."""
+        batch_size, seq_len, _ = latents.shape
+        key = (batch_size, seq_len, branches, config.taylorseer_derivative, latents.dtype)
+        if key not in self._loops:
+            context = CacheContext(
+                batch_size,
+                seq_len,
+                self.transformer.inner_dim,
+                branches=branches,
+                mindspore_dtype=latents.dtype,
+                config=config,
+            )
+            self._loops[key] = FluxDenoiseLoop(self.transformer, context)
+        return self._loops[key]
+
+
+class _WholeLoop:
+    """What mindone's __call__ finds in the place of its transformer: one call of it denoises from start to end.
+
+    mindone's own loop then makes a single turn, since the scheduler it finds has one timestep, and hands on what
+    this returns.
+    """
+
+    def __init__(self, pipe, config, arguments):
+        self.pipe = pipe
+        self.config_of_cache = config
+        self.transformer = pipe.transformer
+        self.scheduler = pipe.scheduler
+        self.true_cfg_scale = arguments.pop("true_cfg_scale")
+        self.callback = arguments.pop("callback_on_step_end")
+        self.arguments = arguments
+
+    def __getattr__(self, name):
+        return getattr(self.transformer, name)
+
+    @contextmanager
+    def in_place(self):
+        """Stands in for the pipeline's transformer, scheduler and progress bar while the context lasts."""
+        pipe = self.pipe
+        mine = {
+            "transformer": self,
+            "scheduler": _OneTurn(self.scheduler),
+            "progress_bar": lambda total: tqdm(total=total, disable=True),
+        }
+        self.begin = time.perf_counter()
+        pipe.__dict__.update(mine)
+        try:
+            yield
+        finally:
+            pipe.__dict__.update(transformer=self.transformer, scheduler=self.scheduler)
+            del pipe.__dict__["progress_bar"]
+
+    def cache_context(self, name):
+        return nullcontext()
+
+    def __call__(
+        self,
+        hidden_states,
+        timestep,
+        guidance,
+        pooled_projections,
+        encoder_hidden_states,
+        txt_ids,
+        img_ids,
+        **kwargs,
+    ):
+        """The latents after all steps, in the place of a velocity."""
+        pipe, scheduler, config = self.pipe, self.scheduler, self.config_of_cache
+        latents, prompt_embeds, pooled = hidden_states, encoder_hidden_states, pooled_projections
+        negative, negative_pooled = self.negative_embeds(prompt_embeds, pooled)
+        loop = pipe._loop_for(config, latents, 1 if negative is None else 2)
+        pipe._loop = loop
+        pipe._num_timesteps = steps = len(scheduler.timesteps)
+
+        def piece(latents, prompt_embeds, start, stop):
+            embeds, pooled_embeds = [prompt_embeds], [pooled]
+            if negative is not None:
+                embeds, pooled_embeds = [*embeds, negative], [*pooled_embeds, negative_pooled]
+            return (
+                latents,
+                ops.stack(embeds),
+                ops.stack(pooled_embeds),
+                txt_ids,
+                img_ids,
+                guidance,
+                ms.Tensor(self.true_cfg_scale, ms.float32),
+                padded(scheduler.timesteps, MAX_STEPS),
+                padded(scheduler.sigmas, MAX_STEPS + 1),
+                ms.Tensor(start, ms.int32),
+                ms.Tensor(stop, ms.int32),
+                ms.Tensor(config.residual_diff_threshold, ms.float32),
+                ms.Tensor(config.warmup_steps, ms.int32),
+            )
+
+        compile_begin, compiled_before = time.perf_counter(), len(loop.compile_cache)
+        if pipe.use_graph_mode:
+            loop.compile(*piece(latents, prompt_embeds, 0, steps))
+        if len(loop.compile_cache) > compiled_before:
+            # A graph's first launch allocates its memory: that belongs to the compilation, not to the first image.
+            loop(*piece(latents, prompt_embeds, 0, 1)).asnumpy()
+        denoise_begin = time.perf_counter()
+        if self.callback is None and not watched(pipe):
+            latents = loop(*piece(latents, prompt_embeds, 0, steps))
+        else:
+            with type(pipe).progress_bar(pipe, total=steps) as bar:
+                for step in range(steps):
+                    if pipe.interrupt:
+                        break
+                    pipe._current_timestep = scheduler.timesteps[step]
+                    latents = loop(*piece(latents, prompt_embeds, step, step + 1))
+                    latents, prompt_embeds = self.call_back(step, latents, prompt_embeds)
+                    bar.update()
+        latents.asnumpy()
+        end = time.perf_counter()
+        pipe.cache_stats = loop.cache.stats()
+        done = len(pipe.cache_stats.reused)
+        pipe.seconds = {
+            "compile": denoise_begin - compile_begin,
+            "denoise": end - denoise_begin,
+            "per_step": (end - denoise_begin) / max(done, 1),
+            "until_decode": end - self.begin,
+        }
+        return (latents,)
+
+    def negative_embeds(self, prompt_embeds, pooled):
+        """True CFG's negative prompt, encoded and as many as there are latents; (None, None) without true CFG."""
+        given = self.arguments
+        embeds, pooled_embeds = given["negative_prompt_embeds"], given["negative_pooled_prompt_embeds"]
+        has_negative = given["negative_prompt"] is not None or (embeds is not None and pooled_embeds is not None)
+        if self.true_cfg_scale <= 1 or not has_negative:
+            return None, None
+        embeds, pooled_embeds, _ = self.pipe.encode_prompt(
+            prompt=given["negative_prompt"],
+            prompt_2=given["negative_prompt_2"],
+            prompt_embeds=embeds,
+            pooled_prompt_embeds=pooled_embeds,
+            num_images_per_prompt=given["num_images_per_prompt"],
+            max_sequence_length=given["max_sequence_length"],
+            lora_scale=(given["joint_attention_kwargs"] or {}).get("scale"),
+        )
+        repeats = prompt_embeds.shape[0] // embeds.shape[0]
+        embeds, pooled_embeds = embeds.tile((repeats, 1, 1)), pooled_embeds.tile((repeats, 1))
+        if embeds.shape != prompt_embeds.shape:
+            raise ValueError(f"negative_prompt's embeddings are {embeds.shape}, the prompt's {prompt_embeds.shape}")
+        return embeds, pooled_embeds
+
+    def call_back(self, step, latents, prompt_embeds):
+        """Hands a finished step to the user's callback_on_step_end, who may replace latents and prompt_embeds."""
+        if self.callback is None:
+            return latents, prompt_embeds
+        tensors = {"latents": latents, "prompt_embeds": prompt_embeds}
+        chosen = {name: tensors[name] for name in self.arguments["callback_on_step_end_tensor_inputs"]}
+        tensors.update(self.callback(self.pipe, step, self.scheduler.timesteps[step], chosen))
+        return tensors["latents"], tensors["prompt_embeds"]
+
+
+class _OneTurn:
+    """A scheduler that shows mindone's loop the first timestep alone and takes what it is given for the result."""
+
+    def __init__(self, scheduler):
+        self.scheduler = scheduler
+
+    def __getattr__(self, name):
+        return getattr(self.scheduler, name)
+
+    @property
+    def timesteps(self):
+        return self.scheduler.timesteps[:1]
+
+    def step(self, model_output, *args, **kwargs):
+        return (model_output,)
+
+
+@contextmanager
+def _mode(use_graph_mode):
+    """GRAPH_MODE or PYNATIVE_MODE for a while."""
+    before = ms.get_context("mode")
+    ms.set_context(mode=ms.GRAPH_MODE if use_graph_mode else ms.PYNATIVE_MODE)
+    try:
+        yield
+    finally:
+        ms.set_context(mode=before)
+
+
+def watched(pipe):
+    """Whether a person sees the progress bar: unless told by set_progress_bar_config, if stderr is a terminal."""
+    disable = getattr(pipe, "_progress_bar_config", {}).get("disable")
+    return sys.stderr.isatty() if disable is None else not disable
+
+
+def padded(values, length):
+    """A float32 vector, filled with zeros up to ``length``."""
+    values = values.asnumpy()
+    return ms.Tensor(np.pad(values, (0, length - len(values))), ms.float32)
