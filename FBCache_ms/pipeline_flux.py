@@ -11,16 +11,18 @@ from pathlib import Path
 import numpy as np
 from mindone.diffusers import FlowMatchEulerDiscreteScheduler
 from mindone.diffusers import FluxPipeline as MindoneFluxPipeline
+from mindone.diffusers import FluxTransformer2DModel
 from mindone.diffusers.utils import logging
 from tqdm.auto import tqdm
 
 import mindspore as ms
-from mindspore import ops
+from mindspore import nn, ops
 
 from .checkpoint import check_checkpoint
 from .config import CacheConfig
 from .models.denoise_loop import FluxDenoiseLoop
-from .utils import MAX_STEPS, CacheContext
+from .models.transformer_flux_withFBCache import FBCache_transformer_construct
+from .utils import BRANCHES, MAX_STEPS, CacheContext
 
 logger = logging.get_logger(__name__)
 
@@ -188,7 +190,7 @@ class _WholeLoop:
 
     def __init__(self, pipe, config, arguments):
         self.pipe = pipe
-        self.config_of_cache = config
+        self.cache_config = config
         self.transformer = pipe.transformer
         self.scheduler = pipe.scheduler
         self.true_cfg_scale = arguments.pop("true_cfg_scale")
@@ -230,7 +232,7 @@ class _WholeLoop:
         **kwargs,
     ):
         """The latents after all steps, in the place of a velocity."""
-        pipe, scheduler, config = self.pipe, self.scheduler, self.config_of_cache
+        pipe, scheduler, config = self.pipe, self.scheduler, self.cache_config
         latents, prompt_embeds, pooled = hidden_states, encoder_hidden_states, pooled_projections
         negative, negative_pooled = self.negative_embeds(prompt_embeds, pooled)
         loop = pipe._loop_for(config, latents, 1 if negative is None else 2)
@@ -334,6 +336,107 @@ class _OneTurn:
 
     def step(self, model_output, *args, **kwargs):
         return (model_output,)
+
+
+def apply_cache_on_pipe(pipe, config=None):
+    """Puts the cache into any mindone Flux pipeline (ControlNet, Fill, Kontext, ...), step by step, and returns it.
+
+    Each call of the transformer is one compiled graph, for every setting at one shape; ``pipe.transformer.cache_stats``
+    tells what the last generation did. Our own FluxPipeline just takes the config: its loop has the cache already.
+
+    Args:
+        pipe: a pipeline whose ``transformer`` is mindone's FluxTransformer2DModel.
+        config: a CacheConfig; None for the default. Applying again replaces it.
+
+    Raises ValueError for a pipeline of another model.
+    """
+    config = config or CacheConfig()
+    if isinstance(pipe, FluxPipeline):
+        pipe.cache_config = config
+        return pipe
+    remove_cache_from_pipe(pipe)
+    transformer = getattr(pipe, "transformer", None)
+    if not isinstance(transformer, FluxTransformer2DModel):
+        raise ValueError(f"Unsupported model {type(transformer).__name__}; the cache is for FluxTransformer2DModel")
+    prepare_device()
+    # Past DiffusionPipeline.__setattr__, which would write the stand-in's class into model_index.json.
+    pipe.__dict__["transformer"] = CachedTransformer(transformer, pipe.scheduler, config)
+    return pipe
+
+
+def remove_cache_from_pipe(pipe):
+    """Takes the cache out of a pipeline again; one that has none stays as it is."""
+    if isinstance(pipe, FluxPipeline):
+        pipe.cache_config = None
+    elif isinstance(getattr(pipe, "transformer", None), CachedTransformer):
+        pipe.__dict__["transformer"] = pipe.transformer.release()
+
+
+class CachedTransformer:
+    """What stands in for a pipeline's transformer: for each latents' shape a cached copy that shares its weights."""
+
+    def __init__(self, transformer, scheduler, config):
+        self.transformer, self.cache_config = transformer, config
+        self.steps, self.active, self.branch = {}, None, BRANCHES[0]
+        self._scheduler, set_timesteps = scheduler, scheduler.set_timesteps
+
+        @wraps(set_timesteps)
+        def begin_generation(*args, **kwargs):
+            for step in self.steps.values():
+                step.cache_context.forget()
+            return set_timesteps(*args, **kwargs)
+
+        scheduler.set_timesteps = begin_generation
+
+    def release(self):
+        """The transformer itself, the scheduler as it was."""
+        del self._scheduler.set_timesteps
+        return self.transformer
+
+    def __getattr__(self, name):
+        return getattr(self.transformer, name)
+
+    @property
+    def cache_stats(self):
+        """The CacheStats of the last generation, None before the first."""
+        return self.active.cache_context.stats() if self.active else None
+
+    @contextmanager
+    def cache_context(self, name):
+        """mindone's name for a guidance branch, "cond" or "uncond"; pipelines that name none have one branch."""
+        self.branch = name
+        yield
+        self.branch = BRANCHES[0]
+
+    def __call__(self, hidden_states, *args, **kwargs):
+        batch_size, seq_len, _ = hidden_states.shape
+        key = (batch_size, seq_len, hidden_states.dtype)
+        if key not in self.steps:
+            context = CacheContext(
+                batch_size,
+                seq_len,
+                self.transformer.inner_dim,
+                branches=len(BRANCHES),
+                mindspore_dtype=hidden_states.dtype,
+                config=self.cache_config,
+            )
+            self.steps[key] = _CachedStep(self.transformer, context)
+        self.active = self.steps[key]
+        with self.active.cache_context(self.branch):
+            return self.active(hidden_states, *args, **kwargs)
+
+
+class _CachedStep(nn.Cell):
+    """A transformer's own layers under FBCache_transformer_construct, with a CacheContext for one shape."""
+
+    construct = FBCache_transformer_construct
+
+    def __init__(self, transformer, cache_context):
+        super().__init__(auto_prefix=False)
+        self.inner_dim = transformer.inner_dim
+        for name, cell in transformer.name_cells().items():
+            self.insert_child_to_cell(name, cell)
+        self.cache_context = cache_context
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import Optional, Tuple
 import numpy as np
 
 import mindspore as ms
-from mindspore import Parameter, mint, nn, ops
+from mindspore import Parameter, mint, ops
 
 from .config import CacheConfig
 
@@ -80,7 +80,8 @@ def taylor_forecast(derivatives, distance):
     return forecast
 
 
-class CacheContext(nn.Cell):
+@ms.jit_class
+class CacheContext:
     """The preallocated state of First-Block Cache with TaylorSeer, for one shape.
 
     Every value that a generation changes is a Parameter, so that the compiled graph keeps it on the device, and
@@ -110,7 +111,6 @@ class CacheContext(nn.Cell):
         mindspore_dtype=ms.float32,
         config=None,
     ):
-        super().__init__(auto_prefix=False)
         for name, size in {"batch_size": batch_size, "seq_len": seq_len, "inner_dim": inner_dim}.items():
             if size < 1:
                 raise ValueError(f"{name} must be 1 or more, not {size}")
@@ -216,6 +216,10 @@ class CacheContext(nn.Cell):
             self.reset()
         self.write(self.timestep, timestep)
 
+    def forget(self):
+        """Makes the next step, of either branch, a generation's first."""
+        ops.assign(self.timestep, ops.zeros_like(self.timestep))
+
     def decide(self, probe):
         """Whether this step is reused, and its relative difference or NOT_COMPARED; both are scalars.
 
@@ -252,10 +256,14 @@ class CacheContext(nn.Cell):
         self.write(self.total, self.read(self.total) + hit)
         self.write(self.step, step + 1)
 
+    def parameters(self):
+        """Every buffer and setting."""
+        return [value for value in vars(self).values() if isinstance(value, Parameter)]
+
     @property
     def nbytes(self):
         """Bytes that the buffers take."""
-        return sum(parameter.nbytes for parameter in self.get_parameters())
+        return sum(parameter.nbytes for parameter in self.parameters())
 
     def stats(self):
         """The generation's trace so far, a CacheStats; reads the device."""

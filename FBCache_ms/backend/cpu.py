@@ -1,6 +1,16 @@
-import numpy as np
+"""Stand-ins for what MindSpore's CPU backend has no kernel for, so that mindone's whole Flux pipeline runs on it.
 
-from mindone.diffusers.models import attention_dispatch, attention_processor, embeddings, normalization
+install() puts them in the places of mint's functions and of mindone's cells. Nothing else in the package patches
+anything, and on Ascend this module is never imported. A cell is replaced where it calls a Tensor method, such as
+x.chunk, that graph mode resolves out of Python's reach.
+
+Each was chosen by timing the 28-step loop with it (benchmarks/cpu_stand_ins.py), not by its name: GELU spelled out
+with a sigmoid, for one, takes a twentieth of the time of the CPU's own GeLU kernel.
+"""
+
+import math
+
+from mindone.diffusers.models import attention_dispatch, attention_processor, normalization
 from mindone.diffusers.models.transformers import transformer_flux
 
 import mindspore as ms
@@ -8,46 +18,71 @@ from mindspore import mint, ops
 
 
 def chunk(input, chunks, dim=0):
-    size = -(-input.shape[dim] // chunks)
-    pieces = []
-    for start in range(0, input.shape[dim], size):
-        pieces.append(ops.narrow(input, dim, start, min(size, input.shape[dim] - start)))
-    return tuple(pieces)
+    """mint.chunk: equal pieces, the last one smaller where they do not come out even."""
+    return split(input, -(-input.shape[dim] // chunks), dim)
 
 
 def split(tensor, split_size_or_sections, dim=0):
-    if isinstance(split_size_or_sections, int):
-        total = tensor.shape[dim]
-        sizes = [min(split_size_or_sections, total - s) for s in range(0, total, split_size_or_sections)]
-    else:
-        sizes = split_size_or_sections
-    pieces = []
-    start = 0
+    """mint.split: pieces of one size, or of the sizes listed."""
+    total, sizes = tensor.shape[dim], split_size_or_sections
+    if isinstance(sizes, int):
+        sizes = [min(sizes, total - start) for start in range(0, total, sizes)]
+    pieces, start = (), 0
     for size in sizes:
-        pieces.append(ops.narrow(tensor, dim, start, size))
+        pieces = pieces + (ops.narrow(tensor, dim, start, size),)
         start += size
-    return tuple(pieces)
+    return pieces
 
 
 def stack(tensors, dim=0):
+    """mint.stack."""
     return ops.stack(tensors, dim)
 
 
 def unbind(input, dim=0):
+    """mint.unbind."""
     return ops.unstack(input, dim)
 
 
 def outer(input, vec2):
-    return input.reshape(-1, 1) * vec2.reshape(1, -1)
+    """mint.outer of two vectors."""
+    return input.expand_dims(1) * vec2.expand_dims(0)
+
+
+def arange(start=0, end=None, step=1, *, dtype=None):
+    """mint.arange."""
+    if end is None:
+        start, end = 0, start
+    values = ops.arange(start, end, step)
+    return values if dtype is None else values.astype(dtype)
+
+
+def full(size, fill_value, *, dtype=None):
+    """mint.full."""
+    if dtype is None:
+        dtype = ms.float32 if isinstance(fill_value, float) else ms.int64
+    return ops.fill(dtype, tuple(size), fill_value)
+
+
+def zeros_like(input, *, dtype=None):
+    """mint.zeros_like."""
+    return ops.zeros_like(input, dtype=dtype)
+
+
+def ones_like(input, *, dtype=None):
+    """mint.ones_like."""
+    return ops.ones_like(input, dtype=dtype)
 
 
 def gelu(input, *, approximate="none"):
+    """mint.nn.functional.gelu; the tanh form through sigmoid(2 x) = (1 + tanh(x)) / 2, which is one operator less."""
     if approximate == "tanh":
-        return input * ops.sigmoid(1.5957691216057308 * (input + 0.044715 * input * input * input))
-    return 0.5 * input * (1 + ops.erf(input * 0.7071067811865476))
+        return input * ops.sigmoid(2 * math.sqrt(2 / math.pi) * (input + 0.044715 * input * input * input))
+    return 0.5 * input * (1 + ops.erf(input / math.sqrt(2)))
 
 
 def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
+    """mint.nn.functional.layer_norm over the last axes."""
     axes = tuple(range(-len(normalized_shape), 0))
     centred = input - input.mean(axes, keep_dims=True)
     normed = centred * ops.rsqrt((centred * centred).mean(axes, keep_dims=True) + eps)
@@ -58,34 +93,70 @@ def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
     return normed
 
 
-def layer_norm_cell(self, input):
-    return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
-
-
 def scaled_dot_product_attention(
-    query,
-    key,
-    value,
-    attn_mask=None,
-    dropout_p=0.0,
-    is_causal=False,
-    scale=None,
-    enable_gqa=False,
-    backend=None,
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False, backend=None
 ):
-    scores = ops.BatchMatMul(transpose_b=True)(query, key) * (scale or query.shape[-1] ** -0.5)
+    """Attention of (B, heads, L, d) in the inputs' dtype; a mask is added, or, where it is bool, keeps what is true."""
+    if scale is None:
+        scale = 1 / math.sqrt(query.shape[-1])
+    scores = ops.BatchMatMul(transpose_b=True)(query, key) * scale
+    if is_causal:
+        keep = ops.tril(ops.ones((query.shape[-2], key.shape[-2]), ms.float32)) > 0
+        scores = ops.masked_fill(scores, ops.logical_not(keep), float("-inf"))
     if attn_mask is not None:
-        scores = scores + attn_mask
+        if attn_mask.dtype == ms.bool_:
+            scores = ops.masked_fill(scores, ops.logical_not(attn_mask), float("-inf"))
+        else:
+            scores = scores + attn_mask
     return ops.BatchMatMul()(ops.softmax(scores, -1), value)
 
 
+def get_1d_rotary_pos_embed(
+    dim,
+    pos,
+    theta=10000.0,
+    use_real=False,
+    linear_factor=1.0,
+    ntk_factor=1.0,
+    repeat_interleave_real=True,
+    freqs_dtype=ms.float32,
+):
+    """Flux's rotary table: cosine and sine (S, dim), each frequency twice in a row, of positions (S,)."""
+    frequencies = (theta * ntk_factor) ** (-ops.arange(0, dim, 2).astype(freqs_dtype) / dim) / linear_factor
+    angles = outer(pos, frequencies).expand_dims(-1)
+    angles = ops.concat((angles, angles), -1).reshape(-1, dim)
+    return ops.cos(angles), ops.sin(angles)
+
+
+def layer_norm_cell(self, input):
+    """mint.nn.LayerNorm.construct."""
+    return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+def rms_norm_cell(self, hidden_states):
+    """mindone's RMSNorm.construct."""
+    variance = (hidden_states * hidden_states).mean(-1, keep_dims=True)
+    hidden_states = hidden_states * ops.rsqrt(variance + self.eps)
+    if self.weight is not None:
+        hidden_states = hidden_states * self.weight
+        if self.bias is not None:
+            hidden_states = hidden_states + self.bias
+    return hidden_states
+
+
+def embedding_cell(self, input):
+    """mint.nn.Embedding.construct."""
+    return ops.gather(self.weight, input, 0)
+
+
 def conv2d_cell(self, input):
-    padding = self.padding
+    """mint.nn.Conv2d.construct, for zero padding."""
+    vertical, horizontal = self.padding
     convolution = ops.Conv2D(
         self.out_channels,
         self.kernel_size,
         pad_mode="pad",
-        pad=(padding[0], padding[0], padding[1], padding[1]),
+        pad=(vertical, vertical, horizontal, horizontal),
         stride=self.stride,
         dilation=self.dilation,
         group=self.groups,
@@ -96,102 +167,78 @@ def conv2d_cell(self, input):
     return output
 
 
-def attention_sdpa(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None):
-    return scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale)
+def ada_layer_norm_zero_cell(self, x, timestep=None, class_labels=None, hidden_dtype=None, emb=None):
+    """mindone's AdaLayerNormZero.construct: modulated for attention, then gate, shift, scale and gate for the rest."""
+    if self.emb is not None:
+        emb = self.emb(timestep, class_labels, hidden_dtype=hidden_dtype)
+    shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = chunk(self.linear(self.silu(emb)), 6, 1)
+    return self.norm(x) * (1 + scale.expand_dims(1)) + shift.expand_dims(1), gate, mlp_shift, mlp_scale, mlp_gate
 
 
-def embedding_cell(self, input):
-    return ops.gather(self.weight, input, 0)
-
-
-def zeros_like(input, *, dtype=None):
-    return ops.zeros_like(input, dtype=dtype)
-
-
-def ones_like(input, *, dtype=None):
-    return ops.ones_like(input, dtype=dtype)
-
-
-def arange(start=0, end=None, step=1, *, dtype=None):
-    if end is None:
-        start, end = 0, start
-    r = ops.arange(start, end, step)
-    return r if dtype is None else r.to(dtype)
-
-
-def full(size, fill_value, *, dtype=None):
-    return ops.fill(dtype or (ms.float32 if isinstance(fill_value, float) else ms.int64), tuple(size), fill_value)
-
-
-def rms_norm(self, hidden_states):
-    variance = ops.ReduceMean(keep_dims=True)(ops.square(hidden_states), -1)
-    hidden_states = hidden_states * ops.rsqrt(variance + self.eps)
-    if self.weight is not None:
-        hidden_states = hidden_states * self.weight
-    return hidden_states
-
-
-def ada_layer_norm_zero(self, x, timestep=None, class_labels=None, hidden_dtype=None, emb=None):
-    emb = self.linear(self.silu(emb))
-    shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = chunk(emb, 6, 1)
-    x = self.norm(x) * (1 + scale_msa.expand_dims(1)) + shift_msa.expand_dims(1)
-    return x, gate_msa, shift_mlp, scale_mlp, gate_mlp
-
-
-def ada_layer_norm_zero_single(self, x, emb=None):
+def ada_layer_norm_zero_single_cell(self, x, emb=None):
+    """mindone's AdaLayerNormZeroSingle.construct."""
     shift, scale, gate = chunk(self.linear(self.silu(emb)), 3, 1)
     return self.norm(x) * (1 + scale.expand_dims(1)) + shift.expand_dims(1), gate
 
 
-def rotary_pos_embed(dim, pos, theta=10000.0, use_real=False, linear_factor=1.0, ntk_factor=1.0, repeat_interleave_real=True, freqs_dtype=ms.float32):
-    freqs = 1.0 / (theta ** (ops.arange(0, dim, 2).to(ms.float32) / dim))
-    angles = outer(pos, freqs).expand_dims(-1)
-    angles = ops.concat((angles, angles), -1).reshape(-1, dim)
-    return ops.cos(angles), ops.sin(angles)
+def attention_cell_scaled_dot_product(
+    self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None
+):
+    """The autoencoder's Attention.scaled_dot_product_attention."""
+    return scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale)
 
 
 def flux_attention(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None):
-    query, key, value, encoder_query, encoder_key, encoder_value = transformer_flux._get_qkv_projections(
+    """FluxAttnProcessor.__call__: joint attention over [text, image] in a double block, over what comes in a single."""
+    query, key, value, text_query, text_key, text_value = transformer_flux._get_qkv_projections(
         attn, hidden_states, encoder_hidden_states
     )
-    batch, length, _ = query.shape
+    batch = query.shape[0]
     heads = (batch, -1, attn.heads, query.shape[-1] // attn.heads)
     query, key, value = attn.norm_q(query.reshape(heads)), attn.norm_k(key.reshape(heads)), value.reshape(heads)
     if attn.added_kv_proj_dim is not None:
-        query = mint.cat([attn.norm_added_q(encoder_query.reshape(heads)), query], dim=1)
-        key = mint.cat([attn.norm_added_k(encoder_key.reshape(heads)), key], dim=1)
-        value = mint.cat([encoder_value.reshape(heads), value], dim=1)
+        query = ops.concat((attn.norm_added_q(text_query.reshape(heads)), query), 1)
+        key = ops.concat((attn.norm_added_k(text_key.reshape(heads)), key), 1)
+        value = ops.concat((text_value.reshape(heads), value), 1)
     if image_rotary_emb is not None:
         query = transformer_flux.apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
         key = transformer_flux.apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
-    query, key, value = (x.transpose(0, 2, 1, 3) for x in (query, key, value))
-    hidden_states = scaled_dot_product_attention(query, key, value, attention_mask).transpose(0, 2, 1, 3)
-    hidden_states = hidden_states.reshape(batch, hidden_states.shape[1], -1)
+    query, key, value = query.swapaxes(1, 2), key.swapaxes(1, 2), value.swapaxes(1, 2)
+    attended = scaled_dot_product_attention(query, key, value, attention_mask).swapaxes(1, 2)
+    attended = attended.reshape(batch, attended.shape[1], -1)
     if encoder_hidden_states is None:
-        return hidden_states
+        return attended
     text = encoder_hidden_states.shape[1]
-    return attn.to_out[0](hidden_states[:, text:]), attn.to_add_out(hidden_states[:, :text])
+    return attn.to_out[1](attn.to_out[0](attended[:, text:])), attn.to_add_out(attended[:, :text])
+
+
+STAND_INS = (
+    (mint, "chunk", chunk),
+    (mint, "split", split),
+    (mint, "stack", stack),
+    (mint, "unbind", unbind),
+    (mint, "outer", outer),
+    (mint, "arange", arange),
+    (mint, "full", full),
+    (mint, "zeros_like", zeros_like),
+    (mint, "ones_like", ones_like),
+    (mint.nn.functional, "gelu", gelu),
+    (mint.nn.functional, "layer_norm", layer_norm),
+    (mint.nn.LayerNorm, "construct", layer_norm_cell),
+    (mint.nn.Embedding, "construct", embedding_cell),
+    (mint.nn.Conv2d, "construct", conv2d_cell),
+    (normalization.RMSNorm, "construct", rms_norm_cell),
+    (normalization.AdaLayerNormZero, "construct", ada_layer_norm_zero_cell),
+    (normalization.AdaLayerNormZeroSingle, "construct", ada_layer_norm_zero_single_cell),
+    (attention_dispatch, "scaled_dot_product_attention", scaled_dot_product_attention),
+    (attention_processor.Attention, "scaled_dot_product_attention", attention_cell_scaled_dot_product),
+    (transformer_flux, "get_1d_rotary_pos_embed", get_1d_rotary_pos_embed),
+    (transformer_flux.FluxAttnProcessor, "__call__", flux_attention),
+)
+"""Owner, attribute, stand-in."""
 
 
 def install():
-    mint.nn.LayerNorm.construct = layer_norm_cell
-    mint.nn.Conv2d.construct = conv2d_cell
-    attention_processor.Attention.scaled_dot_product_attention = attention_sdpa
-    mint.nn.Embedding.construct = embedding_cell
-    mint.zeros_like = zeros_like
-    mint.ones_like = ones_like
-    mint.chunk = chunk
-    mint.split = split
-    mint.stack = stack
-    mint.unbind = unbind
-    mint.outer = outer
-    mint.arange = arange
-    mint.full = full
-    mint.nn.functional.gelu = gelu
-    mint.nn.functional.layer_norm = layer_norm
-    attention_dispatch.scaled_dot_product_attention = scaled_dot_product_attention
-    normalization.RMSNorm.construct = rms_norm
-    normalization.AdaLayerNormZero.construct = ada_layer_norm_zero
-    normalization.AdaLayerNormZeroSingle.construct = ada_layer_norm_zero_single
-    transformer_flux.get_1d_rotary_pos_embed = rotary_pos_embed
-    transformer_flux.FluxAttnProcessor.__call__ = flux_attention
+    """Puts every stand-in in its place; to do so again changes nothing."""
+    for owner, name, stand_in in STAND_INS:
+        setattr(owner, name, stand_in)

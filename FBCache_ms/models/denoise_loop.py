@@ -17,6 +17,9 @@ class FluxDenoiseLoop(nn.Cell):
         super().__init__(auto_prefix=False)
         self.transformer = transformer
         self.cache = cache_context
+        # ms.export looks for the graph's Parameters in the Cell that it is given.
+        for parameter in cache_context.parameters():
+            self.insert_param_to_cell(parameter.name, parameter)
 
     def construct(
         self,
@@ -72,7 +75,7 @@ class FluxDenoiseLoop(nn.Cell):
                 velocity = cached_step(transformer, cache, latents, ops.gather(contexts, branch, 0), temb, rotary)
                 branch = branch + 1
             if cache.branches == 2:
-                velocity = velocity + true_cfg_scale * (positive - velocity)
+                velocity = velocity + true_cfg_scale.to(dtype) * (positive - velocity)
             latents = euler_step(latents, velocity, sigmas[step], sigmas[step + 1])
             step = step + 1
         return latents
@@ -80,4 +83,4 @@ class FluxDenoiseLoop(nn.Cell):
 
 def euler_step(latents, velocity, sigma, next_sigma):
     """x + (sigma' - sigma) v in float32: FlowMatchEulerDiscreteScheduler.step, without noise."""
-    return (latents.float() + (next_sigma - sigma) * velocity).to(velocity.dtype)
+    return (latents.float() + (next_sigma - sigma) * velocity.float()).to(latents.dtype)
