@@ -7,8 +7,14 @@ TINY_FLUX = Path(__file__).parent / "tiny_flux"
 """The embedded checkpoint."""
 
 _REQUIRED = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae")
-_CONFIGS = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
-_CONFIGS["tokenizer_2"] = _CONFIGS["tokenizer"]
+_FILES = {
+    "scheduler": ("scheduler_config.json",),
+    "tokenizer": ("tokenizer_config.json", "vocab.json", "merges.txt"),
+    "tokenizer_2": ("tokenizer_config.json",),
+}
+_TOKENIZER_2_MODELS = ("tokenizer.json", "spiece.model")
+_TORCH_NAMES = {"gamma": "weight", "beta": "bias", "embedding_table": "weight"}
+_HARMLESS = ("position_ids", "embed_tokens.weight")
 
 
 def check_checkpoint(folder):
@@ -27,10 +33,33 @@ def check_checkpoint(folder):
             raise OSError(f"checkpoint {folder}: model_index.json names no {component}; a Flux pipeline needs one")
         if index[component][0] is None:
             continue
-        _read_json(folder / component / _CONFIGS.get(component, "config.json"))
-        if component not in _CONFIGS:
+        for name in _FILES.get(component, ("config.json",)):
+            path = folder / component / name
+            if name.endswith(".json"):
+                _read_json(path)
+            elif not path.is_file():
+                raise OSError(f"checkpoint file {path} is missing")
+        if component not in _FILES:
             tensors[component] = _component_tensors(folder / component)
+    if not any((folder / "tokenizer_2" / name).is_file() for name in _TOKENIZER_2_MODELS):
+        raise OSError(f"checkpoint {folder / 'tokenizer_2'} has neither of {' and '.join(_TOKENIZER_2_MODELS)}")
     return tensors
+
+
+def check_fit(component, cell, tensors):
+    """Raises ValueError if a loaded component and the tensors of its files, {name: shape}, are not the same set."""
+    wanted = {_torch_name(name) for name, _ in cell.parameters_and_names()}
+    for problem, names in {"lack": wanted - set(tensors), "have, but its config does not,": set(tensors) - wanted}.items():
+        names = sorted(name for name in names if not name.endswith(_HARMLESS))
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ValueError(f"checkpoint component {component}: its weights {problem} {names[0]}{more}")
+
+
+def _torch_name(name):
+    """A Parameter's name in a checkpoint: MindSpore's own layers call weight and bias otherwise."""
+    head, _, tail = name.rpartition(".")
+    return f"{head}.{_TORCH_NAMES.get(tail, tail)}"
 
 
 def _component_tensors(folder):

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 import mindspore as ms
 from mindspore import nn, ops
 
-from .checkpoint import check_checkpoint
+from .checkpoint import check_checkpoint, check_fit
 from .config import CacheConfig
 from .models.denoise_loop import FluxDenoiseLoop
 from .models.transformer_flux_withFBCache import FBCache_transformer_construct
@@ -97,12 +97,17 @@ class FluxPipeline(MindoneFluxPipeline):
         prepare_device()
         if mindspore_dtype not in (None, ms.float32) and ms.get_context("device_target") == "CPU":
             raise ValueError(f"mindspore_dtype {mindspore_dtype} is not supported on CPU; only float32 is")
-        tensors = None
+        tensors = {}
         if "/" not in str(pretrained_model_name_or_path) or Path(pretrained_model_name_or_path).exists():
             tensors = check_checkpoint(pretrained_model_name_or_path)
         if mindspore_dtype is not None:
             kwargs["mindspore_dtype"] = mindspore_dtype
-        pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        try:
+            pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except (KeyError, RuntimeError, TypeError) as error:
+            raise ValueError(f"checkpoint {pretrained_model_name_or_path} cannot be loaded: {error}") from error
+        for component, found in tensors.items():
+            check_fit(component, getattr(pipe, component), found)
         if cache_config is not DEFAULT:
             pipe.cache_config = cache_config
         pipe.use_graph_mode = use_graph_mode

@@ -1,0 +1,30 @@
+import os
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import pytest  # noqa: E402
+
+import mindspore as ms  # noqa: E402
+
+from FBCache_ms.checkpoint import TINY_FLUX  # noqa: E402
+from FBCache_ms.pipeline_flux import FluxPipeline, prepare_device  # noqa: E402
+
+ms.set_device("CPU")
+prepare_device()
+
+
+@pytest.fixture(scope="session")
+def pipe():
+    """The embedded checkpoint, with the default cache."""
+    pipe = FluxPipeline.from_pretrained(str(TINY_FLUX))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def strict_graph_mode():
+    """GRAPH_MODE in which a silent fallback to Python is an error."""
+    mode, level = ms.get_context("mode"), ms.get_context("jit_syntax_level")
+    ms.set_context(mode=ms.GRAPH_MODE, jit_syntax_level=ms.STRICT)
+    yield
+    ms.set_context(mode=mode, jit_syntax_level=level)

@@ -1,0 +1,203 @@
+import numpy as np
+import pytest
+from scipy.special import erf
+
+import mindspore as ms
+from mindspore import mint, nn, ops
+
+from FBCache_ms.backend import cpu
+
+FLOATS = (np.float32, np.float16)
+RNG = np.random.default_rng(0)
+
+
+def random(*shape, dtype=np.float32):
+    return RNG.normal(size=shape).astype(dtype)
+
+
+def check(stand_in, expected, *arguments, **settings):
+    """Compares a stand-in, compiled and run operator by operator, with NumPy's result."""
+    arguments = [ms.Tensor(a) if isinstance(a, np.ndarray) else a for a in arguments]
+    for call in (ms.jit(stand_in), stand_in):
+        result = call(*arguments, **settings)
+        pairs = [(result, expected)] if isinstance(expected, np.ndarray) else list(zip(result, expected))
+        assert isinstance(expected, np.ndarray) or len(result) == len(expected)
+        for got, wanted in pairs:
+            tolerance = 2e-3 if wanted.dtype == np.float16 else 2e-6
+            assert got.shape == wanted.shape
+            assert got.asnumpy().dtype == wanted.dtype
+            np.testing.assert_allclose(got.asnumpy(), wanted, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, np.int32])
+@pytest.mark.parametrize("shape, chunks, dim", [((2, 6), 3, 1), ((7, 2), 3, 0), ((2, 3, 8), 2, -1), ((5,), 5, 0)])
+def test_chunk(shape, chunks, dim, dtype):
+    x = (random(*shape) * 9).astype(dtype)
+    size = -(-shape[dim] // chunks)
+    check(cpu.chunk, np.split(x, range(size, shape[dim], size), dim), x, chunks, dim)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(
+    "shape, sizes, dim", [((2, 7), 3, 1), ((6, 2), (1, 2, 3), 0), ((2, 3, 8), (5, 3), -1), ((4, 4), 4, 0)]
+)
+def test_split(shape, sizes, dim, dtype):
+    x = random(*shape, dtype=dtype)
+    cuts = range(sizes, shape[dim], sizes) if isinstance(sizes, int) else np.cumsum(sizes)[:-1]
+    check(cpu.split, np.split(x, cuts, dim), x, sizes, dim)
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, np.int32])
+@pytest.mark.parametrize("shape, dim", [((3,), 0), ((2, 3), -1), ((2, 3, 4), 1)])
+def test_stack_and_unbind(shape, dim, dtype):
+    x = (random(*shape) * 9).astype(dtype)
+    check(cpu.stack, np.stack([x, x + x], dim), (ms.Tensor(x), ms.Tensor(x + x)), dim)
+    check(cpu.unbind, list(np.moveaxis(x, dim, 0)), x, dim)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("m, n", [(1, 4), (3, 5)])
+def test_outer(m, n, dtype):
+    x, y = random(m, dtype=dtype), random(n, dtype=dtype)
+    check(cpu.outer, np.outer(x, y), x, y)
+
+
+@pytest.mark.parametrize("bounds", [(5,), (2, 9), (1, 10, 3)])
+@pytest.mark.parametrize("dtype", [np.int64, np.float32])
+def test_arange(bounds, dtype):
+    check(cpu.arange, np.arange(*bounds, dtype=dtype), *bounds, dtype=ms.dtype.__dict__[np.dtype(dtype).name])
+
+
+@pytest.mark.parametrize("size", [(1,), (2, 3), [4]])
+@pytest.mark.parametrize("value, dtype", [(3.5, np.float32), (2, np.int64)])
+def test_full(size, value, dtype):
+    check(cpu.full, np.full(size, value, dtype), size, value)
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, np.int32])
+@pytest.mark.parametrize("shape", [(3,), (2, 1, 4)])
+def test_zeros_like_and_ones_like(shape, dtype):
+    x = (random(*shape) * 9).astype(dtype)
+    check(cpu.zeros_like, np.zeros_like(x), x)
+    check(cpu.ones_like, np.ones_like(x), x)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shape", [(7,), (2, 3, 8)])
+def test_gelu(shape, dtype):
+    x = random(*shape) * 3
+    tanh_form = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    check(cpu.gelu, tanh_form.astype(dtype), x.astype(dtype), approximate="tanh")
+    check(cpu.gelu, (0.5 * x * (1 + erf(x / np.sqrt(2)))).astype(dtype), x.astype(dtype))
+
+
+@pytest.mark.parametrize("shape, axes", [((2, 8), 1), ((2, 3, 5), 1), ((2, 3, 5), 2)])
+@pytest.mark.parametrize("affine", [True, False])
+def test_layer_norm(shape, axes, affine):
+    x, over = random(*shape) * 2 + 1, tuple(range(-axes, 0))
+    weight, bias = (random(*shape[-axes:]), random(*shape[-axes:])) if affine else (None, None)
+    expected = (x - x.mean(over, keepdims=True)) / np.sqrt(x.var(over, keepdims=True) + 1e-6)
+    if affine:
+        expected = expected * weight + bias
+    check(cpu.layer_norm, expected, x, shape[-axes:], weight, bias, 1e-6)
+
+
+def softmax(x):
+    x = np.exp(x - x.max(-1, keepdims=True))
+    return x / x.sum(-1, keepdims=True)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("mask", [None, "bool", "added", "causal"])
+@pytest.mark.parametrize("shape, keys", [((1, 2, 5, 4), 5), ((2, 3, 4, 8), 6)])
+def test_scaled_dot_product_attention(shape, keys, mask, dtype):
+    query, key, value = random(*shape), random(*shape[:2], keys, shape[3]), random(*shape[:2], keys, shape[3])
+    scores = query @ key.swapaxes(-1, -2) / np.sqrt(shape[-1])
+    keep = np.tril(np.ones((shape[2], keys), bool))
+    settings = {}
+    if mask == "added":
+        extra = random(shape[2], keys)
+        scores, settings = scores + extra, {"attn_mask": ms.Tensor(extra.astype(dtype))}
+    elif mask is not None:
+        scores = np.where(keep, scores, -np.inf)
+        settings = {"is_causal": True} if mask == "causal" else {"attn_mask": ms.Tensor(keep)}
+    expected = (softmax(scores) @ value).astype(dtype)
+    inputs = (x.astype(dtype) for x in (query, key, value))
+    check(cpu.scaled_dot_product_attention, expected, *inputs, **settings)
+
+
+@pytest.mark.parametrize("dim, length", [(8, 5), (12, 1)])
+def test_get_1d_rotary_pos_embed(dim, length):
+    angles = np.arange(length)[:, None] * 10000.0 ** (-np.arange(0, dim, 2) / dim)
+    angles = np.repeat(angles, 2, 1)
+    expected = [np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)]
+    check(cpu.get_1d_rotary_pos_embed, expected, dim, np.arange(length, dtype=np.float32))
+
+
+def check_cell(cell, expected, *arguments):
+    for mode in (ms.GRAPH_MODE, ms.PYNATIVE_MODE):
+        ms.set_context(mode=mode)
+        got = cell(*map(ms.Tensor, arguments)).asnumpy()
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(3, 8), (2, 4, 8)])
+def test_norm_cells(shape):
+    x = random(*shape)
+    expected = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+    check_cell(mint.nn.LayerNorm(8, eps=1e-6), expected, x)
+    root_mean_square = np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
+    check_cell(cpu.normalization.RMSNorm(8, eps=1e-6), x / root_mean_square, x)
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 3)])
+def test_embedding_cell(shape):
+    cell, ids = mint.nn.Embedding(7, 5), RNG.integers(0, 7, shape).astype(np.int32)
+    check_cell(cell, cell.weight.asnumpy()[ids], ids)
+
+
+@pytest.mark.parametrize("padding, stride, bias", [(1, 1, True), (0, 2, False)])
+def test_conv2d_cell(padding, stride, bias):
+    cell, x = mint.nn.Conv2d(2, 3, 3, stride=stride, padding=padding, bias=bias), random(2, 2, 7, 5)
+    padded = np.pad(x, ((0, 0), (0, 0), (padding, padding), (padding, padding)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (2, 3))[:, :, ::stride, ::stride]
+    expected = np.einsum("bchwij,ocij->bohw", windows, cell.weight.asnumpy())
+    if bias:
+        expected = expected + cell.bias.asnumpy()[:, None, None]
+    check_cell(cell, expected, x)
+
+
+class Parts(nn.Cell):
+    """A cell that returns several tensors, as one."""
+
+    def __init__(self, cell):
+        super().__init__()
+        self.cell = cell
+
+    def construct(self, x, emb):
+        return ops.concat(tuple(part.reshape(x.shape[0], -1) for part in self.cell(x, emb=emb)), 1)
+
+
+@pytest.mark.parametrize("kind, parts", [("AdaLayerNormZero", 6), ("AdaLayerNormZeroSingle", 3)])
+def test_ada_layer_norm_cells(kind, parts):
+    cell = getattr(cpu.normalization, kind)(8)
+    x, emb = random(2, 4, 8), random(2, 8)
+    linear = (emb / (1 + np.exp(-emb))) @ cell.linear.weight.asnumpy().T + cell.linear.bias.asnumpy()
+    shift, scale, *others = np.split(linear, parts, 1)
+    normed = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+    normed = normed * (1 + scale[:, None]) + shift[:, None]
+    check_cell(Parts(cell), np.concatenate([normed.reshape(2, -1), *others], 1), x, emb)
+
+
+def test_install_is_idempotent():
+    before = [getattr(owner, name) for owner, name, _ in cpu.STAND_INS]
+    cpu.install()
+    assert before == [getattr(owner, name) for owner, name, _ in cpu.STAND_INS]
+
+
+def test_nothing_is_installed_on_another_device(monkeypatch):
+    import FBCache_ms.pipeline_flux as pipeline_flux
+
+    monkeypatch.setattr(pipeline_flux.ms, "get_context", lambda key: "Ascend")
+    monkeypatch.setattr(cpu, "install", lambda: pytest.fail("installed"))
+    pipeline_flux.prepare_device()
