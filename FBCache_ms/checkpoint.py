@@ -49,7 +49,10 @@ def check_checkpoint(folder):
 def check_fit(component, cell, tensors):
     """Raises ValueError if a loaded component and the tensors of its files, {name: shape}, are not the same set."""
     wanted = {_torch_name(name) for name, _ in cell.parameters_and_names()}
-    for problem, names in {"lack": wanted - set(tensors), "have, but its config does not,": set(tensors) - wanted}.items():
+    for problem, names in {
+        "lack": wanted - set(tensors),
+        "have, but its config does not,": set(tensors) - wanted,
+    }.items():
         names = sorted(name for name in names if not name.endswith(_HARMLESS))
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""

@@ -1,5 +1,6 @@
 """FluxPipeline: mindone's, with the denoise loop as one cached graph."""
 
+import re
 import sys
 import time
 from contextlib import contextmanager, nullcontext
@@ -27,6 +28,9 @@ from .utils import BRANCHES, MAX_STEPS, CacheContext
 logger = logging.get_logger(__name__)
 
 _SIGNATURE = signature(MindoneFluxPipeline.__call__)
+
+_REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+"""A model's name on a hub; any other text is a folder's."""
 
 DEFAULT = object()
 """Stands for the pipeline's own cache_config, since None means no cache."""
@@ -82,7 +86,7 @@ class FluxPipeline(MindoneFluxPipeline):
         self.use_graph_mode = True
         self.cache_stats = None
         self.seconds = {}
-        self._loops = {}
+        self._loops, self._loop = {}, None
 
     @classmethod
     def from_pretrained(
@@ -98,8 +102,9 @@ class FluxPipeline(MindoneFluxPipeline):
         if mindspore_dtype not in (None, ms.float32) and ms.get_context("device_target") == "CPU":
             raise ValueError(f"mindspore_dtype {mindspore_dtype} is not supported on CPU; only float32 is")
         tensors = {}
-        if "/" not in str(pretrained_model_name_or_path) or Path(pretrained_model_name_or_path).exists():
-            tensors = check_checkpoint(pretrained_model_name_or_path)
+        path = Path(pretrained_model_name_or_path)
+        if path.exists() or not _REPOSITORY.fullmatch(str(pretrained_model_name_or_path)):
+            tensors = check_checkpoint(path)
         if mindspore_dtype is not None:
             kwargs["mindspore_dtype"] = mindspore_dtype
         try:
@@ -120,8 +125,8 @@ class FluxPipeline(MindoneFluxPipeline):
 
     @property
     def cache_bytes(self):
-        """Bytes that the last call's CacheContext takes."""
-        return self._loop.cache.nbytes
+        """Bytes that the last call's CacheContext takes, 0 before the first call."""
+        return self._loop.cache.nbytes if self._loop else 0
 
     def check_inputs(self, prompt, prompt_2, height, width, *args, **kwargs):
         """mindone's checks, and: ValueError for an empty prompt list and for sizes that it would round."""
@@ -145,7 +150,10 @@ class FluxPipeline(MindoneFluxPipeline):
         arguments["max_sequence_length"] = min(arguments["max_sequence_length"], self.tokenizer_2.model_max_length)
         config = self.cache_config if cache_config is DEFAULT else cache_config
         if config is None:
+            # The pipeline's own order, so that switching the cache off compiles nothing.
             config = replace(self.cache_config or CacheConfig(), residual_diff_threshold=0)
+        if not isinstance(config, CacheConfig):
+            raise TypeError(f"cache_config must be a CacheConfig or None, not {config!r}")
         begin = time.perf_counter()
         with _mode(self.use_graph_mode):
             reason = self._why_not_cached(arguments)

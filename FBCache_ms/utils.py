@@ -118,9 +118,9 @@ class CacheContext:
             raise ValueError(f"branches must be 1 or 2, not {branches}")
         if config is None:
             config = CacheConfig(taylorseer_derivative=taylorseer_derivative or 0)
-        self.taylorseer_derivative = config.taylorseer_derivative
-        if taylorseer_derivative is not None:
-            self.taylorseer_derivative = taylorseer_derivative
+        if taylorseer_derivative is None:
+            taylorseer_derivative = config.taylorseer_derivative
+        self.taylorseer_derivative = taylorseer_derivative
         self.shape = (batch_size, seq_len, inner_dim)
         self.branches = branches
 
@@ -151,9 +151,7 @@ class CacheContext:
                 f"taylorseer_derivative is {config.taylorseer_derivative} in the config, but this CacheContext was "
                 f"made for {self.taylorseer_derivative}; make another one"
             )
-        self.set_knobs(
-            ms.Tensor(config.residual_diff_threshold, ms.float32), ms.Tensor(config.warmup_steps, ms.int32)
-        )
+        self.set_knobs(ms.Tensor(config.residual_diff_threshold, ms.float32), ms.Tensor(config.warmup_steps, ms.int32))
 
     def set_knobs(self, residual_diff_threshold, warmup_steps):
         """Takes over the settings, float32 and int32 scalars, inside the graph or outside.

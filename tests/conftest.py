@@ -1,13 +1,9 @@
-import os
+import pytest
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+import mindspore as ms
 
-import pytest  # noqa: E402
-
-import mindspore as ms  # noqa: E402
-
-from FBCache_ms.checkpoint import TINY_FLUX  # noqa: E402
-from FBCache_ms.pipeline_flux import FluxPipeline, prepare_device  # noqa: E402
+from FBCache_ms.checkpoint import TINY_FLUX
+from FBCache_ms.pipeline_flux import FluxPipeline, prepare_device
 
 ms.set_device("CPU")
 prepare_device()

@@ -83,6 +83,13 @@ def test_zeros_like_and_ones_like(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
+def test_randn_like(dtype):
+    noise = cpu.randn_like(ms.Tensor(np.zeros((50, 100), dtype))).asnumpy()
+    assert noise.shape == (50, 100) and noise.dtype == dtype
+    assert abs(noise.mean()) < 0.1 and abs(noise.std() - 1) < 0.1
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("shape", [(7,), (2, 3, 8)])
 def test_gelu(shape, dtype):
     x = random(*shape) * 3

@@ -74,6 +74,11 @@ def ones_like(input, *, dtype=None):
     return ops.ones_like(input, dtype=dtype)
 
 
+def randn_like(input, *, seed=None, dtype=None):
+    """mint.randn_like."""
+    return ops.standard_normal(input.shape, seed).astype(dtype or input.dtype)
+
+
 def gelu(input, *, approximate="none"):
     """mint.nn.functional.gelu; the tanh form through sigmoid(2 x) = (1 + tanh(x)) / 2, which is one operator less."""
     if approximate == "tanh":
@@ -222,6 +227,7 @@ STAND_INS = (
     (mint, "full", full),
     (mint, "zeros_like", zeros_like),
     (mint, "ones_like", ones_like),
+    (mint, "randn_like", randn_like),
     (mint.nn.functional, "gelu", gelu),
     (mint.nn.functional, "layer_norm", layer_norm),
     (mint.nn.LayerNorm, "construct", layer_norm_cell),

@@ -12,6 +12,12 @@ def ssim(reference, picture):
     """Structural similarity, at most 1 (Wang et al. 2004, Gaussian weights)."""
     return float(
         structural_similarity(
-            reference, picture, data_range=1, channel_axis=-1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
+            reference,
+            picture,
+            data_range=1,
+            channel_axis=-1,
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
         )
     )

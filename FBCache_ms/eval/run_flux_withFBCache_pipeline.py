@@ -9,6 +9,7 @@ import statistics
 import sys
 import tempfile
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,13 +21,29 @@ COMPARE_RUNS = 3
 
 
 def parse_arguments(argv=None):
-    """The command line, checked as far as it can be without loading anything; exits with 2 and one line if it is off."""
+    """The command line, checked before anything is loaded; exits with 2 and one line if it is off."""
     parser = argparse.ArgumentParser(prog="fbcache-flux", description=__doc__, allow_abbrev=False)
     add = parser.add_argument_group("model").add_argument
-    add("--ckpt", type=Path, default=TINY_FLUX, metavar="PATH", help="folder in diffusers layout (default: the embedded checkpoint)")
+    add(
+        "--ckpt",
+        type=Path,
+        default=TINY_FLUX,
+        metavar="PATH",
+        help="folder in diffusers layout (default: the embedded checkpoint)",
+    )
     add("--device", choices=("auto", "Ascend", "CPU"), default="auto", help="auto: Ascend where there is one")
-    add("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto", help="auto: bfloat16 on Ascend, float32 on CPU")
-    add("--use_graph_mode", action=argparse.BooleanOptionalAction, default=True, help="compile, or run operator by operator")
+    add(
+        "--dtype",
+        choices=("auto", "bfloat16", "float16", "float32"),
+        default="auto",
+        help="auto: bfloat16 on Ascend, float32 on CPU",
+    )
+    add(
+        "--use_graph_mode",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compile, or run operator by operator",
+    )
     add = parser.add_argument_group("picture").add_argument
     add("--prompt", default="a big red circle in the center, blue background", metavar="TEXT")
     add("--negative_prompt", metavar="TEXT", help="what not to show; takes effect with --true_cfg_scale above 1")
@@ -37,8 +54,17 @@ def parse_arguments(argv=None):
     add("--num_images_per_prompt", type=int, default=1, metavar="N")
     add("--seed", type=int, default=0)
     add = parser.add_argument_group("cache").add_argument
-    add("--cache", metavar="TAG|PRESET", help=f"like F1B0_W4M0MC0_T1O2_R0.12, or {', '.join(PRESETS)}; the options below change it")
-    add("--residual_diff_threshold", type=float, metavar="R", help="reuse below this difference, in [0, 1]; 0: no cache (default: 0.12)")
+    add(
+        "--cache",
+        metavar="TAG|PRESET",
+        help=f"like F1B0_W4M0MC0_T1O2_R0.12, or {', '.join(PRESETS)}; the options below change it",
+    )
+    add(
+        "--residual_diff_threshold",
+        type=float,
+        metavar="R",
+        help="reuse below this difference, in [0, 1]; 0: no cache (default: 0.12)",
+    )
     add("--taylorseer_derivative", type=int, metavar="O", help="order of the forecast; 0: plain reuse (default: 0)")
     add("--warmup_steps", type=int, metavar="W", help="steps at the start that are always computed (default: 0)")
     add = parser.add_argument_group("output").add_argument
@@ -80,12 +106,22 @@ def check_arguments(args):
         vae = json.loads((args.ckpt / "vae" / "config.json").read_text(encoding="utf-8"))
         unit = 2 ** len(vae["block_out_channels"])
         if min(args.image_size) < 1 or any(size % unit for size in args.image_size):
-            raise ValueError(f"--image_size must be positive multiples of {unit}, not {' '.join(map(str, args.image_size))}")
+            raise ValueError(
+                f"--image_size must be positive multiples of {unit}, not {' '.join(map(str, args.image_size))}"
+            )
     try:
         args.save_path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=args.save_path).close()
     except OSError as error:
         raise OSError(f"--save_path {args.save_path} cannot be written: {error.strerror}") from None
+
+
+def quiet():
+    """Keeps the libraries' warnings off the terminal, unless the user has set their levels."""
+    os.environ.setdefault("GLOG_v", "3")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    warnings.simplefilter("ignore", FutureWarning)
 
 
 def choose_device(args):
@@ -151,12 +187,13 @@ def write(save_path, pictures, report):
 
     for index, picture in enumerate(pictures):
         image = Image.fromarray((picture * 255).round().astype("uint8"))
-        _replace(save_path / f"output_{index}.png", lambda stream: image.save(stream, format="PNG"))
+        write_file(save_path / f"output_{index}.png", lambda stream: image.save(stream, format="PNG"))
     text = json.dumps(finite(report), indent=1, ensure_ascii=False) + "\n"
-    _replace(save_path / "run.json", lambda stream: stream.write(text.encode()))
+    write_file(save_path / "run.json", lambda stream: stream.write(text.encode()))
 
 
-def _replace(path, write_to):
+def write_file(path, write_to):
+    """Writes a file through ``write_to(stream)``, under its name only once it is whole."""
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as stream:
         write_to(stream)
     os.chmod(stream.name, 0o644)
@@ -181,6 +218,7 @@ def run(args):
     """Loads, draws, compares if asked, writes; returns run.json's content."""
     device, dtype = choose_device(args)
     import mindone
+
     import mindspore as ms
 
     from FBCache_ms import FluxPipeline
@@ -242,6 +280,7 @@ def summary(report, save_path):
 def main(argv=None):
     """The command fbcache-flux; returns its exit status."""
     args = parse_arguments(argv)
+    quiet()
     try:
         report = run(args)
     except (OSError, TypeError, ValueError) as error:

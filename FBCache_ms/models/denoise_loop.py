@@ -68,9 +68,7 @@ class FluxDenoiseLoop(nn.Cell):
             positive = velocity
             while branch < cache.branches:
                 cache.select(branch)
-                temb = embed_time(
-                    transformer, timestep, guidance, ops.gather(pooled_prompt_embeds, branch, 0), dtype
-                )
+                temb = embed_time(transformer, timestep, guidance, ops.gather(pooled_prompt_embeds, branch, 0), dtype)
                 positive = velocity
                 velocity = cached_step(transformer, cache, latents, ops.gather(contexts, branch, 0), temb, rotary)
                 branch = branch + 1

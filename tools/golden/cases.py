@@ -28,7 +28,13 @@ CACHED = [
     for threshold in (0.05, 0.08, 0.12, 0.2, 0.4)
 ]
 CACHED += [
-    {"prompt": CIRCLE, "seed": 0, "residual_diff_threshold": 0.12, "taylorseer_derivative": order, "warmup_steps": order + 2}
+    {
+        "prompt": CIRCLE,
+        "seed": 0,
+        "residual_diff_threshold": 0.12,
+        "taylorseer_derivative": order,
+        "warmup_steps": order + 2,
+    }
     for order in (1, 2)
 ]
 

@@ -1,7 +1,7 @@
 """Makes tests/golden/images.npz: the embedded checkpoint's pictures by torch and diffusers, uncached.
 
-    python -m venv /tmp/golden && /tmp/golden/bin/pip install -r tools/golden/requirements_diffusers.txt
-    /tmp/golden/bin/python tools/golden/make_images.py
+python -m venv /tmp/golden && /tmp/golden/bin/pip install -r tools/golden/requirements_diffusers.txt
+/tmp/golden/bin/python tools/golden/make_images.py
 """
 
 import diffusers

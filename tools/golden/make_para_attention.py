@@ -1,8 +1,8 @@
 """Makes tests/golden/para_attention.npz: decisions and pictures of ParaAttention on the embedded checkpoint.
 
-    python -m venv /tmp/peer && /tmp/peer/bin/pip install -r tools/golden/requirements_para_attention.txt
-    /tmp/peer/bin/pip install --no-deps para-attn==0.3.38
-    /tmp/peer/bin/python tools/golden/make_para_attention.py
+python -m venv /tmp/peer && /tmp/peer/bin/pip install -r tools/golden/requirements_para_attention.txt
+/tmp/peer/bin/pip install --no-deps para-attn==0.3.38
+/tmp/peer/bin/python tools/golden/make_para_attention.py
 """
 
 from importlib.metadata import version

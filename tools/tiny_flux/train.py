@@ -2,7 +2,8 @@
 
     python -m venv tools/tiny_flux/venv
     tools/tiny_flux/venv/bin/pip install -r tools/tiny_flux/requirements.txt
-    PYTHONPATH=. tools/tiny_flux/venv/bin/python tools/tiny_flux/train.py --work /tmp/tiny_flux --out FBCache_ms/tiny_flux
+    export PYTHONPATH=.
+    tools/tiny_flux/venv/bin/python tools/tiny_flux/train.py --work /tmp/tiny_flux --out FBCache_ms/tiny_flux
 
 Four stages, each of which leaves its result in the work folder and is passed over when that is there already:
 tokenizers, an autoencoder, rectified flow in its latents (with both text encoders, from random weights), and guidance
@@ -23,10 +24,11 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
-from FBCache_ms.eval.scenes import draw, is_held_out, random_scene
+from FBCache_ms.eval.scenes import JITTER, PLACES, SIZES, draw, is_held_out, parse_caption, random_scene
 
 IMAGE_SIZE = 64
 TEXT_LENGTH = 32
+OBJECT_WEIGHT = 8
 LONG_TEXT_LENGTH = 512
 """The padding that mindone and diffusers ask for unless told otherwise; the model has to be at home there too."""
 
@@ -206,7 +208,7 @@ class TinyFlux(torch.nn.Module):
         )[0].float()
 
 
-def training_batch(model, rng, captions, latents, batch):
+def training_batch(rng, captions, latents, batch):
     """Clean and noisy packed latents, sigma, the noise, guidance in [1, 5], and captions, one in ten left empty."""
     chosen = rng.integers(len(captions), size=batch)
     texts = [captions[index] if rng.random() > 0.1 else "" for index in chosen]
@@ -218,30 +220,52 @@ def training_batch(model, rng, captions, latents, batch):
     return clean, noisy, noise, sigma, guidance, texts
 
 
+def token_weights(captions):
+    """How much each of the 64 latent tokens counts, (B, 64, 1), of mean 1: those where the caption puts an object more.
+
+    They depend on the caption alone, so that the velocity which minimises the loss stays the same.
+    """
+    side = IMAGE_SIZE // 8
+    centres = (np.arange(side) + 0.5) / side
+    weights = np.ones((len(captions), side, side), np.float32)
+    for index, caption in enumerate(captions):
+        for thing in parse_caption(caption).things if caption else ():
+            x, y = PLACES[thing.place]
+            reach = 1.2 * SIZES[thing.size] + JITTER + 0.5 / side
+            weights[index][(abs(centres - y) < reach)[:, None] & (abs(centres - x) < reach)] = OBJECT_WEIGHT
+    weights /= weights.mean((1, 2), keepdims=True)
+    return torch.from_numpy(weights).view(len(captions), -1, 1)
+
+
+def scene_latents(work, vae, number):
+    """Captions and raw latents of the scenes that the flow is trained on, kept in the work folder."""
+    path = work / "scenes.pt"
+    if not path.exists():
+        torch.save(encode_scenes(vae, number, seed=3), path)
+    return torch.load(path)
+
+
 def train_flow(work, steps, batch=32, peak=1e-3, scenes=48_000):
     """Rectified flow: the velocity noise - clean, times drawn logit-normally, weights averaged."""
     vae = AutoencoderKL.from_pretrained(work / "vae")
-    captions, latents = encode_scenes(vae, scenes, seed=3)
+    captions, latents = scene_latents(work, vae, scenes)
     latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
     torch.manual_seed(0)
     model = TinyFlux(work)
     average = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
     begin = resume(work / "flow.pt", model=model, average=average, optimizer=optimizer)
-    for block in [*model.transformer.transformer_blocks, *model.transformer.single_transformer_blocks]:
-        block.compile()
+    compile_blocks(model)
     total = 0.0
     for step in watched("flow", begin, steps):
         set_rate(optimizer, peak, step, steps)
         rng = np.random.default_rng((4, step))
-        long = step % 16 == 15
-        clean, noisy, noise, sigma, guidance, texts = training_batch(
-            model, rng, captions, latents, batch // 4 if long else batch
-        )
-        ids = model.tokenize(texts, LONG_TEXT_LENGTH if long else TEXT_LENGTH)
+        length, size = (LONG_TEXT_LENGTH, batch // 4) if step % 16 == 15 else (TEXT_LENGTH, batch)
+        clean, noisy, noise, sigma, guidance, texts = training_batch(rng, captions, latents, size)
+        ids = model.tokenize(texts, length)
         with torch.autocast("cpu", torch.bfloat16):
             velocity = model(noisy, sigma, guidance, *ids)
-        loss = F.mse_loss(velocity, noise - clean)
+        loss = (token_weights(texts) * (velocity - (noise - clean)) ** 2).mean()
         descend(optimizer, model, loss)
         update_average(average, model, min(0.999, (step + 1) / (step + 10)))
         total += loss.item()
@@ -252,9 +276,39 @@ def train_flow(work, steps, batch=32, peak=1e-3, scenes=48_000):
     torch.save(average.state_dict(), work / "flow_average.pt")
 
 
-def distill_guidance(work, steps, batch=32, peak=3e-4):
-    """Teaches the guidance input: at guidance g the velocity is u + g (c - u), c and u the flow stage's own."""
-    raise SystemExit("to come")
+def distill_guidance(work, steps, batch=32, peak=3e-4, scenes=48_000):
+    """Teaches the guidance input: at guidance g the velocity is u + g (c - u), c and u the flow stage's own.
+
+    c is its velocity for the caption, u the one for no caption.
+    """
+    vae = AutoencoderKL.from_pretrained(work / "vae")
+    captions, latents = scene_latents(work, vae, scenes)
+    latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
+    teacher = TinyFlux(work)
+    teacher.load_state_dict(torch.load(work / "flow_average.pt"))
+    model, average = copy.deepcopy(teacher), copy.deepcopy(teacher)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
+    begin = resume(work / "distill.pt", model=model, average=average, optimizer=optimizer)
+    compile_blocks(model)
+    compile_blocks(teacher)
+    for step in watched("distill", begin, steps):
+        set_rate(optimizer, peak, step, steps)
+        rng = np.random.default_rng((5, step))
+        length, size = (LONG_TEXT_LENGTH, batch // 4) if step % 16 == 15 else (TEXT_LENGTH, batch)
+        _, noisy, _, sigma, guidance, texts = training_batch(rng, captions, latents, size)
+        ids, no_ids = model.tokenize(texts, length), model.tokenize([""] * size, length)
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                without = teacher(noisy, sigma, guidance, *no_ids)
+                target = without + guidance[:, None, None] * (teacher(noisy, sigma, guidance, *ids) - without)
+            velocity = model(noisy, sigma, guidance, *ids)
+        loss = (token_weights(texts) * (velocity - target) ** 2).mean()
+        descend(optimizer, model, loss)
+        update_average(average, model, min(0.99, (step + 1) / (step + 10)))
+        if step % 100 == 99:
+            tqdm.write(f"distill {step + 1}: {loss.item():.4f}")
+            save(work / "distill.pt", step + 1, model=model, average=average, optimizer=optimizer)
+    torch.save(average.state_dict(), work / "distilled.pt")
 
 
 def export(work, out):
@@ -272,6 +326,11 @@ def export(work, out):
         transformer=model.transformer,
     )
     pipeline.save_pretrained(out)
+
+
+def compile_blocks(model):
+    for block in [*model.transformer.transformer_blocks, *model.transformer.single_transformer_blocks]:
+        block.compile()
 
 
 def set_rate(optimizer, peak, step, steps):

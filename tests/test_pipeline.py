@@ -1,0 +1,285 @@
+import subprocess
+import sys
+from pathlib import Path
+from types import MethodType
+
+import mindone.diffusers
+import numpy as np
+import pytest
+from PIL import Image
+
+import mindspore as ms
+
+from FBCache_ms import CacheConfig, CacheContext, FluxPipeline, apply_cache_on_pipe, remove_cache_from_pipe
+from FBCache_ms.checkpoint import TINY_FLUX
+from FBCache_ms.models.transformer_flux_withFBCache import FBCache_transformer_construct
+
+PROMPT = "a big red circle in the center, blue background"
+OTHER = "a small green square on the left, black background"
+
+
+def noise(seed=0, batch=1, tokens=64):
+    return ms.Tensor(np.random.default_rng(seed).standard_normal((batch, tokens, 16)), ms.float32)
+
+
+def draw(pipe, prompt=PROMPT, **settings):
+    """Pictures as arrays, in few steps unless told otherwise."""
+    settings = {"num_inference_steps": 12, "height": 64, "width": 64, "max_sequence_length": 32, **settings}
+    if "generator" not in settings:
+        settings.setdefault("latents", noise(tokens=settings["height"] * settings["width"] // 64))
+    return pipe(prompt, **{"output_type": "np", **settings})[0]
+
+
+@pytest.fixture(scope="module")
+def mindone_pipe():
+    """mindone's own pipeline on the same checkpoint."""
+    pipe = mindone.diffusers.FluxPipeline.from_pretrained(str(TINY_FLUX))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def graph_mode():
+    ms.set_context(mode=ms.GRAPH_MODE)
+
+
+CONFIG = CacheConfig(0.3, 1)
+
+
+def test_a_generation_does_not_depend_on_what_ran_before(pipe, tmp_path):
+    """The same call in a process of its own gives the same bits."""
+    draw(pipe, OTHER, cache_config=CacheConfig(0.9, 1), num_inference_steps=20)
+    draw(pipe, cache_config=CacheConfig(0.2, 2))
+    draw(pipe, OTHER, cache_config=CONFIG, height=64, width=96, num_inference_steps=3)
+    draw(pipe, cache_config=None)
+    here = draw(pipe, cache_config=CONFIG)
+    decisions = pipe.cache_stats
+    script = (
+        "import numpy as np, test_pipeline as t\n"
+        "from conftest import FluxPipeline, TINY_FLUX\n"
+        "pipe = FluxPipeline.from_pretrained(str(TINY_FLUX))\n"
+        f"image = t.draw(pipe, cache_config=t.CONFIG)\nnp.save({str(tmp_path / 'there.npy')!r}, image)\n"
+        "print(pipe.cache_stats.cached_steps)"
+    )
+    folder = Path(__file__).parent
+    done = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, check=True)
+    np.testing.assert_array_equal(here, np.load(tmp_path / "there.npy"))
+    assert done.stdout.strip().splitlines()[-1] == str(decisions.cached_steps)
+    assert decisions.cached_steps
+
+
+def test_one_compilation_serves_every_prompt_seed_threshold_and_step_count(pipe, strict_graph_mode):
+    draw(pipe, cache_config=CONFIG)
+    before, reused = pipe.graph_compilations, set()
+    for index, threshold in enumerate((0, 0.05, 0.1, 0.2, 0.4, 1.0)):
+        config = CacheConfig(threshold, 1, warmup_steps=index % 3)
+        draw(pipe, (PROMPT, OTHER)[index % 2], latents=noise(index), num_inference_steps=5 + index, cache_config=config)
+        reused.add(len(pipe.cache_stats.cached_steps))
+        assert not pipe.cache_stats.reused[0]
+    assert pipe.graph_compilations == before
+    assert len(reused) > 2
+
+
+def test_pieces_of_the_loop_are_the_whole_loop_bit_for_bit(pipe):
+    whole = draw(pipe, cache_config=CONFIG, num_inference_steps=28)
+    stats = pipe.cache_stats
+    seen = []
+
+    def watch(pipe, step, timestep, tensors):
+        seen.append((step, float(timestep), sorted(tensors)))
+        return {}
+
+    pieces = draw(pipe, cache_config=CONFIG, num_inference_steps=28, callback_on_step_end=watch)
+    np.testing.assert_array_equal(whole, pieces)
+    assert pipe.cache_stats == stats
+    assert [step for step, _, _ in seen] == list(range(28))
+    assert seen[0][1] == 1000 and seen[0][2] == ["latents"]
+    assert pipe.num_timesteps == 28
+
+
+def test_a_callback_may_replace_latents_and_interrupt(pipe):
+    kept = {}
+
+    def interfere(pipe, step, timestep, tensors):
+        kept["latents"] = tensors["latents"] * 0.5
+        pipe._interrupt = step == 3
+        return {"latents": kept["latents"]}
+
+    latents = draw(pipe, callback_on_step_end=interfere, output_type="latent")
+    assert len(pipe.cache_stats.reused) == 4
+    np.testing.assert_array_equal(latents.asnumpy(), kept["latents"].asnumpy())
+
+
+def test_a_progress_bar_shows_each_step_when_asked_for(pipe, capfd):
+    pipe.set_progress_bar_config(disable=False)
+    draw(pipe, num_inference_steps=5)
+    pipe.set_progress_bar_config(disable=True)
+    assert "5/5" in capfd.readouterr().err
+
+
+def test_mindones_own_pipeline_takes_the_cached_step(pipe, mindone_pipe, graph_mode):
+    transformer = mindone_pipe.transformer
+    context = CacheContext(batch_size=1, seq_len=64, inner_dim=128, taylorseer_derivative=1, branches=2, config=CONFIG)
+    transformer.construct = MethodType(FBCache_transformer_construct, transformer)
+    transformer.cache_context = context
+    cfg = {"true_cfg_scale": 2.0, "negative_prompt": OTHER}
+    for settings in ({}, {"num_inference_steps": 7}, cfg, {}):
+        stepwise = draw(mindone_pipe, **settings)
+        whole = draw(pipe, cache_config=CONFIG, **settings)
+        np.testing.assert_array_equal(stepwise, whole)
+        assert context.stats().cached_steps == pipe.cache_stats.cached_steps != []
+    with pytest.raises(ValueError, match="Invalid cache state"):
+        draw(mindone_pipe, width=96)
+    del transformer.__dict__["construct"], transformer.__dict__["cache_context"]
+    transformer.compile_cache.clear()
+
+
+def test_the_cache_goes_on_and_off_any_pipeline(pipe, mindone_pipe, graph_mode):
+    plain = draw(mindone_pipe)
+    transformer, scheduler = mindone_pipe.transformer, mindone_pipe.scheduler
+    apply_cache_on_pipe(mindone_pipe, CONFIG)
+    for width in (64, 96, 64):
+        cached = draw(mindone_pipe, width=width)
+        np.testing.assert_array_equal(cached, draw(pipe, width=width, cache_config=CONFIG))
+        assert mindone_pipe.transformer.cache_stats.reused == pipe.cache_stats.reused
+    remove_cache_from_pipe(mindone_pipe)
+    remove_cache_from_pipe(mindone_pipe)
+    assert mindone_pipe.transformer is transformer and "set_timesteps" not in vars(scheduler)
+    np.testing.assert_array_equal(plain, draw(mindone_pipe))
+
+
+def test_an_applied_cache_forgets_a_generation_that_was_broken_off(mindone_pipe, graph_mode):
+    """The next one starts at the timestep where the last one stopped, so only set_timesteps can tell."""
+    apply_cache_on_pipe(mindone_pipe, CacheConfig(1.0))
+    sigmas = [1.0, 0.8, 0.6]
+
+    def stop(pipe, step, timestep, tensors):
+        pipe._interrupt = step == 2
+        return {}
+
+    draw(mindone_pipe, sigmas=[*sigmas, 0.4], num_inference_steps=4, callback_on_step_end=stop)
+    draw(mindone_pipe, OTHER, sigmas=[0.6, 0.3], num_inference_steps=2)
+    assert mindone_pipe.transformer.cache_stats.reused == (False, True)
+    remove_cache_from_pipe(mindone_pipe)
+
+
+def test_another_model_is_refused_by_name():
+    class Pipe:
+        transformer = mindone.diffusers.FlowMatchEulerDiscreteScheduler()
+
+    with pytest.raises(ValueError, match="Unsupported model FlowMatchEulerDiscreteScheduler"):
+        apply_cache_on_pipe(Pipe(), CONFIG)
+
+
+def test_the_caches_of_true_cfgs_branches_are_independent(pipe):
+    """With the same prompt in both branches they decide alike; another negative prompt changes its own branch only
+    where the latents differ, which they do not when guidance is 1 + tiny."""
+    tiny = 1 + 1e-6
+    draw(pipe, cache_config=CONFIG, true_cfg_scale=tiny, negative_prompt=PROMPT)
+    same = pipe.cache_stats
+    assert same.reused == same.uncond.reused
+    np.testing.assert_allclose(same.residual_diffs[1], same.uncond.residual_diffs[1], rtol=1e-6)
+    draw(pipe, cache_config=CONFIG, true_cfg_scale=tiny, negative_prompt=OTHER)
+    other = pipe.cache_stats
+    assert other.reused == same.reused
+    np.testing.assert_allclose(np.array(other.residual_diffs[1:]), np.array(same.residual_diffs[1:]), rtol=1e-3)
+    assert not np.allclose(np.array(other.uncond.residual_diffs[1:], float), np.array(same.residual_diffs[1:], float))
+    draw(pipe, cache_config=CONFIG)
+    assert pipe.cache_stats.uncond is None
+    assert pipe.cache_stats.reused == same.reused
+
+
+def test_several_images_and_prompts_come_in_one_call(pipe):
+    images = draw(pipe, [PROMPT, OTHER], num_images_per_prompt=2, generator=np.random.default_rng(0), cache_config=None)
+    assert images.shape == (4, 64, 64, 3)
+    assert np.abs(images[0] - images[1]).max() > 0.01
+
+
+def test_results_come_as_mindones(pipe):
+    pictures = pipe(PROMPT, num_inference_steps=2, generator=np.random.default_rng(0))
+    assert isinstance(pictures, tuple) and isinstance(pictures[0][0], Image.Image) and pictures[0][0].size == (64, 64)
+    output = pipe(PROMPT, num_inference_steps=2, generator=np.random.default_rng(0), return_dict=True)
+    np.testing.assert_array_equal(np.asarray(output.images[0]), np.asarray(pictures[0][0]))
+    assert draw(pipe, output_type="latent").shape == (1, 64, 16)
+    assert type(pipe.transformer).__name__ == "FluxTransformer2DModel"
+
+
+def test_prompt_embeds_may_be_given(pipe):
+    embeds, pooled, _ = pipe.encode_prompt(PROMPT, max_sequence_length=32)
+    given = draw(pipe, None, prompt_embeds=embeds, pooled_prompt_embeds=pooled)
+    np.testing.assert_array_equal(given, draw(pipe))
+
+
+def test_a_model_without_guidance_embedding_runs(pipe, mindone_pipe, graph_mode):
+    """schnell's kind; random weights, so the two pipelines' pictures are compared and not looked at."""
+    config = {**pipe.transformer.config, "guidance_embeds": False, "num_layers": 1, "num_single_layers": 1}
+    config = {name: value for name, value in config.items() if not name.startswith("_")}
+    transformer = mindone.diffusers.FluxTransformer2DModel(**config)
+    parts = {**pipe.components, "transformer": transformer, "image_encoder": None, "feature_extractor": None}
+    ours, theirs = FluxPipeline(**parts), mindone.diffusers.FluxPipeline(**parts)
+    for each in (ours, theirs):
+        each.set_progress_bar_config(disable=True)
+    images = draw(ours, cache_config=None, num_inference_steps=3)
+    np.testing.assert_allclose(images, draw(theirs, num_inference_steps=3), atol=1e-5)
+    assert np.isfinite(images).all()
+
+
+def test_operator_by_operator_gives_the_graphs_picture(pipe):
+    graph = draw(pipe, num_inference_steps=3, cache_config=CacheConfig(0.9))
+    stats = pipe.cache_stats
+    pipe.use_graph_mode = False
+    eager = draw(pipe, num_inference_steps=3, cache_config=CacheConfig(0.9))
+    pipe.use_graph_mode = True
+    assert pipe.cache_stats.reused == stats.reused and any(stats.reused)
+    np.testing.assert_allclose(eager, graph, atol=1e-4)
+
+
+def test_other_schedulers_run_uncached(pipe, caplog):
+    scheduler = pipe.scheduler
+    pipe.scheduler = mindone.diffusers.FlowMatchEulerDiscreteScheduler.from_config(
+        scheduler.config, stochastic_sampling=True
+    )
+    try:
+        assert draw(pipe, num_inference_steps=2).shape == (1, 64, 64, 3)
+    finally:
+        pipe.scheduler = scheduler
+    assert pipe.cache_stats is None
+
+
+@pytest.mark.parametrize(
+    "prompt, settings, named",
+    [
+        ([], {}, "prompt"),
+        (PROMPT, {"height": 60}, "height"),
+        (PROMPT, {"width": -64}, "width"),
+        (PROMPT, {"num_inference_steps": 0}, "num_inference_steps"),
+        (PROMPT, {"num_inference_steps": 1001}, "num_inference_steps"),
+        (PROMPT, {"callback_on_step_end_tensor_inputs": ["noise"]}, "noise"),
+    ],
+)
+def test_bad_input_is_refused_by_name(pipe, prompt, settings, named):
+    with pytest.raises(ValueError, match=named):
+        draw(pipe, prompt, **{"generator": np.random.default_rng(0), **settings})
+
+
+def test_a_cache_config_of_another_type_is_refused_by_name(pipe):
+    with pytest.raises(TypeError, match="cache_config"):
+        draw(pipe, cache_config=0.1)
+
+
+def test_a_failed_call_leaves_the_pipeline_as_it_was(pipe):
+    transformer, scheduler = pipe.transformer, pipe.scheduler
+
+    def fail(*args):
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        draw(pipe, callback_on_step_end=fail)
+    assert pipe.transformer is transformer and pipe.scheduler is scheduler
+    assert draw(pipe).shape == (1, 64, 64, 3)
+
+
+@pytest.mark.parametrize("dtype", [ms.bfloat16, ms.float16])
+def test_a_dtype_that_the_cpu_cannot_do_is_refused_by_name(dtype):
+    with pytest.raises(ValueError, match="mindspore_dtype"):
+        FluxPipeline.from_pretrained(str(TINY_FLUX), mindspore_dtype=dtype)
