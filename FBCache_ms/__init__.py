@@ -10,6 +10,7 @@ _HOMES = {
     "FluxDenoiseLoop": "models.denoise_loop",
     "FluxPipeline": "pipeline_flux",
     "apply_cache_on_pipe": "pipeline_flux",
+    "prepare_device": "pipeline_flux",
     "remove_cache_from_pipe": "pipeline_flux",
 }
 __all__ = list(_HOMES)

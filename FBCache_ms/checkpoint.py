@@ -29,7 +29,7 @@ def check_checkpoint(folder):
     index = _read_json(folder / "model_index.json")
     tensors = {}
     for component in _REQUIRED:
-        if component not in index:
+        if not isinstance(index.get(component), list) or len(index[component]) != 2:
             raise OSError(f"checkpoint {folder}: model_index.json names no {component}; a Flux pipeline needs one")
         if index[component][0] is None:
             continue
@@ -41,6 +41,8 @@ def check_checkpoint(folder):
                 raise OSError(f"checkpoint file {path} is missing")
         if component not in _FILES:
             tensors[component] = _component_tensors(folder / component)
+    if (folder / "tokenizer_2" / "tokenizer.json").is_file():
+        _read_json(folder / "tokenizer_2" / "tokenizer.json")
     if not any((folder / "tokenizer_2" / name).is_file() for name in _TOKENIZER_2_MODELS):
         raise OSError(f"checkpoint {folder / 'tokenizer_2'} has neither of {' and '.join(_TOKENIZER_2_MODELS)}")
     return tensors
@@ -65,10 +67,25 @@ def _torch_name(name):
     return f"{head}.{_TORCH_NAMES.get(tail, tail)}"
 
 
+def image_unit(folder):
+    """What an image's height and width have to be multiples of: the autoencoder's factor times the patch's 2.
+
+    Raises OSError if the autoencoder's config does not say.
+    """
+    path = Path(folder) / "vae" / "config.json"
+    widths = _read_json(path).get("block_out_channels")
+    if not isinstance(widths, list) or not widths:
+        raise OSError(f"checkpoint file {path} is damaged: it has no block_out_channels")
+    return 2 ** len(widths)
+
+
 def _component_tensors(folder):
     files = sorted(folder.glob("*.safetensors"))
     for index in folder.glob("*.safetensors.index.json"):
-        wanted = set(_read_json(index)["weight_map"].values())
+        wanted = _read_json(index).get("weight_map")
+        if not isinstance(wanted, dict):
+            raise OSError(f"checkpoint file {index} is damaged: it has no weight_map")
+        wanted = set(wanted.values())
         lost = sorted(wanted - {file.name for file in files})
         if lost:
             raise OSError(f"checkpoint {folder}: {lost[0]} is missing, one of {len(wanted)} weights files")
@@ -86,22 +103,24 @@ def _tensors(file):
     try:
         with open(file, "rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(length)) if length < size else None
-    except ValueError:
-        header = None
-    if not isinstance(header, dict):
-        raise OSError(f"weights file {file} is damaged: it has no readable safetensors header")
-    header.pop("__metadata__", None)
-    end = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+            header = json.loads(stream.read(length) if length < size else b"")
+        header.pop("__metadata__", None)
+        end = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+        shapes = {name: tuple(tensor["shape"]) for name, tensor in header.items()}
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        raise OSError(f"weights file {file} is damaged: it has no readable safetensors header") from None
     if size != end:
         raise OSError(f"weights file {file} is damaged: it has {size} bytes where its header says {end}")
-    return {name: tuple(tensor["shape"]) for name, tensor in header.items()}
+    return shapes
 
 
 def _read_json(path):
     if not path.is_file():
         raise OSError(f"checkpoint file {path} is missing")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise OSError(f"checkpoint file {path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise OSError(f"checkpoint file {path} is damaged: it holds no JSON object")
+    return content

@@ -5,8 +5,7 @@ import sys
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import wraps
-from inspect import signature
+from inspect import Parameter, signature
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +27,7 @@ from .utils import BRANCHES, MAX_STEPS, CacheContext
 logger = logging.get_logger(__name__)
 
 _SIGNATURE = signature(MindoneFluxPipeline.__call__)
+_DEFAULT_TEXT_LENGTH = _SIGNATURE.parameters["max_sequence_length"].default
 
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 """A model's name on a hub; any other text is a folder's."""
@@ -44,15 +44,17 @@ def prepare_device():
         cpu.install()
 
 
+def check_config(config):
+    """Raises TypeError unless this is a CacheConfig or None."""
+    if config is not None and not isinstance(config, CacheConfig):
+        raise TypeError(f"cache_config must be a CacheConfig or None, not {config!r}")
+
+
 class FluxPipeline(MindoneFluxPipeline):
     """mindone's FluxPipeline with First-Block Cache and TaylorSeer, its denoise loop one compiled graph.
 
-    Takes and returns what mindone's does, and:
-
-    Args:
-        cache_config: the CacheConfig of calls that bring none of their own; None for no cache.
-        use_graph_mode: whether to compile, whatever mode the process is in; False runs operator by operator.
-
+    ``cache_config`` is the CacheConfig of calls that bring none of their own, or None for no cache; with
+    ``use_graph_mode``, calls compile, whatever mode the process is in, and without it they run operator by operator.
     After a call, ``cache_stats`` is its CacheStats and ``seconds`` its times: "compile" (of the loop), "denoise",
     "per_step", "decode" (with the autoencoder's compilation, the first time) and "total".
     """
@@ -86,19 +88,22 @@ class FluxPipeline(MindoneFluxPipeline):
         self.use_graph_mode = True
         self.cache_stats = None
         self.seconds = {}
-        self._loops, self._loop = {}, None
+        self._loops, self._loop, self._weights = {}, None, []
 
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path, *, cache_config=DEFAULT, use_graph_mode=True, mindspore_dtype=None, **kwargs
     ):
-        """Loads a pipeline; see mindone's from_pretrained, and the class for what is added.
+        """Loads a pipeline as mindone's from_pretrained does, with the two settings that the class names.
 
         Raises:
             OSError: the folder or a file of it is missing or damaged.
+            TypeError: cache_config is neither a CacheConfig nor None.
             ValueError: a component's weights do not fit its config, or the device cannot do the dtype.
         """
         prepare_device()
+        if cache_config is not DEFAULT:
+            check_config(cache_config)
         if mindspore_dtype not in (None, ms.float32) and ms.get_context("device_target") == "CPU":
             raise ValueError(f"mindspore_dtype {mindspore_dtype} is not supported on CPU; only float32 is")
         tensors = {}
@@ -109,10 +114,12 @@ class FluxPipeline(MindoneFluxPipeline):
             kwargs["mindspore_dtype"] = mindspore_dtype
         try:
             pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        except (KeyError, RuntimeError, TypeError) as error:
+        except (OSError, ValueError):
+            raise
+        except Exception as error:  # mindone and tokenizers raise whatever they stumble over
             raise ValueError(f"checkpoint {pretrained_model_name_or_path} cannot be loaded: {error}") from error
-        for component, found in tensors.items():
-            check_fit(component, getattr(pipe, component), found)
+        for component in set(tensors) - set(kwargs):
+            check_fit(component, getattr(pipe, component), tensors[component])
         if cache_config is not DEFAULT:
             pipe.cache_config = cache_config
         pipe.use_graph_mode = use_graph_mode
@@ -132,31 +139,42 @@ class FluxPipeline(MindoneFluxPipeline):
         """mindone's checks, and: ValueError for an empty prompt list and for sizes that it would round."""
         if isinstance(prompt, list) and not prompt:
             raise ValueError("prompt is an empty list; give one prompt or more")
+        negative = kwargs.get("negative_prompt")
+        if isinstance(negative, list) and isinstance(prompt, list) and len(negative) not in (1, len(prompt)):
+            raise ValueError(f"negative_prompt lists {len(negative)} prompts; give one, or {len(prompt)} as in prompt")
         unit = self.vae_scale_factor * 2
         for name, size in {"height": height, "width": width}.items():
             if size < 1 or size % unit:
                 raise ValueError(f"{name} must be a positive multiple of {unit}, not {size}")
         super().check_inputs(prompt, prompt_2, height, width, *args, **kwargs)
 
-    @wraps(MindoneFluxPipeline.__call__)
     def __call__(self, *args, cache_config=DEFAULT, **kwargs):
+        """Draws; takes and returns what mindone's __call__ does, and for this call alone a cache_config.
+
+        Prompts are padded to what the T5 tokenizer names as its length, at most mindone's 512, unless
+        max_sequence_length says otherwise.
+
+        Raises:
+            TypeError: cache_config is neither a CacheConfig nor None.
+            ValueError: mindone's checks, an empty prompt list, a size that mindone would round, steps beyond [1, 1000].
+        """
         call = _SIGNATURE.bind(self, *args, **kwargs)
         call.apply_defaults()
         arguments = dict(call.arguments)
         del arguments["self"]
-        steps = arguments["num_inference_steps"]
-        if arguments["sigmas"] is None and not 1 <= steps <= MAX_STEPS:
+        steps = arguments["num_inference_steps"] if arguments["sigmas"] is None else len(arguments["sigmas"])
+        if not 1 <= steps <= MAX_STEPS:
             raise ValueError(f"num_inference_steps must be in [1, {MAX_STEPS}], not {steps}")
-        arguments["max_sequence_length"] = min(arguments["max_sequence_length"], self.tokenizer_2.model_max_length)
+        if arguments["max_sequence_length"] == _DEFAULT_TEXT_LENGTH and self.tokenizer_2 is not None:
+            arguments["max_sequence_length"] = min(_DEFAULT_TEXT_LENGTH, self.tokenizer_2.model_max_length)
         config = self.cache_config if cache_config is DEFAULT else cache_config
+        check_config(config)
         if config is None:
             # The pipeline's own order, so that switching the cache off compiles nothing.
             config = replace(self.cache_config or CacheConfig(), residual_diff_threshold=0)
-        if not isinstance(config, CacheConfig):
-            raise TypeError(f"cache_config must be a CacheConfig or None, not {config!r}")
         begin = time.perf_counter()
         with _mode(self.use_graph_mode):
-            reason = self._why_not_cached(arguments)
+            reason = self.why_not_cached(arguments)
             if reason:
                 logger.warning(f"{reason}: this call runs without the cache, step by step")
                 self.cache_stats, self.seconds = None, {}
@@ -168,29 +186,46 @@ class FluxPipeline(MindoneFluxPipeline):
         self.seconds["total"] = time.perf_counter() - begin
         return result
 
-    def _why_not_cached(self, arguments):
+    __call__.__signature__ = _SIGNATURE.replace(
+        parameters=[
+            *_SIGNATURE.parameters.values(),
+            Parameter("cache_config", Parameter.KEYWORD_ONLY, default=DEFAULT),
+        ]
+    )
+
+    def why_not_cached(self, arguments):
+        """What keeps a call with these arguments from the cached loop, in words; None if nothing does."""
         config = self.scheduler.config
         if not isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler) or config.stochastic_sampling:
             return f"scheduler {type(self.scheduler).__name__} is no deterministic FlowMatchEulerDiscreteScheduler"
         for name in arguments:
-            if "ip_adapter" in name and arguments[name] is not None:
+            if (
+                "ip_adapter" in name
+                and arguments[name] is not None
+                or name == "joint_attention_kwargs"
+                and arguments[name]
+            ):
                 return f"{name} is given"
         return None
 
-    def _loop_for(self, config, latents, branches):
+    def _loop_for(self, transformer, config, latents, branches):
         """The denoise loop for a shape and a structure; its compiled graphs live as long as the pipeline."""
+        weights = list(transformer.get_parameters())
+        if len(weights) != len(self._weights) or any(new is not old for new, old in zip(weights, self._weights)):
+            # A compiled graph does not see that the transformer, or a layer of it, is another one now.
+            self._loops, self._weights = {}, weights
         batch_size, seq_len, _ = latents.shape
         key = (batch_size, seq_len, branches, config.taylorseer_derivative, latents.dtype)
         if key not in self._loops:
             context = CacheContext(
                 batch_size,
                 seq_len,
-                self.transformer.inner_dim,
+                transformer.inner_dim,
                 branches=branches,
                 mindspore_dtype=latents.dtype,
                 config=config,
             )
-            self._loops[key] = FluxDenoiseLoop(self.transformer, context)
+            self._loops[key] = FluxDenoiseLoop(transformer, context)
         return self._loops[key]
 
 
@@ -248,29 +283,25 @@ class _WholeLoop:
         pipe, scheduler, config = self.pipe, self.scheduler, self.cache_config
         latents, prompt_embeds, pooled = hidden_states, encoder_hidden_states, pooled_projections
         negative, negative_pooled = self.negative_embeds(prompt_embeds, pooled)
-        loop = pipe._loop_for(config, latents, 1 if negative is None else 2)
+        loop = pipe._loop_for(self.transformer, config, latents, 1 if negative is None else 2)
         pipe._loop = loop
         pipe._num_timesteps = steps = len(scheduler.timesteps)
 
+        constants = (
+            txt_ids,
+            img_ids,
+            guidance,
+            ms.Tensor(self.true_cfg_scale, ms.float32),
+            padded(scheduler.timesteps, MAX_STEPS),
+            padded(scheduler.sigmas, MAX_STEPS + 1),
+        )
+        knobs = ms.Tensor(config.residual_diff_threshold, ms.float32), ms.Tensor(config.warmup_steps, ms.int32)
+        pooled = ops.stack([pooled] if negative is None else [pooled, negative_pooled])
+
         def piece(latents, prompt_embeds, start, stop):
-            embeds, pooled_embeds = [prompt_embeds], [pooled]
-            if negative is not None:
-                embeds, pooled_embeds = [*embeds, negative], [*pooled_embeds, negative_pooled]
-            return (
-                latents,
-                ops.stack(embeds),
-                ops.stack(pooled_embeds),
-                txt_ids,
-                img_ids,
-                guidance,
-                ms.Tensor(self.true_cfg_scale, ms.float32),
-                padded(scheduler.timesteps, MAX_STEPS),
-                padded(scheduler.sigmas, MAX_STEPS + 1),
-                ms.Tensor(start, ms.int32),
-                ms.Tensor(stop, ms.int32),
-                ms.Tensor(config.residual_diff_threshold, ms.float32),
-                ms.Tensor(config.warmup_steps, ms.int32),
-            )
+            embeds = ops.stack([prompt_embeds] if negative is None else [prompt_embeds, negative])
+            bounds = ms.Tensor(start, ms.int32), ms.Tensor(stop, ms.int32)
+            return (latents, embeds, pooled, *constants, *bounds, *knobs)
 
         compile_begin, compiled_before = time.perf_counter(), len(loop.compile_cache)
         if pipe.use_graph_mode:
@@ -316,7 +347,6 @@ class _WholeLoop:
             pooled_prompt_embeds=pooled_embeds,
             num_images_per_prompt=given["num_images_per_prompt"],
             max_sequence_length=given["max_sequence_length"],
-            lora_scale=(given["joint_attention_kwargs"] or {}).get("scale"),
         )
         repeats = prompt_embeds.shape[0] // embeds.shape[0]
         embeds, pooled_embeds = embeds.tile((repeats, 1, 1)), pooled_embeds.tile((repeats, 1))
@@ -354,15 +384,18 @@ class _OneTurn:
 def apply_cache_on_pipe(pipe, config=None):
     """Puts the cache into any mindone Flux pipeline (ControlNet, Fill, Kontext, ...), step by step, and returns it.
 
-    Each call of the transformer is one compiled graph, for every setting at one shape; ``pipe.transformer.cache_stats``
-    tells what the last generation did. Our own FluxPipeline just takes the config: its loop has the cache already.
+    Each call of the transformer is one compiled graph, the same for every prompt, seed and step count at one shape;
+    ``pipe.transformer.cache_stats`` tells what the last generation did. Pipelines with true CFG may name the branch
+    as mindone's FluxPipeline does, or call for the positive prompt first. Our own FluxPipeline just takes the config:
+    its loop has the cache already.
 
     Args:
         pipe: a pipeline whose ``transformer`` is mindone's FluxTransformer2DModel.
-        config: a CacheConfig; None for the default. Applying again replaces it.
+        config: a CacheConfig; None for the default. Applying again replaces it, and compiles anew.
 
-    Raises ValueError for a pipeline of another model.
+    Raises TypeError for another config, ValueError for a pipeline of another model.
     """
+    check_config(config)
     config = config or CacheConfig()
     if isinstance(pipe, FluxPipeline):
         pipe.cache_config = config
@@ -372,8 +405,9 @@ def apply_cache_on_pipe(pipe, config=None):
     if not isinstance(transformer, FluxTransformer2DModel):
         raise ValueError(f"Unsupported model {type(transformer).__name__}; the cache is for FluxTransformer2DModel")
     prepare_device()
-    # Past DiffusionPipeline.__setattr__, which would write the stand-in's class into model_index.json.
-    pipe.__dict__["transformer"] = CachedTransformer(transformer, pipe.scheduler, config)
+    cached = CachedTransformer(transformer, config)
+    # Past DiffusionPipeline.__setattr__, which would write the stand-ins' classes into model_index.json.
+    pipe.__dict__.update(transformer=cached, scheduler=_ToldScheduler(pipe.scheduler, cached))
     return pipe
 
 
@@ -382,29 +416,16 @@ def remove_cache_from_pipe(pipe):
     if isinstance(pipe, FluxPipeline):
         pipe.cache_config = None
     elif isinstance(getattr(pipe, "transformer", None), CachedTransformer):
-        pipe.__dict__["transformer"] = pipe.transformer.release()
+        pipe.__dict__.update(transformer=pipe.transformer.transformer, scheduler=pipe.scheduler.scheduler)
 
 
 class CachedTransformer:
     """What stands in for a pipeline's transformer: for each latents' shape a cached copy that shares its weights."""
 
-    def __init__(self, transformer, scheduler, config):
-        self.transformer, self.cache_config = transformer, config
-        self.steps, self.active, self.branch = {}, None, BRANCHES[0]
-        self._scheduler, set_timesteps = scheduler, scheduler.set_timesteps
-
-        @wraps(set_timesteps)
-        def begin_generation(*args, **kwargs):
-            for step in self.steps.values():
-                step.cache_context.forget()
-            return set_timesteps(*args, **kwargs)
-
-        scheduler.set_timesteps = begin_generation
-
-    def release(self):
-        """The transformer itself, the scheduler as it was."""
-        del self._scheduler.set_timesteps
-        return self.transformer
+    def __init__(self, transformer, config):
+        self.transformer, self.cache_settings = transformer, config
+        self.steps, self.active = {}, None
+        self.branch, self.calls = None, 0
 
     def __getattr__(self, name):
         return getattr(self.transformer, name)
@@ -412,16 +433,35 @@ class CachedTransformer:
     @property
     def cache_stats(self):
         """The CacheStats of the last generation, None before the first."""
-        return self.active.cache_context.stats() if self.active else None
+        if self.active is None:
+            return None
+        stats = self.active.cache_context.stats()
+        return stats if stats.uncond.reused else replace(stats, uncond=None)
+
+    def begin_generation(self):
+        """The scheduler's word that a new generation begins."""
+        self.calls = 0
+        for step in self.steps.values():
+            step.cache_context.forget()
+
+    def end_step(self):
+        """The scheduler's word that a step is done."""
+        self.calls = 0
 
     @contextmanager
     def cache_context(self, name):
-        """mindone's name for a guidance branch, "cond" or "uncond"; pipelines that name none have one branch."""
+        """mindone's name for a guidance branch, "cond" or "uncond"; where none is given, the order of calls tells."""
         self.branch = name
-        yield
-        self.branch = BRANCHES[0]
+        try:
+            yield
+        finally:
+            self.branch = None
 
     def __call__(self, hidden_states, *args, **kwargs):
+        if self.calls == len(BRANCHES):
+            raise ValueError(f"Invalid cache state: more than {len(BRANCHES)} calls of the transformer in one step")
+        branch = self.branch or BRANCHES[self.calls]
+        self.calls += 1
         batch_size, seq_len, _ = hidden_states.shape
         key = (batch_size, seq_len, hidden_states.dtype)
         if key not in self.steps:
@@ -431,15 +471,35 @@ class CachedTransformer:
                 self.transformer.inner_dim,
                 branches=len(BRANCHES),
                 mindspore_dtype=hidden_states.dtype,
-                config=self.cache_config,
+                config=self.cache_settings,
             )
-            self.steps[key] = _CachedStep(self.transformer, context)
+            self.steps[key] = CachedStep(self.transformer, context)
         self.active = self.steps[key]
-        with self.active.cache_context(self.branch):
+        with _mode(True), self.active.cache_context(branch):
             return self.active(hidden_states, *args, **kwargs)
 
 
-class _CachedStep(nn.Cell):
+class _ToldScheduler:
+    """A pipeline's scheduler that tells the cache of generations and of steps."""
+
+    def __init__(self, scheduler, cached):
+        self.scheduler, self.cached = scheduler, cached
+
+    def __getattr__(self, name):
+        return getattr(self.scheduler, name)
+
+    @property
+    def set_timesteps(self):
+        # The scheduler's own method, since mindone's retrieve_timesteps reads its signature.
+        self.cached.begin_generation()
+        return self.scheduler.set_timesteps
+
+    def step(self, *args, **kwargs):
+        self.cached.end_step()
+        return self.scheduler.step(*args, **kwargs)
+
+
+class CachedStep(nn.Cell):
     """A transformer's own layers under FBCache_transformer_construct, with a CacheContext for one shape."""
 
     construct = FBCache_transformer_construct
@@ -450,6 +510,8 @@ class _CachedStep(nn.Cell):
         for name, cell in transformer.name_cells().items():
             self.insert_child_to_cell(name, cell)
         self.cache_context = cache_context
+        for parameter in cache_context.parameters():
+            self.insert_param_to_cell(parameter.name, parameter)
 
 
 @contextmanager

@@ -217,6 +217,7 @@ class CacheContext:
     def forget(self):
         """Makes the next step, of either branch, a generation's first."""
         ops.assign(self.timestep, ops.zeros_like(self.timestep))
+        ops.assign(self.step, ops.zeros_like(self.step))
 
     def decide(self, probe):
         """Whether this step is reused, and its relative difference or NOT_COMPARED; both are scalars.

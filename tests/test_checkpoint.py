@@ -6,7 +6,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from FBCache_ms import FluxPipeline
-from FBCache_ms.checkpoint import TINY_FLUX, check_checkpoint
+from FBCache_ms.checkpoint import TINY_FLUX, check_checkpoint, image_unit
 
 WEIGHTS = {
     "transformer": "diffusion_pytorch_model.safetensors",
@@ -64,18 +64,43 @@ def empty(path):
     path.write_bytes(b"")
 
 
-@pytest.mark.parametrize("damage", [cut, scramble, empty])
+def headless(path):
+    header = b'{"a": {"dtype": "F32"}}'
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+
+
+@pytest.mark.parametrize("damage", [cut, scramble, empty, headless])
 def test_damaged_weights_are_named(copy, damage):
     damage(copy / "vae" / WEIGHTS["vae"])
     with pytest.raises(OSError, match="vae.*damaged"):
         FluxPipeline.from_pretrained(str(copy))
 
 
-@pytest.mark.parametrize("file", ["model_index.json", "transformer/config.json"])
-def test_a_damaged_config_is_named(copy, file):
-    (copy / file).write_text("{")
-    with pytest.raises(OSError, match=f"{file}.*not JSON"):
+@pytest.mark.parametrize("file", ["model_index.json", "transformer/config.json", "tokenizer_2/tokenizer.json"])
+@pytest.mark.parametrize("content, named", [("{", "not JSON"), ("[]", "damaged")])
+def test_a_damaged_config_is_named(copy, file, content, named):
+    (copy / file).write_text(content)
+    with pytest.raises(OSError, match=f"{file}.*{named}"):
         FluxPipeline.from_pretrained(str(copy))
+
+
+@pytest.mark.parametrize("entry", [None, [], ["diffusers", "NoSuchClass"]])
+def test_a_component_that_the_index_does_not_name_rightly_is_named(copy, entry):
+    index = json.loads((copy / "model_index.json").read_text())
+    (copy / "model_index.json").write_text(json.dumps({**index, "vae": entry}))
+    with pytest.raises((OSError, ValueError), match="vae|NoSuchClass"):
+        FluxPipeline.from_pretrained(str(copy))
+
+
+def test_a_component_that_is_handed_over_is_not_compared_with_the_folder(pipe):
+    other = FluxPipeline.from_pretrained(str(TINY_FLUX), text_encoder_2=None, tokenizer_2=None, vae=pipe.vae)
+    assert other.text_encoder_2 is None and other.vae is pipe.vae
+
+
+def test_an_autoencoder_that_does_not_say_its_factor_is_named(copy):
+    (copy / "vae" / "config.json").write_text("{}")
+    with pytest.raises(OSError, match="block_out_channels"):
+        image_unit(copy)
 
 
 def test_a_missing_shard_is_named(copy):

@@ -142,19 +142,31 @@ def test_get_1d_rotary_pos_embed(dim, length):
 
 
 def check_cell(cell, expected, *arguments):
+    """Compares a cell, whose weights are random, with NumPy's result."""
+    before = ms.get_context("mode")
     for mode in (ms.GRAPH_MODE, ms.PYNATIVE_MODE):
         ms.set_context(mode=mode)
         got = cell(*map(ms.Tensor, arguments)).asnumpy()
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+    ms.set_context(mode=before)
+
+
+def with_random_weights(cell):
+    for parameter in cell.get_parameters():
+        parameter.set_data(ms.Tensor(random(*parameter.shape)))
+    return cell
 
 
 @pytest.mark.parametrize("shape", [(3, 8), (2, 4, 8)])
 def test_norm_cells(shape):
     x = random(*shape)
     expected = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
-    check_cell(mint.nn.LayerNorm(8, eps=1e-6), expected, x)
-    root_mean_square = np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
-    check_cell(cpu.normalization.RMSNorm(8, eps=1e-6), x / root_mean_square, x)
+    cell = with_random_weights(mint.nn.LayerNorm(8, eps=1e-6))
+    check_cell(cell, expected * cell.weight.asnumpy() + cell.bias.asnumpy(), x)
+    expected = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
+    check_cell(cpu.normalization.RMSNorm(8, eps=1e-6, elementwise_affine=False), expected, x)
+    cell = with_random_weights(cpu.normalization.RMSNorm(8, eps=1e-6, bias=True))
+    check_cell(cell, expected * cell.weight.asnumpy() + cell.bias.asnumpy(), x)
 
 
 @pytest.mark.parametrize("shape", [(4,), (2, 3)])
@@ -194,6 +206,80 @@ def test_ada_layer_norm_cells(kind, parts):
     normed = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
     normed = normed * (1 + scale[:, None]) + shift[:, None]
     check_cell(Parts(cell), np.concatenate([normed.reshape(2, -1), *others], 1), x, emb)
+
+
+def linear(cell, x):
+    return x @ cell.weight.asnumpy().T + cell.bias.asnumpy()
+
+
+def rms_norm(cell, x):
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * cell.weight.asnumpy()
+
+
+def rotate(x, cosine, sine):
+    pairs = x.reshape(*x.shape[:-1], -1, 2)
+    turned = np.stack([-pairs[..., 1], pairs[..., 0]], -1).reshape(x.shape)
+    return x * cosine[:, None] + turned * sine[:, None]
+
+
+class Attend(nn.Cell):
+    """Flux's attention as one tensor: text and image one after the other."""
+
+    def __init__(self, attention, text):
+        super().__init__()
+        self.attention, self.text = attention, text
+
+    def construct(self, x, cosine, sine):
+        if self.text == 0:
+            return self.attention(x, image_rotary_emb=(cosine, sine))
+        image, text = self.attention(x[:, self.text :], x[:, : self.text], image_rotary_emb=(cosine, sine))
+        return ops.concat((text, image), 1)
+
+
+@pytest.mark.parametrize("text", [0, 3], ids=["single", "double"])
+@pytest.mark.parametrize("batch, heads", [(1, 2), (2, 3)])
+def test_flux_attention(batch, heads, text):
+    width, length = heads * 4, 8
+    settings = {"added_kv_proj_dim": width, "context_pre_only": False} if text else {"pre_only": True}
+    cell = cpu.transformer_flux.FluxAttention(
+        query_dim=width, dim_head=4, heads=heads, out_dim=width, bias=True, eps=1e-6, **settings
+    )
+    with_random_weights(cell)
+    x, cosine, sine = random(batch, length, width), random(length, 4), random(length, 4)
+
+    def project(image, added):
+        parts = [linear(added, x[:, :text])] if text else []
+        return np.concatenate([*parts, linear(image, x[:, text:])], 1).reshape(batch, length, heads, 4)
+
+    def normed(values, image, added):
+        parts = [rms_norm(added, values[:, :text])] if text else []
+        return np.concatenate([*parts, rms_norm(image, values[:, text:])], 1)
+
+    added = ("add_q_proj", "add_k_proj", "add_v_proj", "norm_added_q", "norm_added_k", "to_add_out")
+    add_q, add_k, add_v, norm_add_q, norm_add_k, add_out = (getattr(cell, name, None) for name in added)
+    query = rotate(normed(project(cell.to_q, add_q), cell.norm_q, norm_add_q), cosine, sine).swapaxes(1, 2)
+    key = rotate(normed(project(cell.to_k, add_k), cell.norm_k, norm_add_k), cosine, sine).swapaxes(1, 2)
+    value = project(cell.to_v, add_v).swapaxes(1, 2)
+    attended = softmax(query @ key.swapaxes(-1, -2) / 2) @ value
+    expected = attended.swapaxes(1, 2).reshape(batch, length, width)
+    if text:
+        expected = np.concatenate([linear(add_out, expected[:, :text]), linear(cell.to_out[0], expected[:, text:])], 1)
+    check_cell(Attend(cell, text), expected, x, cosine, sine)
+
+
+@pytest.mark.parametrize("height, width", [(2, 3), (4, 4)])
+def test_the_autoencoders_attention(height, width):
+    cell = cpu.attention_processor.Attention(
+        8, heads=2, dim_head=4, bias=True, residual_connection=True, _from_deprecated_attn_block=True
+    )
+    with_random_weights(cell)
+    x = random(2, 8, height, width)
+    tokens = x.reshape(2, 8, -1).swapaxes(1, 2)
+    query, key, value = (
+        linear(part, tokens).reshape(2, -1, 2, 4).swapaxes(1, 2) for part in (cell.to_q, cell.to_k, cell.to_v)
+    )
+    attended = (softmax(query @ key.swapaxes(-1, -2) / 2) @ value).swapaxes(1, 2).reshape(2, -1, 8)
+    check_cell(cell, linear(cell.to_out[0], attended).swapaxes(1, 2).reshape(x.shape) + x, x)
 
 
 def test_install_is_idempotent():

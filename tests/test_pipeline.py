@@ -10,9 +10,17 @@ from PIL import Image
 
 import mindspore as ms
 
-from FBCache_ms import CacheConfig, CacheContext, FluxPipeline, apply_cache_on_pipe, remove_cache_from_pipe
+from FBCache_ms import (
+    CacheConfig,
+    CacheContext,
+    FluxDenoiseLoop,
+    FluxPipeline,
+    apply_cache_on_pipe,
+    remove_cache_from_pipe,
+)
 from FBCache_ms.checkpoint import TINY_FLUX
 from FBCache_ms.models.transformer_flux_withFBCache import FBCache_transformer_construct
+from FBCache_ms.pipeline_flux import CachedStep, watched
 
 PROMPT = "a big red circle in the center, blue background"
 OTHER = "a small green square on the left, black background"
@@ -40,10 +48,19 @@ def mindone_pipe():
 
 @pytest.fixture
 def graph_mode():
+    before = ms.get_context("mode")
     ms.set_context(mode=ms.GRAPH_MODE)
+    yield
+    ms.set_context(mode=before)
 
 
 CONFIG = CacheConfig(0.3, 1)
+
+
+def parts_of(pipe):
+    """A Flux pipeline's components, for another pipeline."""
+    optional = ("image_encoder", "feature_extractor")
+    return {name: part for name, part in pipe.components.items() if name not in optional}
 
 
 def test_a_generation_does_not_depend_on_what_ran_before(pipe, tmp_path):
@@ -69,15 +86,64 @@ def test_a_generation_does_not_depend_on_what_ran_before(pipe, tmp_path):
 
 
 def test_one_compilation_serves_every_prompt_seed_threshold_and_step_count(pipe, strict_graph_mode):
-    draw(pipe, cache_config=CONFIG)
-    before, reused = pipe.graph_compilations, set()
+    pipe, reused = FluxPipeline(**parts_of(pipe)), set()
+    pipe.set_progress_bar_config(disable=True)
     for index, threshold in enumerate((0, 0.05, 0.1, 0.2, 0.4, 1.0)):
         config = CacheConfig(threshold, 1, warmup_steps=index % 3)
         draw(pipe, (PROMPT, OTHER)[index % 2], latents=noise(index), num_inference_steps=5 + index, cache_config=config)
         reused.add(len(pipe.cache_stats.cached_steps))
         assert not pipe.cache_stats.reused[0]
-    assert pipe.graph_compilations == before
+    assert pipe.graph_compilations == 1
     assert len(reused) > 2
+
+
+def loop_inputs(steps):
+    """The loop's arguments up to start, for random latents and prompt embeddings."""
+    rng, sigmas = np.random.default_rng(0), np.append(np.linspace(1, 1 / steps, steps), 0)
+    ids = np.indices((1, 8, 8)).reshape(3, -1).T
+    arrays = rng.normal(size=(1, 64, 16)), rng.normal(size=(1, 1, 32, 64)), rng.normal(size=(1, 1, 64))
+    others = np.zeros((32, 3)), ids, [3.5], 1.0, sigmas[:-1] * 1000, sigmas
+    return [ms.Tensor(array, ms.float32) for array in (*arrays, *others)]
+
+
+def test_the_loop_goes_on_where_a_piece_of_it_stopped(pipe, strict_graph_mode):
+    loop = FluxDenoiseLoop(pipe.transformer, CacheContext(1, 64, 128, taylorseer_derivative=1))
+    latents, *inputs = loop_inputs(28)
+    knobs = ms.Tensor(0.3, ms.float32), ms.Tensor(0, ms.int32)
+
+    def run(latents, start, stop):
+        return loop(latents, *inputs, ms.Tensor(start, ms.int32), ms.Tensor(stop, ms.int32), *knobs)
+
+    whole = run(latents, 0, 28).asnumpy()
+    stats = loop.cache.stats()
+    pieces = run(run(latents, 0, 3), 3, 28).asnumpy()
+    np.testing.assert_array_equal(whole, pieces)
+    assert loop.cache.stats() == stats and stats.cached_steps
+    assert len(loop.compile_cache) == 1
+
+
+@pytest.mark.parametrize("repeat", [False, True])
+def test_controlnet_residuals_go_to_mindones_blocks(pipe, graph_mode, repeat):
+    transformer, rng = pipe.transformer, np.random.default_rng(0)
+    latents, embeds, pooled, text_ids, image_ids, guidance, *_ = loop_inputs(1)
+
+    def residuals(number):
+        return [ms.Tensor(rng.normal(size=(1, 64, 128)), ms.float32) for _ in range(number)]
+
+    arguments = {
+        "hidden_states": latents,
+        "encoder_hidden_states": embeds[0],
+        "pooled_projections": pooled[0],
+        "timestep": ms.Tensor([0.7], ms.float32),
+        "img_ids": image_ids,
+        "txt_ids": text_ids,
+        "guidance": guidance,
+        "controlnet_block_samples": residuals(3),
+        "controlnet_single_block_samples": residuals(2),
+        "controlnet_blocks_repeat": repeat,
+    }
+    step = CachedStep(transformer, CacheContext(1, 64, 128))
+    np.testing.assert_allclose(step(**arguments)[0].asnumpy(), transformer(**arguments)[0].asnumpy(), atol=1e-4)
 
 
 def test_pieces_of_the_loop_are_the_whole_loop_bit_for_bit(pipe):
@@ -117,6 +183,13 @@ def test_a_progress_bar_shows_each_step_when_asked_for(pipe, capfd):
     assert "5/5" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_progress_bar_is_for_people(pipe, monkeypatch, terminal):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    monkeypatch.setattr(pipe, "_progress_bar_config", {})
+    assert watched(pipe) is terminal
+
+
 def test_mindones_own_pipeline_takes_the_cached_step(pipe, mindone_pipe, graph_mode):
     transformer = mindone_pipe.transformer
     context = CacheContext(batch_size=1, seq_len=64, inner_dim=128, taylorseer_derivative=1, branches=2, config=CONFIG)
@@ -144,7 +217,7 @@ def test_the_cache_goes_on_and_off_any_pipeline(pipe, mindone_pipe, graph_mode):
         assert mindone_pipe.transformer.cache_stats.reused == pipe.cache_stats.reused
     remove_cache_from_pipe(mindone_pipe)
     remove_cache_from_pipe(mindone_pipe)
-    assert mindone_pipe.transformer is transformer and "set_timesteps" not in vars(scheduler)
+    assert mindone_pipe.transformer is transformer and mindone_pipe.scheduler is scheduler
     np.testing.assert_array_equal(plain, draw(mindone_pipe))
 
 
@@ -161,6 +234,30 @@ def test_an_applied_cache_forgets_a_generation_that_was_broken_off(mindone_pipe,
     draw(mindone_pipe, OTHER, sigmas=[0.6, 0.3], num_inference_steps=2)
     assert mindone_pipe.transformer.cache_stats.reused == (False, True)
     remove_cache_from_pipe(mindone_pipe)
+
+
+def test_an_applied_cache_tells_unnamed_guidance_branches_apart(pipe, graph_mode):
+    """mindone's image-to-image pipeline calls for both prompts and enters no cache_context."""
+    plain = mindone.diffusers.FluxImg2ImgPipeline(**parts_of(pipe))
+    plain.set_progress_bar_config(disable=True)
+    apply_cache_on_pipe(plain, CONFIG)
+    image = Image.new("RGB", (64, 64), "red")
+    settings = {"true_cfg_scale": 2.0, "negative_prompt": OTHER, "strength": 0.8, "max_sequence_length": 32}
+    plain(PROMPT, image=image, height=64, width=64, num_inference_steps=15, output_type="np", **settings)
+    stats = plain.transformer.cache_stats
+    assert len(stats.reused) == len(stats.uncond.reused) == 12
+    assert stats.cached_steps and stats.uncond.cached_steps and not stats.reused[0] and not stats.uncond.reused[0]
+    assert stats.residual_diffs != stats.uncond.residual_diffs
+    remove_cache_from_pipe(plain)
+
+
+def test_another_transformer_is_seen(pipe):
+    mine = FluxPipeline(**parts_of(pipe))
+    mine.set_progress_bar_config(disable=True)
+    before = draw(mine, num_inference_steps=2)
+    config = {name: value for name, value in pipe.transformer.config.items() if not name.startswith("_")}
+    mine.transformer = mindone.diffusers.FluxTransformer2DModel(**{**config, "num_layers": 1, "num_single_layers": 1})
+    assert np.abs(draw(mine, num_inference_steps=2) - before).max() > 0.01
 
 
 def test_another_model_is_refused_by_name():
@@ -215,7 +312,7 @@ def test_a_model_without_guidance_embedding_runs(pipe, mindone_pipe, graph_mode)
     config = {**pipe.transformer.config, "guidance_embeds": False, "num_layers": 1, "num_single_layers": 1}
     config = {name: value for name, value in config.items() if not name.startswith("_")}
     transformer = mindone.diffusers.FluxTransformer2DModel(**config)
-    parts = {**pipe.components, "transformer": transformer, "image_encoder": None, "feature_extractor": None}
+    parts = {**parts_of(pipe), "transformer": transformer}
     ours, theirs = FluxPipeline(**parts), mindone.diffusers.FluxPipeline(**parts)
     for each in (ours, theirs):
         each.set_progress_bar_config(disable=True)
@@ -243,7 +340,7 @@ def test_other_schedulers_run_uncached(pipe, caplog):
         assert draw(pipe, num_inference_steps=2).shape == (1, 64, 64, 3)
     finally:
         pipe.scheduler = scheduler
-    assert pipe.cache_stats is None
+    assert pipe.cache_stats is None and "without the cache" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -254,6 +351,9 @@ def test_other_schedulers_run_uncached(pipe, caplog):
         (PROMPT, {"width": -64}, "width"),
         (PROMPT, {"num_inference_steps": 0}, "num_inference_steps"),
         (PROMPT, {"num_inference_steps": 1001}, "num_inference_steps"),
+        (PROMPT, {"sigmas": []}, "num_inference_steps"),
+        (PROMPT, {"max_sequence_length": 513}, "max_sequence_length"),
+        ([PROMPT, OTHER], {"negative_prompt": [OTHER] * 3, "true_cfg_scale": 2.0}, "negative_prompt"),
         (PROMPT, {"callback_on_step_end_tensor_inputs": ["noise"]}, "noise"),
     ],
 )
@@ -265,6 +365,10 @@ def test_bad_input_is_refused_by_name(pipe, prompt, settings, named):
 def test_a_cache_config_of_another_type_is_refused_by_name(pipe):
     with pytest.raises(TypeError, match="cache_config"):
         draw(pipe, cache_config=0.1)
+    with pytest.raises(TypeError, match="cache_config"):
+        FluxPipeline.from_pretrained(str(TINY_FLUX), cache_config=0.1)
+    with pytest.raises(TypeError, match="cache_config"):
+        apply_cache_on_pipe(pipe, 0.1)
 
 
 def test_a_failed_call_leaves_the_pipeline_as_it_was(pipe):

@@ -4,8 +4,8 @@ install() puts them in the places of mint's functions and of mindone's cells. No
 anything, and on Ascend this module is never imported. A cell is replaced where it calls a Tensor method, such as
 x.chunk, that graph mode resolves out of Python's reach.
 
-Each was chosen by timing the 28-step loop with it (benchmarks/cpu_stand_ins.py), not by its name: GELU spelled out
-with a sigmoid, for one, takes a twentieth of the time of the CPU's own GeLU kernel.
+GELU and the normalisations, which take the time, were chosen by timing the 28-step loop with each candidate
+(benchmarks/cpu_stand_ins.py), not by name.
 """
 
 import math

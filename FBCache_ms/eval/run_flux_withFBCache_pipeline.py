@@ -13,16 +13,23 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
-from FBCache_ms.checkpoint import TINY_FLUX, check_checkpoint
+from FBCache_ms.checkpoint import TINY_FLUX, check_checkpoint, image_unit
 from FBCache_ms.config import PRESETS, CacheConfig
 
 COMPARE_RUNS = 3
 """With --compare, how often the cached and the uncached run are timed, in turn; their medians are reported."""
 
 
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, without the usage."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
+
+
 def parse_arguments(argv=None):
     """The command line, checked before anything is loaded; exits with 2 and one line if it is off."""
-    parser = argparse.ArgumentParser(prog="fbcache-flux", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="fbcache-flux", description=__doc__, allow_abbrev=False)
     add = parser.add_argument_group("model").add_argument
     add(
         "--ckpt",
@@ -75,7 +82,7 @@ def parse_arguments(argv=None):
         args.config = cache_config(args)
         check_arguments(args)
     except (OSError, TypeError, ValueError) as error:
-        parser.exit(2, f"{parser.prog}: error: {one_line(error)}\n")
+        parser.error(error)
     return args
 
 
@@ -95,6 +102,9 @@ def check_arguments(args):
             raise ValueError(f"--{name} must be 1 or more, not {getattr(args, name)}")
     if args.num_inference_steps > 1000:
         raise ValueError(f"--num_inference_steps must be at most 1000, not {args.num_inference_steps}")
+    for name in ("guidance_scale", "true_cfg_scale"):
+        if not math.isfinite(getattr(args, name)):
+            raise ValueError(f"--{name} must be a finite number, not {getattr(args, name)}")
     if args.seed < 0:
         raise ValueError(f"--seed must be 0 or more, not {args.seed}")
     if args.true_cfg_scale > 1 and args.negative_prompt is None:
@@ -103,8 +113,7 @@ def check_arguments(args):
         raise ValueError("--compare needs scikit-image; install FBCache_ms[eval]")
     check_checkpoint(args.ckpt)
     if args.image_size is not None:
-        vae = json.loads((args.ckpt / "vae" / "config.json").read_text(encoding="utf-8"))
-        unit = 2 ** len(vae["block_out_channels"])
+        unit = image_unit(args.ckpt)
         if min(args.image_size) < 1 or any(size % unit for size in args.image_size):
             raise ValueError(
                 f"--image_size must be positive multiples of {unit}, not {' '.join(map(str, args.image_size))}"
@@ -165,6 +174,8 @@ def compare(pipe, args, pictures):
     """run.json's "baseline", and the cached run's median denoise time; both are timed anew, in turn."""
     from FBCache_ms.eval.metrics import psnr, ssim
 
+    # The progress bar would run the loop in pieces and take time of its own.
+    pipe.set_progress_bar_config(disable=True)
     times = {"cached": [], "baseline": []}
     for _ in range(COMPARE_RUNS):
         reference = generate(pipe, args, None)
@@ -195,7 +206,11 @@ def write(save_path, pictures, report):
 def write_file(path, write_to):
     """Writes a file through ``write_to(stream)``, under its name only once it is whole."""
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as stream:
-        write_to(stream)
+        try:
+            write_to(stream)
+        except BaseException:
+            os.unlink(stream.name)
+            raise
     os.chmod(stream.name, 0o644)
     os.replace(stream.name, path)
 
@@ -231,6 +246,9 @@ def run(args):
         use_graph_mode=args.use_graph_mode,
     )
     load = time.perf_counter() - begin
+    reason = pipe.why_not_cached({})
+    if reason:
+        raise ValueError(f"checkpoint {args.ckpt} cannot run with the cache: {reason}")
     pictures = generate(pipe, args, args.config)
     stats, seconds, bytes_of_cache = pipe.cache_stats, dict(pipe.seconds), pipe.cache_bytes
     report = {

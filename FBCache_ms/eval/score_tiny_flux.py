@@ -1,6 +1,5 @@
 """Scores the embedded checkpoint: draws captions that training never saw and counts what the pictures show rightly."""
 
-import argparse
 import json
 import sys
 from collections import Counter
@@ -8,7 +7,7 @@ from pathlib import Path
 
 from FBCache_ms.checkpoint import TINY_FLUX, check_checkpoint
 from FBCache_ms.config import CacheConfig
-from FBCache_ms.eval.run_flux_withFBCache_pipeline import one_line, quiet, write_file
+from FBCache_ms.eval.run_flux_withFBCache_pipeline import Parser, quiet, write_file
 from FBCache_ms.eval.scenes import held_out_captions, parse_caption, score_picture
 
 BATCH = 20
@@ -17,7 +16,7 @@ ROW = 10
 
 def parse_arguments(argv=None):
     """The command line."""
-    parser = argparse.ArgumentParser(prog="score_tiny_flux", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="score_tiny_flux", description=__doc__, allow_abbrev=False)
     parser.add_argument("--ckpt", type=Path, default=TINY_FLUX, metavar="PATH")
     parser.add_argument("--limit", type=int, default=200, metavar="N", help="how many captions (default: 200)")
     parser.add_argument("--seed", type=int, default=0, help="of the captions and of the noise")
@@ -28,12 +27,13 @@ def parse_arguments(argv=None):
     args = parser.parse_args(argv)
     try:
         args.config = None if args.cache is None else CacheConfig.from_tag(args.cache)
-        if args.limit < 1:
-            raise ValueError(f"--limit must be 1 or more, not {args.limit}")
+        for name, low, high in (("limit", 1, 10_000), ("num_inference_steps", 1, 1000), ("seed", 0, 2**32)):
+            if not low <= getattr(args, name) <= high:
+                raise ValueError(f"--{name} must be in [{low}, {high}], not {getattr(args, name)}")
         check_checkpoint(args.ckpt)
         args.save_path.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
-        parser.exit(2, f"{parser.prog}: error: {one_line(error)}\n")
+        parser.error(error)
     return args
 
 

@@ -123,8 +123,11 @@ def FBCache_transformer_construct(
     """FluxTransformer2DModel.construct with the cache in it; takes and returns what mindone's takes and returns.
 
     Bind it with ``transformer.construct = MethodType(FBCache_transformer_construct, transformer)`` and set
-    ``transformer.cache_context`` to a CacheContext for the latents' shape. A generation starts where the timestep
-    rises.
+    ``transformer.cache_context`` to a CacheContext for the latents' shape, before its first call: a compiled graph
+    does not see that either was replaced (``transformer.compile_cache.clear()`` makes it look again), while
+    ``cache_context.configure(config)`` is always seen. A generation starts where the timestep rises. A caller with
+    true CFG has to enter ``transformer.cache_context("cond")`` and ``("uncond")`` around its calls, as mindone's
+    FluxPipeline does.
 
     Raises:
         ValueError: the latents' shape is not the CacheContext's.
