@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import json
+import logging
 import math
 import os
 import statistics
@@ -130,6 +131,7 @@ def quiet():
     os.environ.setdefault("GLOG_v", "3")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    logging.getLogger("mindone.transformers").setLevel(logging.ERROR)
     warnings.simplefilter("ignore", FutureWarning)
 
 

@@ -326,6 +326,9 @@ def export(work, out):
         transformer=model.transformer,
     )
     pipeline.save_pretrained(out)
+    config = json.loads((out / "vae" / "config.json").read_text())
+    config.pop("_name_or_path", None)
+    (out / "vae" / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def compile_blocks(model):
