@@ -392,9 +392,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints")
     parser.add_argument("--out", type=Path, required=True, help="where the finished pipeline goes")
-    parser.add_argument("--vae-steps", type=int, default=3000)
-    parser.add_argument("--flow-steps", type=int, default=10000)
-    parser.add_argument("--distill-steps", type=int, default=1500)
+    parser.add_argument("--vae-steps", type=int, default=2800)
+    parser.add_argument("--flow-steps", type=int, default=10400)
+    parser.add_argument("--distill-steps", type=int, default=800)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     if not (args.work / "tokenizer_2").exists():
