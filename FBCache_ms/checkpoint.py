@@ -79,6 +79,12 @@ def image_unit(folder):
     return 2 ** len(widths)
 
 
+def block_counts(folder):
+    """How many double and single blocks the transformer has: FLUX.1's 19 and 38 where its config does not say."""
+    config = _read_json(Path(folder) / "transformer" / "config.json")
+    return config.get("num_layers", 19), config.get("num_single_layers", 38)
+
+
 def _component_tensors(folder):
     files = sorted(folder.glob("*.safetensors"))
     for index in folder.glob("*.safetensors.index.json"):

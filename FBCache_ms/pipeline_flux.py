@@ -20,9 +20,11 @@ from mindspore import nn, ops
 
 from .checkpoint import check_checkpoint, check_fit
 from .config import CacheConfig
+from .flops import step_costs
 from .models.denoise_loop import FluxDenoiseLoop
 from .models.transformer_flux_withFBCache import FBCache_transformer_construct
-from .utils import BRANCHES, MAX_STEPS, CacheContext
+from .schedules import MAX_STEPS
+from .utils import BRANCHES, CacheContext, knobs
 
 logger = logging.get_logger(__name__)
 
@@ -31,6 +33,8 @@ _DEFAULT_TEXT_LENGTH = _SIGNATURE.parameters["max_sequence_length"].default
 
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 """A model's name on a hub; any other text is a folder's."""
+
+_CALL = signature(FBCache_transformer_construct)
 
 DEFAULT = object()
 """Stands for the pipeline's own cache_config, since None means no cache."""
@@ -48,6 +52,12 @@ def check_config(config):
     """Raises TypeError unless this is a CacheConfig or None."""
     if config is not None and not isinstance(config, CacheConfig):
         raise TypeError(f"cache_config must be a CacheConfig or None, not {config!r}")
+
+
+def refuse_stg(attention_kwargs):
+    """Raises ValueError if spatiotemporal guidance is asked for: its perturbed calls would mix with the others."""
+    if any(name.startswith(("stg", "skip_layer")) for name in attention_kwargs or ()):
+        raise ValueError("STG is not supported with FBCache yet")
 
 
 class FluxPipeline(MindoneFluxPipeline):
@@ -167,11 +177,12 @@ class FluxPipeline(MindoneFluxPipeline):
             raise ValueError(f"num_inference_steps must be in [1, {MAX_STEPS}], not {steps}")
         if arguments["max_sequence_length"] == _DEFAULT_TEXT_LENGTH and self.tokenizer_2 is not None:
             arguments["max_sequence_length"] = min(_DEFAULT_TEXT_LENGTH, self.tokenizer_2.model_max_length)
+        refuse_stg(arguments["joint_attention_kwargs"])
         config = self.cache_config if cache_config is DEFAULT else cache_config
         check_config(config)
         if config is None:
             # The pipeline's own order, so that switching the cache off compiles nothing.
-            config = replace(self.cache_config or CacheConfig(), residual_diff_threshold=0)
+            config = (self.cache_config or CacheConfig()).changed(warmup_steps=MAX_STEPS, warmup_interval=1)
         begin = time.perf_counter()
         with _mode(self.use_graph_mode):
             reason = self.why_not_cached(arguments)
@@ -208,15 +219,16 @@ class FluxPipeline(MindoneFluxPipeline):
                 return f"{name} is given"
         return None
 
-    def _loop_for(self, transformer, config, latents, branches):
+    def _loop_for(self, transformer, config, latents, text_len, branches, steps, sigmas):
         """The denoise loop for a shape and a structure; its compiled graphs live as long as the pipeline."""
         weights = list(transformer.get_parameters())
         if len(weights) != len(self._weights) or any(new is not old for new, old in zip(weights, self._weights)):
             # A compiled graph does not see that the transformer, or a layer of it, is another one now.
             self._loops, self._weights = {}, weights
         batch_size, seq_len, _ = latents.shape
-        key = (batch_size, seq_len, branches, config.taylorseer_derivative, latents.dtype)
+        key = (batch_size, seq_len, text_len, branches, latents.dtype, config.structure)
         if key not in self._loops:
+            config.check_blocks(transformer.config.num_layers, transformer.config.num_single_layers)
             context = CacheContext(
                 batch_size,
                 seq_len,
@@ -224,6 +236,9 @@ class FluxPipeline(MindoneFluxPipeline):
                 branches=branches,
                 mindspore_dtype=latents.dtype,
                 config=config,
+                text_len=text_len,
+                steps=steps,
+                sigmas=sigmas,
             )
             self._loops[key] = FluxDenoiseLoop(transformer, context)
         return self._loops[key]
@@ -283,9 +298,10 @@ class _WholeLoop:
         pipe, scheduler, config = self.pipe, self.scheduler, self.cache_config
         latents, prompt_embeds, pooled = hidden_states, encoder_hidden_states, pooled_projections
         negative, negative_pooled = self.negative_embeds(prompt_embeds, pooled)
-        loop = pipe._loop_for(self.transformer, config, latents, 1 if negative is None else 2)
-        pipe._loop = loop
         pipe._num_timesteps = steps = len(scheduler.timesteps)
+        branches, text_len, sigmas = 1 if negative is None else 2, prompt_embeds.shape[1], scheduler.sigmas.asnumpy()
+        loop = pipe._loop_for(self.transformer, config, latents, text_len, branches, steps, sigmas)
+        pipe._loop = loop
 
         constants = (
             txt_ids,
@@ -295,13 +311,13 @@ class _WholeLoop:
             padded(scheduler.timesteps, MAX_STEPS),
             padded(scheduler.sigmas, MAX_STEPS + 1),
         )
-        knobs = ms.Tensor(config.residual_diff_threshold, ms.float32), ms.Tensor(config.warmup_steps, ms.int32)
+        numbers = tuple(map(ms.Tensor, knobs(config, steps, sigmas)))
         pooled = ops.stack([pooled] if negative is None else [pooled, negative_pooled])
 
         def piece(latents, prompt_embeds, start, stop):
             embeds = ops.stack([prompt_embeds] if negative is None else [prompt_embeds, negative])
             bounds = ms.Tensor(start, ms.int32), ms.Tensor(stop, ms.int32)
-            return (latents, embeds, pooled, *constants, *bounds, *knobs)
+            return (latents, embeds, pooled, *constants, *bounds, *numbers)
 
         compile_begin, compiled_before = time.perf_counter(), len(loop.compile_cache)
         if pipe.use_graph_mode:
@@ -323,7 +339,9 @@ class _WholeLoop:
                     bar.update()
         latents.asnumpy()
         end = time.perf_counter()
-        pipe.cache_stats = loop.cache.stats()
+        batch_size, seq_len, _ = latents.shape
+        costs = step_costs(self.transformer.config, batch_size, seq_len, text_len)
+        pipe.cache_stats = loop.cache.stats(costs)
         done = len(pipe.cache_stats.reused)
         pipe.seconds = {
             "compile": denoise_begin - compile_begin,
@@ -405,7 +423,7 @@ def apply_cache_on_pipe(pipe, config=None):
     if not isinstance(transformer, FluxTransformer2DModel):
         raise ValueError(f"Unsupported model {type(transformer).__name__}; the cache is for FluxTransformer2DModel")
     prepare_device()
-    cached = CachedTransformer(transformer, config)
+    cached = CachedTransformer(transformer, config, pipe.scheduler)
     # Past DiffusionPipeline.__setattr__, which would write the stand-ins' classes into model_index.json.
     pipe.__dict__.update(transformer=cached, scheduler=_ToldScheduler(pipe.scheduler, cached))
     return pipe
@@ -422,10 +440,10 @@ def remove_cache_from_pipe(pipe):
 class CachedTransformer:
     """What stands in for a pipeline's transformer: for each latents' shape a cached copy that shares its weights."""
 
-    def __init__(self, transformer, config):
-        self.transformer, self.cache_settings = transformer, config
+    def __init__(self, transformer, config, scheduler):
+        self.transformer, self.cache_settings, self.scheduler = transformer, config, scheduler
         self.steps, self.active = {}, None
-        self.branch, self.calls = None, 0
+        self.branch, self.calls, self.begun = None, 0, False
 
     def __getattr__(self, name):
         return getattr(self.transformer, name)
@@ -435,12 +453,12 @@ class CachedTransformer:
         """The CacheStats of the last generation, None before the first."""
         if self.active is None:
             return None
-        stats = self.active.cache_context.stats()
+        stats = self.active.cache_context.stats(self.costs)
         return stats if stats.uncond.reused else replace(stats, uncond=None)
 
     def begin_generation(self):
         """The scheduler's word that a new generation begins."""
-        self.calls = 0
+        self.calls, self.begun = 0, False
         for step in self.steps.values():
             step.cache_context.forget()
 
@@ -462,21 +480,39 @@ class CachedTransformer:
             raise ValueError(f"Invalid cache state: more than {len(BRANCHES)} calls of the transformer in one step")
         branch = self.branch or BRANCHES[self.calls]
         self.calls += 1
-        batch_size, seq_len, _ = hidden_states.shape
-        key = (batch_size, seq_len, hidden_states.dtype)
+        given = _CALL.bind(None, hidden_states, *args, **kwargs).arguments
+        refuse_stg(given.get("joint_attention_kwargs"))
+        text_len = given["encoder_hidden_states"].shape[1]
+        self.active = self.step_for(hidden_states, text_len)
+        with _mode(True), self.active.cache_context(branch):
+            return self.active(hidden_states, *args, **kwargs)
+
+    def step_for(self, latents, text_len):
+        """The cached step for these shapes, told of the generation's steps at its first call."""
+        batch_size, seq_len, _ = latents.shape
+        key = (batch_size, seq_len, text_len, latents.dtype)
+        begin = self.scheduler.begin_index or 0
+        steps, sigmas = len(self.scheduler.timesteps) - begin, self.scheduler.sigmas.asnumpy()[begin:]
         if key not in self.steps:
+            layers = self.transformer.config
+            self.cache_settings.check_blocks(layers.num_layers, layers.num_single_layers)
             context = CacheContext(
                 batch_size,
                 seq_len,
                 self.transformer.inner_dim,
                 branches=len(BRANCHES),
-                mindspore_dtype=hidden_states.dtype,
+                mindspore_dtype=latents.dtype,
                 config=self.cache_settings,
+                text_len=text_len,
+                steps=steps,
+                sigmas=sigmas,
             )
             self.steps[key] = CachedStep(self.transformer, context)
-        self.active = self.steps[key]
-        with _mode(True), self.active.cache_context(branch):
-            return self.active(hidden_states, *args, **kwargs)
+        elif not self.begun:
+            self.steps[key].cache_context.configure(self.cache_settings, steps, sigmas)
+        self.begun = True
+        self.costs = step_costs(self.transformer.config, batch_size, seq_len, text_len)
+        return self.steps[key]
 
 
 class _ToldScheduler:

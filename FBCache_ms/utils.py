@@ -7,12 +7,11 @@ from typing import Optional, Tuple
 import numpy as np
 
 import mindspore as ms
-from mindspore import Parameter, mint, ops
+from mindspore import Parameter, ops
 
+from . import rules
 from .config import CacheConfig
-
-MAX_STEPS = 1000
-"""Length of the trace: Flux is trained on 1000 timesteps, no schedule has more."""
+from .schedules import ASK, MAX_STEPS, REUSE, row
 
 BRANCHES = ("cond", "uncond")
 """mindone's names for the two guidance branches of true CFG."""
@@ -20,20 +19,71 @@ BRANCHES = ("cond", "uncond")
 NOT_COMPARED = -1.0
 """Stands in the trace for the difference of a step that was not compared; a real one is never negative."""
 
+COMPUTED, REUSED, NOT_REACHED = 0, 1, -1
+"""What the trace says of a step; a gate inside another is not reached while the outer one reuses."""
+
+_NUMBERS = 11
+_MAX_CACHED, _MAX_CONSECUTIVE, _MAX_ACCUMULATED, _SIGMA, _THRESHOLD, _COEFFICIENTS = 0, 1, 2, 3, 4, 6
+"""Places in a gate's row of numbers: two thresholds, five coefficients."""
+
+
+@dataclass(frozen=True)
+class GateStats:
+    """What one gate did in one generation.
+
+    Args:
+        name: the gate's, for instance "fbcache", or "double" and "single".
+        reused: an entry a step: true where its blocks were skipped, None where an outer gate had skipped them already.
+        residual_diffs: one relative difference a step, None where the step was not compared.
+    """
+
+    name: str
+    reused: Tuple[Optional[bool], ...]
+    residual_diffs: Tuple[Optional[float], ...]
+
+    @property
+    def computed_steps(self):
+        """Indices of the steps at which the gate's blocks ran."""
+        return [step for step, reused in enumerate(self.reused) if reused is False]
+
+    @property
+    def cached_steps(self):
+        """Indices of the steps at which the gate skipped its blocks."""
+        return [step for step, reused in enumerate(self.reused) if reused]
+
+    @property
+    def run_lengths(self):
+        """How many reuses followed each other, in order: [2, 1] for computed, reused, reused, computed, reused."""
+        marks = "".join("r" if reused else " " for reused in self.reused)
+        return [len(run) for run in marks.split()]
+
 
 @dataclass(frozen=True)
 class CacheStats:
-    """What one generation did.
+    """What one generation did; ``print`` shows a table.
 
     Args:
-        reused: one bool a step, true where the step was reused.
-        residual_diffs: one relative difference a step, None where the step was not compared.
+        gates: a GateStats each.
+        skipped: share of the denoise loop's floating-point operations that was skipped, in [0, 1]; None if unknown.
         uncond: the same for true CFG's negative branch, None without it.
     """
 
-    reused: Tuple[bool, ...]
-    residual_diffs: Tuple[Optional[float], ...]
+    gates: Tuple[GateStats, ...]
+    skipped: Optional[float] = None
     uncond: Optional["CacheStats"] = None
+
+    @property
+    def reused(self):
+        """One bool a step, true where any gate skipped blocks."""
+        return tuple(any(step) for step in zip(*(gate.reused for gate in self.gates)))
+
+    @property
+    def residual_diffs(self):
+        """The first gate's differences, or those of the gate within it where it has none."""
+        return tuple(
+            next((diff for diff in step if diff is not None), None)
+            for step in zip(*(gate.residual_diffs for gate in self.gates))
+        )
 
     @property
     def computed_steps(self):
@@ -42,50 +92,362 @@ class CacheStats:
 
     @property
     def cached_steps(self):
-        """Indices of the steps that ran the first block alone."""
+        """Indices of the steps at which blocks were skipped."""
         return [step for step, reused in enumerate(self.reused) if reused]
 
+    def __str__(self):
+        rows = [("branch", "gate", "computed", "reused", "longest run", "differences")]
+        for branch, stats in zip(BRANCHES, (self, self.uncond)):
+            for gate in stats.gates if stats else ():
+                diffs = [diff for diff in gate.residual_diffs if diff is not None]
+                spread = f"{min(diffs):.3f} .. {max(diffs):.3f}" if diffs else "-"
+                counts = len(gate.computed_steps), len(gate.cached_steps), max(gate.run_lengths, default=0)
+                rows.append((branch, gate.name, *map(str, counts), spread))
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in rows]
+        if self.skipped is not None:
+            lines.append(f"{self.skipped:.1%} of the operations skipped")
+        return "\n".join(lines)
 
-def relative_difference(reference, probe):
-    """mean|reference - probe| / mean|reference| over all elements, in float32 (ParaAttention, first_block_cache)."""
-    reference, probe = reference.astype(ms.float32), probe.astype(ms.float32)
-    return mint.abs(reference - probe).mean() / mint.abs(reference).mean()
 
-
-def finite_differences(residual, derivatives, filled, gap):
-    """TaylorSeer's update on a computed step (arXiv 2503.06923, eq. 4).
-
-    D'_0 = residual, D'_{i+1} = (D'_i - D_i) / gap for the orders that were valid, 0 above them.
+@dataclass(frozen=True)
+class GatePlan:
+    """One gate of a configuration.
 
     Args:
-        residual: (B, S, D), the skipped span's residual at this step.
-        derivatives: (K, B, S, D), the differences of the last computed step, newest first order 0.
-        filled: how many of them are valid, a scalar in [0, K].
-        gap: steps since the last computed one, a scalar of at least 1.
+        name: for its buffers and the trace.
+        stack: "all", "double" or "single": which blocks ``first`` and ``last`` are counted in.
+        first, last: so many blocks at either end of the stack run outside the span; the first ones make the probe.
+        rules: names in rules.WHEN, all of which have to agree; none for a static schedule.
+        inner: the gates within the span, asked when this one computes.
     """
-    orders = (residual.astype(ms.float32),)
-    for order in range(derivatives.shape[0] - 1):
-        difference = (orders[order] - derivatives[order].astype(ms.float32)) / gap
-        orders = orders + (ops.where(order < filled, difference, 0.0),)
-    return mint.stack(orders, 0).astype(derivatives.dtype)
+
+    name: str
+    stack: str
+    first: int
+    last: int
+    rules: Tuple[str, ...]
+    inner: Tuple["GatePlan", ...] = ()
+
+    @property
+    def needs_text(self):
+        """Whether blocks run behind the span: only then is the text stream's residual needed."""
+        return self.stack == "double" or self.last > 0
+
+    @property
+    def probes_text(self):
+        """Whether the probe is of both streams, text first (Nunchaku's single gate)."""
+        return self.stack == "single"
 
 
-def taylor_forecast(derivatives, distance):
-    """sum_i distance^i / i! * D_i in float32, (B, S, D); derivatives is (K, B, S, D) (arXiv 2503.06923, eq. 2)."""
-    weight = mint.ones_like(distance)
-    forecast = derivatives[0].astype(ms.float32)
-    for order in range(1, derivatives.shape[0]):
-        weight = weight * distance / order
-        forecast = forecast + weight * derivatives[order].astype(ms.float32)
-    return forecast
+def plan(config):
+    """The gates of a configuration, in the order of their spans."""
+    gate, first, last = config.gate, config.Fn_compute_blocks, config.Bn_compute_blocks
+    tests = {"fbcache_and_teacache": ("fbcache", "teacache"), "static": ()}.get(gate, (gate,))
+    if config.span == "stacks":
+        return GatePlan("double", "double", 1, 0, tests), GatePlan("single", "single", 1, 0, tests)
+    if config.span == "single":
+        return (GatePlan(gate, "single", 0, 0, tests),)
+    if gate == "fbcache_or_teacache":
+        inner = GatePlan("fbcache", "all", first, last, ("fbcache",))
+        return (GatePlan("teacache", "all", 0, last, ("teacache",), (inner,)),)
+    return (GatePlan(gate, "all", first, last, tests),)
+
+
+def every_gate(plans):
+    """The plans and those within them, outer before inner."""
+    return tuple(gate for outer in plans for gate in (outer, *every_gate(outer.inner)))
+
+
+def knobs(config, steps, sigmas=None):
+    """A configuration's numbers as the graph's inputs, NumPy arrays.
+
+    Args:
+        config: the CacheConfig.
+        steps: N, the generation's number of steps, in [1, 1000].
+        sigmas: (N,) or longer, the noise levels; for forecast_coordinate="sigma" only.
+
+    Returns:
+        schedule (G, 1000), int32: COMPUTE, REUSE or ASK for each gate and step.
+        coordinates (1000,), float32: where each step lies for the forecast.
+        numbers (G, 11), float32: limits, HiCache's contraction, thresholds, TeaCache's polynomial, highest power first.
+    """
+    if config.forecast_coordinate == "sigma" and sigmas is None:
+        raise ValueError("forecast_coordinate 'sigma' needs the schedule's sigmas")
+    gates = every_gate(plan(config))
+    schedule = np.full((len(gates), MAX_STEPS), ASK, np.int32)
+    numbers = np.zeros((len(gates), _NUMBERS), np.float32)
+    for index, gate in enumerate(gates):
+        thresholds = [
+            (
+                config.teacache_threshold
+                if rule == "teacache"
+                else config.residual_diff_threshold_single if gate.name == "single" else config.residual_diff_threshold
+            )
+            for rule in gate.rules
+        ]
+        schedule[index, :steps] = row(config, steps, min(thresholds, default=0), "teacache" in gate.rules)
+        limits = (
+            config.max_cached_steps,
+            config.max_consecutive_cache_hits,
+            config.max_accumulated_residual_diff or -1,
+        )
+        if gate.name == "teacache":
+            limits = (*limits[:2], -1)
+        coefficients = (0.0,) * (5 - len(config.teacache_coefficients)) + config.teacache_coefficients
+        numbers[index, :_SIGMA] = [np.inf if limit < 0 else limit for limit in limits]
+        numbers[index, _SIGMA] = config.hicache_sigma
+        numbers[index, _THRESHOLD : _THRESHOLD + len(thresholds)] = [
+            np.inf if threshold == 1 and rule != "teacache" else threshold
+            for rule, threshold in zip(gate.rules, thresholds)
+        ]
+        numbers[index, _COEFFICIENTS:] = coefficients
+    coordinates = np.arange(MAX_STEPS, dtype=np.float32)
+    if config.forecast_coordinate == "sigma":
+        coordinates[:steps] = np.asarray(sigmas)[:steps]
+    return schedule, coordinates, numbers
+
+
+@ms.jit_class
+class Buffer:
+    """A static tensor that the graph keeps on the device, one for each guidance branch."""
+
+    def __init__(self, name, shape, initial, dtype, branch, branches):
+        self.initial, self.branch, self.branches = initial, branch, branches
+        shape = shape if branches == 1 else (branches, *shape)
+        self.value = Parameter(ms.Tensor(np.full(shape, initial), dtype), name=f"cache_{name}", requires_grad=False)
+
+    def read(self):
+        """The active branch's part."""
+        if self.branches == 1:
+            return self.value
+        return ops.gather(self.value, self.branch, 0)
+
+    def write(self, value):
+        """Replaces the active branch's part."""
+        value = value.astype(self.value.dtype)
+        if self.branches > 1:
+            rows = ops.arange(self.branches).reshape((-1,) + (1,) * value.ndim)
+            value = ops.where(rows == self.branch, value.expand_dims(0), self.value)
+        ops.assign(self.value, value)
+
+    def reset(self):
+        """Puts the active branch's part back to where a generation starts."""
+        self.write(ops.full_like(self.read(), self.initial))
+
+
+@ms.jit_class
+class Differences:
+    """A tensor's finite differences over the computed steps, (K, *shape), order 0 first."""
+
+    def __init__(self, derivatives):
+        self.derivatives = derivatives
+
+    def update(self, value, filled, gaps):
+        """Takes over the value at a computed step."""
+        self.derivatives.write(rules.finite_differences(value, self.derivatives.read(), filled, gaps))
+
+    def forecast(self, weights):
+        """What the tensor is expected to be, in float32."""
+        return rules.weighted_sum(weights, self.derivatives.read())
+
+
+@ms.jit_class
+class Counters:
+    """Reuses in a row and in all; a gate and those within it count together."""
+
+    def __init__(self, run, total):
+        self.run, self.total = run, total
+
+    def hit(self):
+        """Counts a reuse."""
+        self.run.write(self.run.read() + 1)
+        self.total.write(self.total.read() + 1)
+
+    def miss(self):
+        """Counts a computed step."""
+        self.run.write(ops.zeros_like(self.run.read()))
+
+
+@ms.jit_class
+class Knobs:
+    """The step's number and every number of the configuration: inputs of the graph, not constants of it."""
+
+    def __init__(self, gates, step):
+        self.step = step
+        self.schedule = Parameter(ms.Tensor(np.zeros(gates * MAX_STEPS), ms.int32), "cache_schedule", False)
+        self.coordinates = Parameter(ms.Tensor(np.zeros(MAX_STEPS), ms.float32), "cache_coordinates", False)
+        self.numbers = Parameter(ms.Tensor(np.zeros((gates, _NUMBERS)), ms.float32), "cache_numbers", False)
+
+    def set(self, schedule, coordinates, numbers):
+        """Takes over what knobs() gives, inside the graph or outside.
+
+        By assign, not by set_data: a compiled graph with a branch in it goes on with the old memory after set_data
+        (MindSpore 2.7.0, CPU).
+        """
+        ops.assign(self.schedule, schedule.reshape(-1))
+        ops.assign(self.coordinates, coordinates)
+        ops.assign(self.numbers, numbers)
+
+    def action(self, gate):
+        """COMPUTE, REUSE or ASK for this step."""
+        return ops.gather(self.schedule, self.step.read() + gate * MAX_STEPS, 0)
+
+    def x(self):
+        """This step's coordinate."""
+        return ops.gather(self.coordinates, self.step.read(), 0)
+
+
+@ms.jit_class
+class Gate:
+    """A decision for a span of blocks: the rules that make it, the span's residual, and what has been decided."""
+
+    def __init__(self, plan, index, config, shape, text_len, dtype, knobs, counters, buffer):
+        batch, tokens, width = shape
+        self.name, self.index, self.knobs, self.counters = plan.name, index, knobs, counters
+        self.stack, self.first, self.last = plan.stack, plan.first, plan.last
+        self.rules, self.needs_text, self.probes_text = plan.rules, plan.needs_text, plan.probes_text
+        self.orders, self.forecast_rule = config.taylorseer_derivative + 1, config.forecast
+        self.probe, self.factor, self.batch_reduction = config.probe, config.downsample_factor, config.batch_reduction
+
+        def named(name, shape, initial=0, dtype=ms.float32):
+            return buffer(f"{plan.name}_{name}", shape, initial, dtype)
+
+        def differences(name, shape):
+            return Differences(named(name, (self.orders, *shape), dtype=dtype))
+
+        self.filled = named("filled", (), dtype=ms.int32)
+        self.nodes = named("nodes", (self.orders,))
+        self.residual = differences("derivatives", shape)
+        self.text_residual = differences("text_derivatives", (batch, text_len, width)) if plan.needs_text else None
+        probe_shape = (batch, tokens + text_len * plan.probes_text, -(-width // self.factor))
+        self.forecasts_probe = "cg_taylor" in plan.rules or config.forecast == "dicache"
+        self.probe_differences = differences("probes", probe_shape) if self.forecasts_probe else None
+        self.references = tuple(
+            (
+                None
+                if rules.REFERENCES[rule] == "forecast"
+                else named(f"{rule}_reference", shape if rule == "teacache" else probe_shape, dtype=dtype)
+            )
+            for rule in plan.rules
+        )
+        self.sums = tuple(named(f"{rule}_sum", ()) for rule in plan.rules)
+        self.compared = named("compared", ())
+        self.reused = named("reused", (MAX_STEPS,), NOT_REACHED, ms.int32)
+        self.diffs = named("diffs", (MAX_STEPS,), NOT_COMPARED)
+        self.inner = tuple(
+            Gate(within, index + 1 + place, config, shape, text_len, dtype, knobs, counters, buffer)
+            for place, within in enumerate(plan.inner)
+        )
+
+    def span(self, doubles, singles):
+        """The blocks (start, stop) that a reuse stands for, doubles and singles counted together."""
+        start = doubles if self.stack == "single" else 0
+        stop = doubles if self.stack == "double" else doubles + singles
+        return start + self.first, stop - self.last
+
+    def number(self, place):
+        """One of the gate's numbers."""
+        return self.knobs.numbers[self.index, place]
+
+    def decide(self, probes):
+        """Whether this step is reused, a scalar; probes has one tensor for each rule.
+
+        What the schedule says comes first; where it asks, something must be stored, no limit reached, and every rule's
+        score strictly below its threshold (cache-dit 1.5.3, can_cache, whose order of tests this is).
+        """
+        action, stored, counters = self.knobs.action(self.index), self.filled.read() > 0, self.counters
+        asked = ops.logical_and(action == ASK, stored)
+        asked = ops.logical_and(asked, counters.total.read() < self.number(_MAX_CACHED))
+        asked = ops.logical_and(asked, counters.run.read() < self.number(_MAX_CONSECUTIVE))
+        asked = ops.logical_and(asked, self.compared.read() < self.number(_MAX_ACCUMULATED))
+        agreed, differences, scores = asked, (), ()
+        for place in range(len(self.rules)):
+            rule, probe = self.rules[place], probes[place]
+            difference = rules.relative_difference(self.reference(place), probe, self.batch_reduction)
+            score = rules.SCORES[rule](difference, self.sums[place].read(), self.coefficients(rule))
+            agreed = ops.logical_and(agreed, score < self.number(_THRESHOLD + place))
+            differences, scores = differences + (difference,), scores + (score,)
+        reuse = ops.logical_or(agreed, ops.logical_and(action == REUSE, stored))
+        for place in range(len(self.rules)):
+            if rules.REFERENCES[self.rules[place]] == "previous":
+                self.references[place].write(probes[place])
+                self.sums[place].write(ops.where(reuse, scores[place], 0.0))
+        self.trace(reuse, asked, differences)
+        return reuse
+
+    def reference(self, place):
+        """What a rule compares the probe with."""
+        if rules.REFERENCES[self.rules[place]] == "forecast":
+            return self.probe_differences.forecast(self.weights(1.0))
+        return self.references[place].read()
+
+    def coefficients(self, rule):
+        """TeaCache's polynomial, highest power first."""
+        if rule != "teacache":
+            return ()
+        return tuple([self.number(_COEFFICIENTS + power) for power in range(5)])
+
+    def trace(self, reuse, asked, differences):
+        """Writes down the decision, and the first rule's difference if the gate was asked."""
+        here = ops.arange(MAX_STEPS) == self.knobs.step.read()
+        self.reused.write(ops.where(here, reuse.astype(ms.int32), self.reused.read()))
+        if len(differences) > 0:
+            difference = ops.where(asked, differences[0], NOT_COMPARED)
+            self.diffs.write(ops.where(here, difference, self.diffs.read()))
+            summed = ops.logical_and(asked, ops.isfinite(difference))
+            self.compared.write(self.compared.read() + ops.where(summed, difference, 0.0))
+
+    def weights(self, ratio):
+        """The forecast's weights at this step, a scalar for each order."""
+        return rules.WEIGHTS[self.forecast_rule](self.knobs.x(), self.last_nodes(), self.number(_SIGMA), ratio)
+
+    def last_nodes(self):
+        """The coordinates of the last computed steps, newest first."""
+        nodes = self.nodes.read()
+        return tuple([nodes[order] for order in range(self.orders)])
+
+    def forecast(self, probes):
+        """The span's residual at this step in float32: (image stream, text stream or None)."""
+        ratio = 1.0
+        if self.forecast_rule == "dicache":
+            nodes = self.last_nodes()
+            ratio = rules.probe_ratio(probes[0], self.probe_differences.derivatives.read(), nodes[0] - nodes[1])
+        weights = self.weights(ratio)
+        if self.needs_text:
+            return self.residual.forecast(weights), self.text_residual.forecast(weights)
+        return self.residual.forecast(weights), None
+
+    def stats(self, steps, branch):
+        """The trace of the first ``steps`` steps of a guidance branch, a GateStats."""
+        reused, diffs = (
+            buffer.value.asnumpy().reshape(-1, MAX_STEPS)[branch, :steps] for buffer in (self.reused, self.diffs)
+        )
+        decisions = tuple(None if mark == NOT_REACHED else mark == REUSED for mark in reused.tolist())
+        return GateStats(self.name, decisions, tuple(None if diff == NOT_COMPARED else diff for diff in diffs.tolist()))
+
+    def store(self, probes, residual, text_residual):
+        """Takes over a computed step: its probes as the references, what the span added into the differences."""
+        filled, x, nodes = self.filled.read(), self.knobs.x(), self.last_nodes()
+        gaps = rules.GAPS[self.forecast_rule](x, nodes)
+        self.residual.update(residual, filled, gaps)
+        if self.needs_text:
+            self.text_residual.update(text_residual, filled, gaps)
+        if self.forecasts_probe:
+            self.probe_differences.update(probes[0], filled, gaps)
+        for place in range(len(self.rules)):
+            if rules.REFERENCES[self.rules[place]] == "computed":
+                self.references[place].write(probes[place])
+        self.nodes.write(ops.stack((x,) + nodes[:-1]))
+        self.filled.write(ops.minimum(filled + 1, self.orders))
 
 
 @ms.jit_class
 class CacheContext:
-    """The preallocated state of First-Block Cache with TaylorSeer, for one shape.
+    """The preallocated state of one generation's cache, for one shape.
 
     Every value that a generation changes is a Parameter, so that the compiled graph keeps it on the device, and
-    reset() puts all of them back. The settings are Parameters too: changing them compiles nothing.
+    reset() puts all of them back. The configuration's numbers are Parameters too: changing them compiles nothing.
 
     Args:
         batch_size: B, latents per call.
@@ -94,11 +456,14 @@ class CacheContext:
         taylorseer_derivative: order of the forecast, 0 for plain reuse.
         branches: 1, or 2 for true CFG, which caches its positive and its negative prompt apart; every buffer then has
             a leading axis of that length.
-        mindspore_dtype: dtype of the two large buffers; computations are in float32 whatever it is.
-        config: settings to start with; its order is taylorseer_derivative's default.
+        mindspore_dtype: dtype of the large buffers; computations are in float32 whatever it is.
+        config: the CacheConfig to start with; its order is taylorseer_derivative's default.
+        text_len: T, text tokens; only where blocks run behind the span, or the single stack has a gate of its own.
+        steps, sigmas: as in configure.
 
     Raises:
-        ValueError: a size is below 1, branches is neither 1 nor 2, or config and taylorseer_derivative disagree.
+        ValueError: a size is below 1, branches is neither 1 nor 2, text_len or steps is missing, or config and
+            taylorseer_derivative disagree.
     """
 
     def __init__(
@@ -110,6 +475,9 @@ class CacheContext:
         branches=1,
         mindspore_dtype=ms.float32,
         config=None,
+        text_len=0,
+        steps=None,
+        sigmas=None,
     ):
         for name, size in {"batch_size": batch_size, "seq_len": seq_len, "inner_dim": inner_dim}.items():
             if size < 1:
@@ -118,49 +486,57 @@ class CacheContext:
             raise ValueError(f"branches must be 1 or 2, not {branches}")
         if config is None:
             config = CacheConfig(taylorseer_derivative=taylorseer_derivative or 0)
-        if taylorseer_derivative is None:
-            taylorseer_derivative = config.taylorseer_derivative
-        self.taylorseer_derivative = taylorseer_derivative
-        self.shape = (batch_size, seq_len, inner_dim)
-        self.branches = branches
-
-        def state(name, shape, initial, dtype):
-            shape = shape if branches == 1 else (branches, *shape)
-            return Parameter(ms.Tensor(np.full(shape, initial), dtype), name=f"cache_{name}", requires_grad=False)
-
-        self.first_residual = state("first_residual", self.shape, 0, mindspore_dtype)
-        self.derivatives = state("derivatives", (self.taylorseer_derivative + 1, *self.shape), 0, mindspore_dtype)
-        self.filled = state("filled", (), 0, ms.int32)
-        self.step = state("step", (), 0, ms.int32)
-        self.last = state("last", (), 0, ms.int32)
-        self.run = state("run", (), 0, ms.int32)
-        self.total = state("total", (), 0, ms.int32)
-        self.reused = state("reused", (MAX_STEPS,), 0, ms.int32)
-        self.diffs = state("diffs", (MAX_STEPS,), NOT_COMPARED, ms.float32)
-        self.timestep = state("timestep", (), 0, ms.float32)
-
-        self.branch = Parameter(ms.Tensor(0, ms.int32), name="cache_branch", requires_grad=False)
-        self.residual_diff_threshold = Parameter(ms.Tensor(0, ms.float32), name="cache_threshold", requires_grad=False)
-        self.warmup_steps = Parameter(ms.Tensor(0, ms.int32), name="cache_warmup_steps", requires_grad=False)
-        self.configure(config)
-
-    def configure(self, config):
-        """Takes over a CacheConfig's numbers. Raises ValueError if its order is not this context's."""
-        if config.taylorseer_derivative != self.taylorseer_derivative:
+        if taylorseer_derivative not in (None, config.taylorseer_derivative):
             raise ValueError(
-                f"taylorseer_derivative is {config.taylorseer_derivative} in the config, but this CacheContext was "
-                f"made for {self.taylorseer_derivative}; make another one"
+                f"taylorseer_derivative is {taylorseer_derivative}, but {config.taylorseer_derivative} in the config"
             )
-        self.set_knobs(ms.Tensor(config.residual_diff_threshold, ms.float32), ms.Tensor(config.warmup_steps, ms.int32))
+        plans = plan(config)
+        if text_len < 1 and any(gate.needs_text or gate.probes_text for gate in every_gate(plans)):
+            raise ValueError(f"text_len must be 1 or more for {config}, not {text_len}")
+        self.structure, self.branches = config.structure, branches
+        self.shape, self.text_len = (batch_size, seq_len, inner_dim), text_len
+        self.branch = Parameter(ms.Tensor(0, ms.int32), name="cache_branch", requires_grad=False)
+        buffers = []
 
-    def set_knobs(self, residual_diff_threshold, warmup_steps):
-        """Takes over the settings, float32 and int32 scalars, inside the graph or outside.
+        def buffer(name, shape, initial, dtype):
+            buffers.append(Buffer(name, shape, initial, dtype, self.branch, branches))
+            return buffers[-1]
 
-        By assign, not by set_data: a compiled graph with a branch in it goes on with the old memory after set_data
-        (MindSpore 2.7.0, CPU).
+        self.step = buffer("step", (), 0, ms.int32)
+        self.timestep = buffer("timestep", (), 0, ms.float32)
+        self.knobs = Knobs(len(every_gate(plans)), self.step)
+        self.gates = tuple(
+            Gate(
+                gate,
+                index,
+                config,
+                self.shape,
+                text_len,
+                mindspore_dtype,
+                self.knobs,
+                Counters(*(buffer(f"{gate.name}_{name}", (), 0, ms.int32) for name in ("run", "total"))),
+                buffer,
+            )
+            for index, gate in enumerate(plans)
+        )
+        self.buffers = tuple(buffers)
+        self.configure(config, steps, sigmas)
+
+    def configure(self, config, steps=None, sigmas=None):
+        """Takes over a CacheConfig's numbers; compiles nothing.
+
+        Args:
+            config: one of the same structure.
+            steps: how many steps a generation has; only for a config that depends on it.
+            sigmas: (steps,) or longer, the noise levels; only for forecast_coordinate="sigma".
+
+        Raises ValueError if the structure is another, or steps or sigmas are missing.
         """
-        ops.assign(self.residual_diff_threshold, residual_diff_threshold)
-        ops.assign(self.warmup_steps, warmup_steps)
+        if config.structure != self.structure:
+            raise ValueError(f"{config} needs a CacheContext of its own: this one was made for {self.structure}")
+        if steps is None and config.depends_on_steps:
+            raise ValueError(f"{config} depends on the number of steps; give steps")
+        self.knobs.set(*map(ms.Tensor, knobs(config, steps or MAX_STEPS, sigmas)))
 
     @contextmanager
     def __call__(self, name):
@@ -180,27 +556,10 @@ class CacheContext:
         """Turns to the buffers of branch number ``branch``."""
         ops.assign(self.branch, branch)
 
-    def read(self, buffer):
-        """The active branch's part of a buffer."""
-        if self.branches == 1:
-            return buffer
-        return ops.gather(buffer, self.branch, 0)
-
-    def write(self, buffer, value):
-        """Replaces the active branch's part of a buffer."""
-        if self.branches > 1:
-            rows = ops.arange(self.branches).reshape((-1,) + (1,) * value.ndim)
-            value = ops.where(rows == self.branch, value.expand_dims(0), buffer)
-        ops.assign(buffer, value)
-
     def reset(self):
         """Puts every buffer of the active branch back to where a generation starts."""
-        for buffer in (self.first_residual, self.derivatives):
-            self.write(buffer, ops.zeros_like(self.read(buffer)))
-        for scalar in (self.filled, self.step, self.last, self.run, self.total):
-            self.write(scalar, ms.Tensor(0, ms.int32))
-        self.write(self.reused, ops.zeros_like(self.read(self.reused)))
-        self.write(self.diffs, ops.full_like(self.read(self.diffs), NOT_COMPARED))
+        for buffer in self.buffers:
+            buffer.reset()
 
     def begin_step(self, timestep):
         """Resets if this timestep, a scalar falling within a generation, shows that a new generation has begun.
@@ -208,73 +567,65 @@ class CacheContext:
         One that is as large as the last is a new generation's only after a first step: further on, a half-precision
         schedule may repeat a value.
         """
-        last = self.read(self.timestep)
+        last = self.timestep.read()
         timestep = timestep.astype(ms.float32)
-        if ops.logical_or(timestep > last, ops.logical_and(timestep == last, self.read(self.step) <= 1)):
+        if ops.logical_or(timestep > last, ops.logical_and(timestep == last, self.step.read() <= 1)):
             self.reset()
-        self.write(self.timestep, timestep)
+        self.timestep.write(timestep)
+
+    def end_step(self):
+        """Goes on to the next step."""
+        self.step.write(self.step.read() + 1)
 
     def forget(self):
         """Makes the next step, of either branch, a generation's first."""
-        ops.assign(self.timestep, ops.zeros_like(self.timestep))
-        ops.assign(self.step, ops.zeros_like(self.step))
-
-    def decide(self, probe):
-        """Whether this step is reused, and its relative difference or NOT_COMPARED; both are scalars.
-
-        Reused iff step >= warmup_steps, something is stored, the threshold is above 0 and the difference is strictly
-        below it; a difference that is not a number computes (ParaAttention, first_block_cache).
-        """
-        compared = ops.logical_and(self.read(self.filled) > 0, self.read(self.step) >= self.warmup_steps)
-        compared = ops.logical_and(compared, self.residual_diff_threshold > 0)
-        difference = relative_difference(self.read(self.first_residual), probe)
-        reuse = ops.logical_and(compared, difference < self.residual_diff_threshold)
-        return reuse, ops.where(compared, difference, NOT_COMPARED)
-
-    def forecast(self):
-        """The skipped span's residual at this step, (B, S, D) in float32."""
-        distance = self.read(self.step) - self.read(self.last)
-        return taylor_forecast(self.read(self.derivatives), distance.astype(ms.float32))
-
-    def store(self, probe, residual):
-        """Takes over a computed step: its probe as the reference, the span's residual into the differences."""
-        step, filled, derivatives = self.read(self.step), self.read(self.filled), self.read(self.derivatives)
-        gap = ops.maximum(step - self.read(self.last), 1).astype(ms.float32)
-        self.write(self.derivatives, finite_differences(residual, derivatives, filled, gap))
-        self.write(self.first_residual, probe.astype(self.first_residual.dtype))
-        self.write(self.filled, ops.minimum(filled + 1, self.taylorseer_derivative + 1))
-        self.write(self.last, step)
-
-    def end_step(self, reuse, difference):
-        """Writes a step into the trace and counts it."""
-        step, hit = self.read(self.step), reuse.astype(ms.int32)
-        here = ops.arange(MAX_STEPS) == step
-        self.write(self.reused, ops.where(here, hit, self.read(self.reused)))
-        self.write(self.diffs, ops.where(here, difference, self.read(self.diffs)))
-        self.write(self.run, (self.read(self.run) + 1) * hit)
-        self.write(self.total, self.read(self.total) + hit)
-        self.write(self.step, step + 1)
+        for buffer in (self.timestep, self.step):
+            ops.assign(buffer.value, ops.zeros_like(buffer.value))
 
     def parameters(self):
         """Every buffer and setting."""
-        return [value for value in vars(self).values() if isinstance(value, Parameter)]
+        settings = (self.branch, self.knobs.schedule, self.knobs.coordinates, self.knobs.numbers)
+        return [buffer.value for buffer in self.buffers] + list(settings)
 
     @property
     def nbytes(self):
-        """Bytes that the buffers take."""
+        """Bytes that all of it takes."""
         return sum(parameter.nbytes for parameter in self.parameters())
 
-    def stats(self):
-        """The generation's trace so far, a CacheStats; reads the device."""
-        step, reused, diffs = (
-            buffer.asnumpy().reshape(self.branches, -1) for buffer in (self.step, self.reused, self.diffs)
-        )
+    @property
+    def first_residual(self):
+        """The first gate's reference: under First-Block Cache the probe of the last computed step, (B, S, D)."""
+        return self.gates[0].references[0].value
+
+    @property
+    def derivatives(self):
+        """The first gate's differences of the span's residual, (K, B, S, D)."""
+        return self.gates[0].residual.derivatives.value
+
+    @property
+    def filled(self):
+        """How many of the first gate's differences are valid."""
+        return self.gates[0].filled.value
+
+    def stats(self, costs=None):
+        """The generation's trace so far, a CacheStats; reads the device.
+
+        ``costs`` is a flops.StepCosts, for the share of operations that was skipped.
+        """
+        steps = self.step.value.asnumpy().reshape(self.branches)
         stats = None
         for branch in reversed(range(self.branches)):
-            steps = int(step[branch, 0])
-            stats = CacheStats(
-                tuple(bool(hit) for hit in reused[branch, :steps]),
-                tuple(None if diff == NOT_COMPARED else float(diff) for diff in diffs[branch, :steps]),
-                stats,
-            )
+            gates = tuple(gate.stats(int(steps[branch]), branch) for gate in every_gate(self.gates))
+            skipped = None if costs is None else skipped_share(every_gate(self.gates), gates, costs)
+            stats = CacheStats(gates, skipped, stats)
         return stats
+
+
+def skipped_share(gates, stats, costs):
+    """Share of a generation's operations that its gates skipped, in [0, 1]."""
+    steps = len(stats[0].reused)
+    saved = 0
+    for gate, decisions in zip(gates, stats):
+        start, stop = gate.span(costs.doubles, costs.singles)
+        saved += len(decisions.cached_steps) * costs.of_blocks(start, stop)
+    return saved / (steps * costs.total) if steps else 0.0

@@ -1,7 +1,13 @@
+from dataclasses import fields
+
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from FBCache_ms import CacheConfig
 from FBCache_ms.config import PRESETS
+from FBCache_ms.schedules import ASK, COMPUTE, MASKS, REUSE, fora, magcache, nearest, row, run_lengths, taylorseer
 
 
 @pytest.mark.parametrize(
@@ -12,6 +18,26 @@ from FBCache_ms.config import PRESETS
         ("F1B0_W0M0MC0_T1O1_R0", CacheConfig(0, 1, 0)),
         ("F1B0_W28M0MC0_T1O3_R1", CacheConfig(1.0, 3, 28)),
         ("F1B0_W0M0MC0_T0O0_R0.123456789", CacheConfig(0.123456789)),
+        (
+            "F8B4_W8I2M9MC3_T1O1_R0.08",
+            CacheConfig(
+                0.08,
+                1,
+                8,
+                warmup_interval=2,
+                max_cached_steps=9,
+                max_consecutive_cache_hits=3,
+                Fn_compute_blocks=8,
+                Bn_compute_blocks=4,
+            ),
+        ),
+        (
+            "F0B0_W0M0MC0_T0O0_R0.12,gate=teacache,teacache_coefficients=2/-0.5",
+            CacheConfig(gate="teacache", teacache_coefficients=(2, -0.5)),
+        ),
+        ("F1B0_W0M0MC0_T0O0_R0.12,steps_computation_mask=1011", CacheConfig(steps_computation_mask=(1, 0, 1, 1))),
+        ("F1B0_W0M0MC0_T0O0_R0.12,max_consecutive_cache_hits=0", CacheConfig(max_consecutive_cache_hits=0)),
+        ("F1B0_W0M0MC0_T0O0_R0.12,start=0.1,end=0.75", CacheConfig(start=0.1, end=0.75)),
     ],
 )
 def test_a_tag_names_its_config_and_the_config_gives_the_tag_back(tag, config):
@@ -19,21 +45,79 @@ def test_a_tag_names_its_config_and_the_config_gives_the_tag_back(tag, config):
     assert str(config) == tag
 
 
-@pytest.mark.parametrize("tag", ["F1B0_W4I1M0MC0_T0O2_R0.12", "F1B0_W4M0MC0_T0_R0.12"])
-def test_a_tag_may_say_what_is_implied(tag):
-    assert str(CacheConfig.from_tag(tag)) == "F1B0_W4M0MC0_T0O0_R0.12"
+def test_every_field_comes_back_from_a_tag():
+    others = {
+        "residual_diff_threshold": 0.3,
+        "taylorseer_derivative": 1,
+        "warmup_steps": 3,
+        "warmup_interval": 2,
+        "max_cached_steps": 7,
+        "max_consecutive_cache_hits": 2,
+        "max_accumulated_residual_diff": 1.5,
+        "probe": "hidden",
+        "downsample_factor": 2,
+        "batch_reduction": "max",
+        "start": 0.1,
+        "end": 0.9,
+    }
+    groups = [
+        {
+            **others,
+            "gate": "cg_taylor",
+            "Fn_compute_blocks": 2,
+            "Bn_compute_blocks": 1,
+            "forecast": "newton",
+            "forecast_coordinate": "sigma",
+        },
+        {"span": "stacks", "residual_diff_threshold_single": 0.2},
+        {"gate": "fbcache_or_teacache", "teacache_threshold": 0.7, "teacache_coefficients": (1.5, 0)},
+        {
+            "gate": "static",
+            "schedule": "taylorseer",
+            "schedule_interval": 7,
+            "forecast": "hicache",
+            "hicache_sigma": 0.3,
+        },
+        {
+            "gate": "static",
+            "schedule": "magcache",
+            "magcache_threshold": 0.1,
+            "magcache_max_skips": 2,
+            "magcache_retention": 0.2,
+            "magcache_ratios": (1, 1.25),
+        },
+        {"steps_computation_mask": (1, 0)},
+    ]
+    assert {name for group in groups for name in group} == {option.name for option in fields(CacheConfig)}
+    for group in groups:
+        config = CacheConfig(**group)
+        assert CacheConfig.from_tag(str(config)) == config
+        assert all(getattr(config, name) == value for name, value in group.items())
+
+
+@pytest.mark.parametrize(
+    "tag, full",
+    [
+        ("F1B0_W4I1M0MC0_T0O2_R0.12", "F1B0_W4M0MC0_T0O0_R0.12"),
+        ("F1B0_W4M0MC0_T0_R0.12", "F1B0_W4M0MC0_T0O0_R0.12"),
+        ("F1B0_W8I2MC8_R0.8", "F1B0_W8I2M0MC8_T0O0_R0.8"),
+        ("F4B0_W4MC4_R0.12", "F4B0_W4M0MC4_T0O0_R0.12"),
+    ],
+)
+def test_a_tag_may_leave_out_what_is_implied(tag, full):
+    assert str(CacheConfig.from_tag(tag)) == full
 
 
 @pytest.mark.parametrize(
     "tag, named",
     [
-        ("F8B0_W4M0MC0_T0O0_R0.12", "Fn=8"),
-        ("F1B2_W4M0MC0_T0O0_R0.12", "Bn=2"),
-        ("F1B0_W4I2M0MC0_T0O0_R0.12", "I=2"),
-        ("F1B0_W4M9MC0_T0O0_R0.12", "M=9"),
-        ("F1B0_W4M0MC3_T0O0_R0.12", "MC=3"),
+        ("F0B0_W4M0MC0_T0O0_R0.12", "Fn_compute_blocks=0"),
         ("F1B0_W4M0MC0_T1O0_R0.12", "order"),
         ("F1B0_W4M0MC0_T0O0_R1.5", "1.5"),
+        ("F1B0_W4I0M0MC0_T0O0_R0.12,warmup_interval=0", "warmup_interval"),
+        ("F1B0_W0_R0.12,colour=red", "colour"),
+        ("F1B0_W0_R0.12,gate=guess", "guess"),
+        ("F1B0_W0_R0.12,start=early", "early"),
         ("F1B0", "must read like"),
         ("", "must read like"),
         (None, "must read like"),
@@ -56,6 +140,18 @@ def test_a_tag_that_cannot_be_had_is_refused_by_name(tag, named):
         ("taylorseer_derivative", 1.0, TypeError),
         ("warmup_steps", -1, ValueError),
         ("warmup_steps", None, TypeError),
+        ("max_cached_steps", -2, ValueError),
+        ("end", 1.5, ValueError),
+        ("gate", "magic", ValueError),
+        ("gate", 1, TypeError),
+        ("schedule", "never", ValueError),
+        ("steps_computation_mask", (1, 2), ValueError),
+        ("steps_computation_mask", (), ValueError),
+        ("steps_computation_mask", 3, TypeError),
+        ("teacache_coefficients", (1.0,) * 6, ValueError),
+        ("teacache_coefficients", (float("inf"),), ValueError),
+        ("teacache_coefficients", ("1",), TypeError),
+        ("max_accumulated_residual_diff", float("inf"), ValueError),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name(field, value, error):
@@ -63,17 +159,101 @@ def test_a_value_out_of_range_is_refused_by_name(field, value, error):
         CacheConfig(**{field: value})
 
 
+@pytest.mark.parametrize(
+    "settings, reason",
+    [
+        ({"gate": "static"}, "needs a schedule"),
+        ({"schedule": "fora", "steps_computation_mask": (1, 0)}, "give one"),
+        ({"Fn_compute_blocks": 0}, "compares what the first blocks add"),
+        ({"gate": "cg_taylor"}, "taylorseer_derivative must be 1 or more"),
+        ({"forecast": "dicache"}, "taylorseer_derivative must be 1"),
+        ({"forecast": "dicache", "taylorseer_derivative": 1, "gate": "teacache"}, "scaled by the probe"),
+        ({"span": "stacks", "gate": "teacache"}, "probes each stack"),
+        ({"span": "single", "Bn_compute_blocks": 1}, "sets its own blocks"),
+        ({"start": 0.8, "end": 0.2}, "is behind"),
+        ({"teacache_threshold": 0.2}, "has no effect with gate='fbcache'"),
+        ({"gate": "teacache", "residual_diff_threshold": 0.2}, "has no effect with gate='teacache'"),
+        ({"residual_diff_threshold_single": 0.2}, "has no effect with span='blocks'"),
+        ({"hicache_sigma": 0.3}, "has no effect with forecast='taylor'"),
+        ({"forecast": "hicache", "forecast_coordinate": "sigma"}, "has no effect with forecast='hicache'"),
+        ({"schedule": "magcache", "schedule_interval": 3}, "has no effect with schedule='magcache'"),
+    ],
+)
+def test_a_combination_that_makes_no_sense_is_refused_with_the_reason(settings, reason):
+    with pytest.raises(ValueError, match=reason):
+        CacheConfig(**settings)
+
+
 def test_an_unknown_field_is_refused():
     with pytest.raises(TypeError, match="residual_threshold"):
         CacheConfig(residual_threshold=0.1)
 
 
+def test_the_first_blocks_follow_the_gate_unless_they_were_chosen():
+    assert CacheConfig().changed(gate="teacache").Fn_compute_blocks == 0
+    assert CacheConfig.preset("teacache").changed(gate="fbcache").Fn_compute_blocks == 1
+    assert CacheConfig(Fn_compute_blocks=4).changed(gate="teacache").Fn_compute_blocks == 4
+
+
+def test_only_numbers_keep_the_structure():
+    base = CacheConfig()
+    assert base.structure == CacheConfig(0.5, warmup_steps=3, schedule="fora", end=0.5).structure
+    assert base.structure != CacheConfig(taylorseer_derivative=1).structure
+
+
+def test_every_field_is_documented():
+    for option in fields(CacheConfig):
+        assert f"{option.name}: {option.metadata['text']}" in CacheConfig.__doc__
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_come_back_from_their_tags(name):
+    config = CacheConfig.preset(name)
+    assert CacheConfig.from_tag(str(config)) == config
+
+
 @pytest.mark.parametrize("name, threshold", [("conservative", 0.05), ("balanced", 0.12), ("aggressive", 0.2)])
-def test_presets(name, threshold):
+def test_the_projects_own_presets(name, threshold):
     assert CacheConfig.preset(name) == CacheConfig(threshold)
-    assert name in PRESETS
 
 
 def test_an_unknown_preset_is_refused_by_name():
     with pytest.raises(ValueError, match="turbo"):
         CacheConfig.preset("turbo")
+
+
+@pytest.mark.parametrize("interval, number", [(4, 14), (5, 12), (6, 10), (7, 9), (8, 8)])
+def test_taylorseer_computes_as_many_of_50_steps_as_published(interval, number):
+    assert taylorseer(50, interval).sum() == number
+
+
+def test_magcache_computes_these_of_flux_28_steps():
+    assert np.flatnonzero(magcache(28)).tolist() == [0, 1, 2, 5, 9, 11, 17, 23, 26]
+
+
+@pytest.mark.parametrize("name, computed", [("slow", 18), ("medium", 15), ("fast", 11), ("ultra", 8)])
+def test_cache_dits_masks_compute_so_many_of_28_steps(name, computed):
+    mask = run_lengths(*MASKS[f"mask_{name}"])
+    assert len(mask) == 28 and mask.sum() == computed and mask[-1] == 1
+    assert len(nearest(mask, 50)) == 50
+
+
+def test_fora_computes_every_interval_th_step():
+    assert fora(7, 3).tolist() == [1, 0, 0, 1, 0, 0, 1]
+
+
+@given(st.integers(1, 60), st.integers(0, 9), st.integers(1, 4), st.floats(0, 0.5), st.floats(0.5, 1))
+def test_a_row_computes_first_then_asks(steps, warmup, interval, start, end):
+    config = CacheConfig(warmup_steps=warmup, warmup_interval=interval, start=start, end=end)
+    actions = row(config, steps, 0.1)
+    assert actions[0] == COMPUTE
+    for step in range(1, steps):
+        forced = step in range(0, warmup, interval) or not start <= step / steps <= end
+        assert actions[step] == (COMPUTE if forced else ASK)
+    assert set(row(config, steps, 0)) == {COMPUTE}
+    assert set(row(config.changed(gate="static", schedule="fora"), steps, 0.1)) <= {COMPUTE, REUSE}
+
+
+def test_a_mask_of_another_length_is_refused():
+    with pytest.raises(ValueError, match="4 steps, the generation has 5"):
+        row(CacheConfig(steps_computation_mask=(1, 0, 0, 1)), 5, 0.1)

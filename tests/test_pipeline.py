@@ -21,6 +21,7 @@ from FBCache_ms import (
 from FBCache_ms.checkpoint import TINY_FLUX
 from FBCache_ms.models.transformer_flux_withFBCache import FBCache_transformer_construct
 from FBCache_ms.pipeline_flux import CachedStep, watched
+from FBCache_ms.utils import knobs
 
 PROMPT = "a big red circle in the center, blue background"
 OTHER = "a small green square on the left, black background"
@@ -109,10 +110,10 @@ def loop_inputs(steps):
 def test_the_loop_goes_on_where_a_piece_of_it_stopped(pipe, strict_graph_mode):
     loop = FluxDenoiseLoop(pipe.transformer, CacheContext(1, 64, 128, taylorseer_derivative=1))
     latents, *inputs = loop_inputs(28)
-    knobs = ms.Tensor(0.3, ms.float32), ms.Tensor(0, ms.int32)
+    numbers = tuple(map(ms.Tensor, knobs(CacheConfig(0.3, 1), 28)))
 
     def run(latents, start, stop):
-        return loop(latents, *inputs, ms.Tensor(start, ms.int32), ms.Tensor(stop, ms.int32), *knobs)
+        return loop(latents, *inputs, ms.Tensor(start, ms.int32), ms.Tensor(stop, ms.int32), *numbers)
 
     whole = run(latents, 0, 28).asnumpy()
     stats = loop.cache.stats()
@@ -219,6 +220,20 @@ def test_the_cache_goes_on_and_off_any_pipeline(pipe, mindone_pipe, graph_mode):
     remove_cache_from_pipe(mindone_pipe)
     assert mindone_pipe.transformer is transformer and mindone_pipe.scheduler is scheduler
     np.testing.assert_array_equal(plain, draw(mindone_pipe))
+
+
+def test_an_applied_cache_knows_the_steps_of_the_generation(mindone_pipe, pipe, graph_mode):
+    """TeaCache computes the last step, a window is a share of the steps: both need their number."""
+    config = CacheConfig(gate="teacache", teacache_threshold=0.6, end=0.7, taylorseer_derivative=1, forecast="newton")
+    config = config.changed(forecast_coordinate="sigma")
+    apply_cache_on_pipe(mindone_pipe, config)
+    for steps in (12, 7):
+        stepwise = draw(mindone_pipe, num_inference_steps=steps)
+        whole = draw(pipe, num_inference_steps=steps, cache_config=config)
+        np.testing.assert_array_equal(stepwise, whole)
+        assert mindone_pipe.transformer.cache_stats == pipe.cache_stats
+        assert pipe.cache_stats.cached_steps and not pipe.cache_stats.reused[-1]
+    remove_cache_from_pipe(mindone_pipe)
 
 
 def test_an_applied_cache_forgets_a_generation_that_was_broken_off(mindone_pipe, graph_mode):
@@ -355,6 +370,9 @@ def test_other_schedulers_run_uncached(pipe, caplog):
         (PROMPT, {"max_sequence_length": 513}, "max_sequence_length"),
         ([PROMPT, OTHER], {"negative_prompt": [OTHER] * 3, "true_cfg_scale": 2.0}, "negative_prompt"),
         (PROMPT, {"callback_on_step_end_tensor_inputs": ["noise"]}, "noise"),
+        (PROMPT, {"joint_attention_kwargs": {"stg_scale": 1.0}}, "STG is not supported with FBCache yet"),
+        (PROMPT, {"cache_config": CacheConfig(steps_computation_mask=(1, 0, 1))}, "3 steps, the generation has 12"),
+        (PROMPT, {"cache_config": CacheConfig(Fn_compute_blocks=9, Bn_compute_blocks=3)}, "12 blocks to skip"),
     ],
 )
 def test_bad_input_is_refused_by_name(pipe, prompt, settings, named):

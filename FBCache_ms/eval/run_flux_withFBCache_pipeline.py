@@ -11,11 +11,12 @@ import sys
 import tempfile
 import time
 import warnings
-from dataclasses import replace
+from dataclasses import fields
 from pathlib import Path
 
-from FBCache_ms.checkpoint import TINY_FLUX, check_checkpoint, image_unit
-from FBCache_ms.config import PRESETS, CacheConfig
+from FBCache_ms.checkpoint import TINY_FLUX, block_counts, check_checkpoint, image_unit
+from FBCache_ms.config import PRESETS, CacheConfig, parse, value_text
+from FBCache_ms.schedules import row
 
 COMPARE_RUNS = 3
 """With --compare, how often the cached and the uncached run are timed, in turn; their medians are reported."""
@@ -61,20 +62,7 @@ def parse_arguments(argv=None):
     add("--true_cfg_scale", type=float, default=1.0, metavar="G", help="of true classifier-free guidance")
     add("--num_images_per_prompt", type=int, default=1, metavar="N")
     add("--seed", type=int, default=0)
-    add = parser.add_argument_group("cache").add_argument
-    add(
-        "--cache",
-        metavar="TAG|PRESET",
-        help=f"like F1B0_W4M0MC0_T1O2_R0.12, or {', '.join(PRESETS)}; the options below change it",
-    )
-    add(
-        "--residual_diff_threshold",
-        type=float,
-        metavar="R",
-        help="reuse below this difference, in [0, 1]; 0: no cache (default: 0.12)",
-    )
-    add("--taylorseer_derivative", type=int, metavar="O", help="order of the forecast; 0: plain reuse (default: 0)")
-    add("--warmup_steps", type=int, metavar="W", help="steps at the start that are always computed (default: 0)")
+    add_cache_options(parser)
     add = parser.add_argument_group("output").add_argument
     add("--save_path", type=Path, default=Path("./results"), metavar="FOLDER")
     add("--compare", action="store_true", help="also run with the cache off, and report the speed-up and the loss")
@@ -87,13 +75,41 @@ def parse_arguments(argv=None):
     return args
 
 
+def add_cache_options(parser):
+    """--cache, and an option for each field of CacheConfig, in its groups."""
+    add = parser.add_argument_group("cache").add_argument
+    add(
+        "--cache",
+        metavar="TAG|PRESET",
+        help=f"like F1B0_W4M0MC0_T1O2_R0.12, or {', '.join(PRESETS)}; the options below change it",
+    )
+    titles = {
+        "gate": "cache: what decides",
+        "limits": "cache: limits",
+        "schedule": "cache: steps known before",
+        "span": "cache: blocks",
+        "forecast": "cache: what is added on a reused step",
+    }
+    groups = {group: parser.add_argument_group(title) for group, title in titles.items()}
+    for option in fields(CacheConfig):
+        default = "" if option.default is None else f" (default: {value_text(option.default)})"
+        choices = option.metadata["allowed"] if option.metadata["kind"] is str else None
+        groups[option.metadata["group"]].add_argument(
+            f"--{option.name}",
+            metavar=None if choices else option.name.split("_")[-1].upper(),
+            choices=choices,
+            help=(option.metadata["text"] + default).replace("%", "%%"),
+        )
+
+
 def cache_config(args):
     """The CacheConfig of the cache options."""
     config = CacheConfig()
     if args.cache is not None:
         config = CacheConfig.preset(args.cache) if args.cache in PRESETS else CacheConfig.from_tag(args.cache)
-    names = ("residual_diff_threshold", "taylorseer_derivative", "warmup_steps")
-    return replace(config, **{name: getattr(args, name) for name in names if getattr(args, name) is not None})
+    given = {option.name: getattr(args, option.name) for option in fields(CacheConfig)}
+    options = {option.name: option for option in fields(CacheConfig)}
+    return config.changed(**{name: parse(options[name], text) for name, text in given.items() if text is not None})
 
 
 def check_arguments(args):
@@ -112,7 +128,9 @@ def check_arguments(args):
         raise ValueError("--true_cfg_scale above 1 needs a --negative_prompt")
     if args.compare and importlib.util.find_spec("skimage") is None:
         raise ValueError("--compare needs scikit-image; install FBCache_ms[eval]")
+    row(args.config, args.num_inference_steps, args.config.residual_diff_threshold)
     check_checkpoint(args.ckpt)
+    args.config.check_blocks(*block_counts(args.ckpt))
     if args.image_size is not None:
         unit = image_unit(args.ckpt)
         if min(args.image_size) < 1 or any(size % unit for size in args.image_size):
@@ -262,6 +280,7 @@ def run(args):
         "computed_steps": stats.computed_steps,
         "cached_steps": stats.cached_steps,
         "residual_diffs": stats.residual_diffs,
+        "skipped": stats.skipped,
         "seconds": {"load": load, **seconds, "total": load + seconds["total"]},
         "graph_compilations": pipe.graph_compilations,
         "cache_bytes": bytes_of_cache,
@@ -283,7 +302,7 @@ def summary(report, save_path):
     seconds, reused = report["seconds"], report["cached_steps"]
     lines = [
         f"{report['config']}: {len(reused)} of {report['steps']} steps reused, "
-        f"{len(report['computed_steps'])} computed",
+        f"{len(report['computed_steps'])} computed, {report['skipped']:.1%} of the operations skipped",
         f"load {seconds['load']:.1f} s, compile {seconds['compile']:.1f} s, denoise {seconds['denoise']:.2f} s "
         f"({seconds['per_step'] * 1000:.1f} ms a step) on {report['device']}, {report['dtype']}, {report['mode']}",
     ]

@@ -34,8 +34,9 @@ class FluxDenoiseLoop(nn.Cell):
         sigmas,
         start,
         stop,
-        residual_diff_threshold,
-        warmup_steps,
+        schedule,
+        coordinates,
+        numbers,
     ):
         """The latents after steps start to stop - 1.
 
@@ -47,7 +48,7 @@ class FluxDenoiseLoop(nn.Cell):
             true_cfg_scale: scalar; not used with one branch.
             timesteps, sigmas: (N,) in [0, 1000] and (N + 1,) in [0, 1], padded to any fixed length.
             start, stop: int32 scalars; a start of 0 begins a generation, any other goes on with the last.
-            residual_diff_threshold, warmup_steps: CacheConfig's, as float32 and int32 scalars.
+            schedule, coordinates, numbers: what utils.knobs makes of a CacheConfig.
         """
         transformer, cache = self.transformer, self.cache
         batch, dtype = latents.shape[0], latents.dtype
@@ -55,7 +56,7 @@ class FluxDenoiseLoop(nn.Cell):
             transformer, prompt_embeds.reshape((-1,) + prompt_embeds.shape[2:]), text_ids, latent_image_ids
         )
         contexts = contexts.reshape((cache.branches, batch) + contexts.shape[1:])
-        cache.set_knobs(residual_diff_threshold, warmup_steps)
+        cache.knobs.set(schedule, coordinates, numbers)
         if start == 0:
             for branch in range(cache.branches):
                 cache.select(branch)

@@ -31,34 +31,75 @@ def controlnet_index(index, blocks, samples, repeat):
     return index // ((blocks + samples - 1) // samples)
 
 
-def double_block(transformer, index, hidden_states, context, temb, rotary, attention_kwargs, residuals, repeat):
-    """Double-stream block ``index`` and the ControlNet residual that follows it: (image stream, text stream)."""
-    context, hidden_states = transformer.transformer_blocks[index](
-        hidden_states=hidden_states,
-        encoder_hidden_states=context,
+def block(transformer, index, image, text, given):
+    """Block number ``index``, doubles and singles counted together: the image and the text stream behind it.
+
+    ``given`` is what every block gets: the modulation vector, the rotary table, the attention's keyword arguments, the
+    ControlNet's residuals for the double and for the single blocks, and whether the former are taken in turn.
+    """
+    temb, rotary, attention_kwargs, residuals, single_residuals, repeat = given
+    doubles, singles = len(transformer.transformer_blocks), len(transformer.single_transformer_blocks)
+    if index < doubles:
+        cell, blocks = transformer.transformer_blocks[index], doubles
+    else:
+        cell, blocks, index = transformer.single_transformer_blocks[index - doubles], singles, index - doubles
+        residuals, repeat = single_residuals, False
+    text, image = cell(
+        hidden_states=image,
+        encoder_hidden_states=text,
         temb=temb,
         image_rotary_emb=rotary,
         joint_attention_kwargs=attention_kwargs,
     )
     if residuals is not None:
-        blocks = len(transformer.transformer_blocks)
-        hidden_states = hidden_states + residuals[controlnet_index(index, blocks, len(residuals), repeat)]
-    return hidden_states, context
+        image = image + residuals[controlnet_index(index, blocks, len(residuals), repeat)]
+    return image, text
 
 
-def single_block(transformer, index, hidden_states, context, temb, rotary, attention_kwargs, residuals):
-    """Single-stream block ``index`` and the ControlNet residual that follows it: (image stream, text stream)."""
-    context, hidden_states = transformer.single_transformer_blocks[index](
-        hidden_states=hidden_states,
-        encoder_hidden_states=context,
-        temb=temb,
-        image_rotary_emb=rotary,
-        joint_attention_kwargs=attention_kwargs,
-    )
-    if residuals is not None:
-        blocks = len(transformer.single_transformer_blocks)
-        hidden_states = hidden_states + residuals[controlnet_index(index, blocks, len(residuals), False)]
-    return hidden_states, context
+def run_blocks(transformer, start, stop, image, text, given):
+    """Blocks start to stop - 1."""
+    for index in range(start, stop):
+        image, text = block(transformer, index, image, text, given)
+    return image, text
+
+
+def run_gates(transformer, gates, start, stop, image, text, given):
+    """Blocks start to stop - 1, each gate deciding over its span; the blocks outside the spans always run."""
+    doubles, singles = len(transformer.transformer_blocks), len(transformer.single_transformer_blocks)
+    for gate in gates:
+        first, last = gate.span(doubles, singles)
+        image_before, text_before = image, text
+        image, text = run_blocks(transformer, start, first, image, text, given)
+        probes = probe(transformer, gate, image_before, text_before, image, text, given)
+        if gate.decide(probes):
+            gate.counters.hit()
+            residual, text_residual = gate.forecast(probes)
+            image = image + residual.to(image.dtype)
+            if gate.needs_text:
+                text = text + text_residual.to(text.dtype)
+        else:
+            if not gate.inner:
+                gate.counters.miss()
+            image_first, text_first = image, text
+            image, text = run_gates(transformer, gate.inner, first, last, image, text, given)
+            gate.store(probes, image - image_first, text - text_first)
+        start = last
+    return run_blocks(transformer, start, stop, image, text, given)
+
+
+def probe(transformer, gate, image_before, text_before, image, text, given):
+    """What a gate's rules look at: TeaCache at the modulated input, the others at what was added since ``before``."""
+    probes = ()
+    for rule in gate.rules:
+        if rule == "teacache":
+            modulated = transformer.transformer_blocks[0].norm1(image_before, emb=given[0])[0]
+            probes = probes + (modulated,)
+        else:
+            change = image if gate.probe == "hidden" else image - image_before
+            if gate.probes_text:
+                change = mint.cat((text if gate.probe == "hidden" else text - text_before, change), dim=1)
+            probes = probes + (change[..., :: gate.factor] if gate.factor > 1 else change,)
+    return probes
 
 
 def cached_step(
@@ -73,36 +114,13 @@ def cached_step(
     controlnet_single_residuals=None,
     controlnet_repeat=False,
 ):
-    """The velocity (B, S, C) at latents of that shape: the first block always, the others unless they are reused."""
-    before = transformer.x_embedder(hidden_states)
-    hidden_states, context = double_block(
-        transformer, 0, before, context, temb, rotary, attention_kwargs, controlnet_residuals, controlnet_repeat
-    )
-    probe = hidden_states - before
-    reuse, difference = cache.decide(probe)
-    if reuse:
-        hidden_states = hidden_states + cache.forecast().to(hidden_states.dtype)
-    else:
-        first = hidden_states
-        for index in range(1, len(transformer.transformer_blocks)):
-            hidden_states, context = double_block(
-                transformer,
-                index,
-                hidden_states,
-                context,
-                temb,
-                rotary,
-                attention_kwargs,
-                controlnet_residuals,
-                controlnet_repeat,
-            )
-        for index in range(len(transformer.single_transformer_blocks)):
-            hidden_states, context = single_block(
-                transformer, index, hidden_states, context, temb, rotary, attention_kwargs, controlnet_single_residuals
-            )
-        cache.store(probe, hidden_states - first)
-    cache.end_step(reuse, difference)
-    return transformer.proj_out(transformer.norm_out(hidden_states, temb))
+    """The velocity (B, S, C) at latents of that shape, through those blocks that the cache's gates let run."""
+    blocks = len(transformer.transformer_blocks) + len(transformer.single_transformer_blocks)
+    given = (temb, rotary, attention_kwargs, controlnet_residuals, controlnet_single_residuals, controlnet_repeat)
+    image = transformer.x_embedder(hidden_states)
+    image, _ = run_gates(transformer, cache.gates, 0, blocks, image, context, given)
+    cache.end_step()
+    return transformer.proj_out(transformer.norm_out(image, temb))
 
 
 def FBCache_transformer_construct(

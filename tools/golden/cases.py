@@ -38,11 +38,52 @@ CACHED += [
     for order in (1, 2)
 ]
 
+DBCACHE = [
+    {"prompt": CIRCLE, "seed": 0, "config": tag}
+    for tag in (
+        "F1B0_W0M0MC0_T0O0_R0.12",
+        "F1B0_W2M5MC0_T0O0_R0.3",
+        "F1B0_W0M0MC1_T0O0_R0.4",
+        "F1B0_W4M0MC3_T0O0_R0.24",
+        "F1B0_W8I2M0MC8_T0O0_R0.8",
+        "F1B0_W8I4M0MC10_T0O0_R0.8",
+        "F1B0_W0M0MC0_T0O0_R1",
+        "F1B0_W0M0MC0_T0O0_R0.3,max_accumulated_residual_diff=1.5",
+        "F1B0_W0M0MC0_T0O0_R0.2,steps_computation_mask=1111110111000000000000000001",
+        "F1B0_W0M0MC0_T0O0_R0.12,gate=static,steps_computation_mask=1111110110001100011000110001",
+        "F3B2_W2M0MC3_T0O0_R0.15",
+        "F6B3_W2M0MC0_T0O0_R0.15",
+        "F1B0_W4M0MC4_T1O1_R0.2",
+        "F1B0_W5M0MC0_T1O2_R0.12",
+    )
+] + [
+    {"prompt": SQUARE, "seed": 1, "num_inference_steps": 50, "config": tag}
+    for tag in ("F1B0_W8I2M0MC8_T0O0_R0.8", "F1B0_W8I4M0MC10_T0O0_R0.8")
+]
+
+LEAK = {"prompt": CIRCLE, "seed": 0, "num_inference_steps": 10, "config": "F1B0_W0M0MC0_T0O0_R1"}
+
+PUBLISHED = [
+    {"code": code, "prompt": prompt, "seed": seed, "config": config}
+    for seed, prompt in enumerate((CIRCLE, SQUARE))
+    for code, config in (
+        ("TeaCache", "F0B0_W0_R0.12,gate=teacache,teacache_threshold=0.25"),
+        ("TeaCache", "F0B0_W0_R0.12,gate=teacache,teacache_threshold=0.4"),
+        ("TeaCache", "F0B0_W0_R0.12,gate=teacache,teacache_threshold=0.6"),
+        ("TeaCache", "F0B0_W0_R0.12,gate=teacache,teacache_threshold=0.8"),
+        ("MagCache", "F0B0_W0_R0.12,gate=static,schedule=magcache"),
+        ("DiCache", "F1B0_W6_T1O1_R0.4,gate=dicache,forecast=dicache,probe=hidden,end=0.95"),
+        ("DiCache", "F1B0_W6_T1O1_R0.2,gate=dicache,forecast=dicache,probe=hidden,end=0.95"),
+    )
+]
+
+TAYLORSEER = [{"steps": 50, "interval": interval, "order": order} for interval in (4, 5, 6, 7, 8) for order in (1, 2)]
+
 
 def call_arguments(case, tensor):
     """A case's keyword arguments for a pipeline; ``tensor`` makes the framework's tensor of a NumPy array."""
     arguments = {"height": 64, "width": 64, "num_inference_steps": 28, "max_sequence_length": 32, **case}
-    for name in ("residual_diff_threshold", "taylorseer_derivative", "warmup_steps"):
+    for name in ("residual_diff_threshold", "taylorseer_derivative", "warmup_steps", "config", "code"):
         arguments.pop(name, None)
     batch = len(case["prompt"]) if isinstance(case["prompt"], list) else 1
     tokens = arguments["height"] * arguments["width"] // 64

@@ -1,0 +1,116 @@
+"""Rows of numbers: which steps are computed, known before the loop begins.
+
+A mask has one entry a step: 1 computes, 0 does not have to.
+"""
+
+import numpy as np
+
+COMPUTE, REUSE, ASK = 1, 0, -1
+"""What the row says of a step: compute it, reuse it, or ask the gate."""
+
+MAX_STEPS = 1000
+"""Length of every row: Flux is trained on 1000 timesteps, no schedule has more."""
+
+FLUX_MAG_RATIOS = (
+    *(1.0, 1.21094, 1.11719, 1.07812, 1.0625, 1.03906, 1.03125, 1.03906, 1.02344, 1.03125, 1.02344, 0.98047, 1.01562),
+    *(1.00781, 1.0, 1.00781, 1.0, 1.00781, 1.0, 1.0, 0.99609, 0.99609, 0.98047, 0.98828, 0.96484, 0.95703, 0.93359),
+    0.89062,
+)
+"""FLUX.1-dev's mean norm of a step's residual over that of the step before, at 28 steps (MagCache4FLUX)."""
+
+MASKS = {
+    "mask_slow": ((8, 3, 3, 2, 1, 1), (1, 2, 2, 2, 3)),
+    "mask_medium": ((6, 2, 2, 2, 2, 1), (1, 3, 3, 3, 3)),
+    "mask_fast": ((6, 1, 1, 1, 1, 1), (1, 3, 4, 5, 4)),
+    "mask_ultra": ((4, 1, 1, 1, 1), (2, 5, 6, 7)),
+}
+"""Run lengths of computed and of reused steps in 28 (cache-dit 1.5.3, steps_mask)."""
+
+
+def taylorseer(steps, interval):
+    """The first three steps, then each interval-th after the last computed one (TaylorSeer's cal_type)."""
+    step = np.arange(steps)
+    return ((step < 3) | ((step - 2) % interval == 0)).astype(int)
+
+
+def fora(steps, interval):
+    """Every interval-th step (FORA; Delta-DiT, on the single stack)."""
+    return (np.arange(steps) % interval == 0).astype(int)
+
+
+def magcache(steps, ratios=None, threshold=0.24, max_skips=5, retention=0.1):
+    """Reuses while |1 - product of the norm ratios|, summed over the run, stays within the threshold (MagCache4FLUX).
+
+    Ratios for another number of steps are taken from the nearest one. The step that corresponds to FLUX.1-dev's
+    twelfth of 28 is always computed, as published.
+    """
+    ratios = nearest(FLUX_MAG_RATIOS if ratios is None else ratios, steps)
+    mask = np.ones(steps, int)
+    product, error, run = 1.0, 0.0, 0
+    for step in range(int(retention * steps + 0.5), steps):
+        product, run = product * ratios[step], run + 1
+        error += abs(1 - product)
+        if error <= threshold and run <= max_skips and round(step * 27 / max(steps - 1, 1)) != 11:
+            mask[step] = 0
+        else:
+            product, error, run = 1.0, 0.0, 0
+    return mask
+
+
+def run_lengths(computed, reused):
+    """So many computed steps, so many reused ones, and so on in turn; the last run is computed (cache-dit)."""
+    mask = []
+    for index, length in enumerate(computed):
+        mask += [1] * length + [0] * (reused[index] if index < len(reused) else 0)
+    return np.array(mask)
+
+
+def nearest(values, steps):
+    """The values at ``steps`` places spread evenly over them, each the nearest one."""
+    places = np.linspace(0, len(values) - 1, steps)
+    return np.asarray(values)[np.round(places).astype(int)]
+
+
+SCHEDULES = {
+    "taylorseer": lambda config, steps: taylorseer(steps, config.schedule_interval),
+    "fora": lambda config, steps: fora(steps, config.schedule_interval),
+    "magcache": lambda config, steps: magcache(
+        steps,
+        config.magcache_ratios,
+        config.magcache_threshold,
+        config.magcache_max_skips,
+        config.magcache_retention,
+    ),
+    **{name: lambda config, steps, runs=runs: nearest(run_lengths(*runs), steps) for name, runs in MASKS.items()},
+}
+
+
+def row(config, steps, threshold, ends=False):
+    """COMPUTE, REUSE or ASK for each of the N steps of a generation, (N,).
+
+    Args:
+        config: the CacheConfig.
+        steps: N.
+        threshold: the gate's; at 0 it is never asked.
+        ends: whether the gate always computes the first and the last step (TeaCache).
+
+    Raises ValueError if config has a mask of another length.
+    """
+    rest = REUSE if config.gate == "static" else ASK if threshold > 0 else COMPUTE
+    actions = np.full(steps, rest)
+    mask = None
+    if config.schedule is not None:
+        mask = SCHEDULES[config.schedule](config, steps)
+    elif config.steps_computation_mask is not None:
+        mask = np.array(config.steps_computation_mask)
+        if len(mask) != steps:
+            raise ValueError(f"steps_computation_mask is for {len(mask)} steps, the generation has {steps}")
+    if mask is not None:
+        actions[mask == 1] = COMPUTE
+    share = np.arange(steps) / steps
+    actions[(share < config.start) | (share > config.end)] = COMPUTE
+    actions[: config.warmup_steps : config.warmup_interval] = COMPUTE
+    actions[0] = COMPUTE
+    if ends:
+        actions[-1] = COMPUTE
+    return actions

@@ -1,0 +1,173 @@
+"""The rules once more, in plain NumPy and straight from their descriptions: from probes to what is reused.
+
+Each returns one bool a step, true where the step is reused. ``margin`` collects how near a comparison came to its
+threshold, so that a test can leave out what rounding decides.
+"""
+
+import math
+
+import numpy as np
+from numpy.polynomial.hermite import hermval
+
+FLUX_POLYNOMIAL = (498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861)
+
+
+def d(old, new, reduction="mean"):
+    """mean|old - new| / mean|old|; with "max" the worst sample's."""
+    with np.errstate(all="ignore"):
+        old, new = old.astype(np.float64), new.astype(np.float64)
+        if reduction == "max":
+            return max(d(a, b) for a, b in zip(old, new))
+        return np.abs(old - new).mean() / np.abs(old).mean()
+
+
+def below(value, threshold, margin):
+    margin.append(abs(value - threshold) / max(threshold, 1e-9))
+    return value < threshold
+
+
+def dbcache(
+    probes, threshold, margin, warmup=0, interval=1, mask=None, static=False, M=-1, MC=-1, limit=0, reduction="mean"
+):
+    """cache-dit's DBCache; with W alone ParaAttention's First-Block Cache."""
+    reused, stored, total = [], None, 0.0
+    for step, probe in enumerate(probes):
+        row = len(reused) - max((i for i, hit in enumerate(reused) if not hit), default=-1) - 1
+        if stored is None or step in range(0, warmup, interval) or (mask is not None and mask[step] == 1):
+            hit = False
+        elif mask is not None and static:
+            hit = True
+        elif 0 <= M <= sum(reused) or 0 <= MC <= row or 0 < limit <= total or threshold <= 0:
+            hit = False
+        else:
+            if limit > 0:
+                margin.append(abs(total - limit))
+            difference = d(stored, probe, reduction)
+            total += difference if np.isfinite(difference) else 0
+            hit = bool(below(difference, np.inf if threshold >= 1 else threshold, margin))
+        if not hit:
+            stored = probe
+        reused.append(hit)
+    return reused
+
+
+def comfyui(probes, threshold, margin, start, end, max_consecutive):
+    """Apply First Block Cache: reuse only inside the window and at most so many in a row; step i of N is at i / N."""
+    steps = len(probes)
+    mask = [0 if start <= step / steps <= end else 1 for step in range(steps)]
+    return dbcache(probes, threshold, margin, mask=mask, MC=max_consecutive)
+
+
+def teacache(modulated, threshold, margin, polynomial=FLUX_POLYNOMIAL):
+    reused, total = [], 0.0
+    for step, m in enumerate(modulated):
+        if step in (0, len(modulated) - 1):
+            hit = False
+        else:
+            total += np.polyval(polynomial, d(modulated[step - 1], m))
+            hit = bool(below(total, threshold, margin))
+        if not hit:
+            total = 0.0
+        reused.append(hit)
+    return reused
+
+
+def cg_taylor(probes, threshold, order, margin):
+    reused, computed = [], []
+    for step, probe in enumerate(probes):
+        expected = taylor(computed, step, order) if computed else None
+        hit = expected is not None and bool(below(d(expected, probe), threshold, margin))
+        if not hit:
+            computed.append((step, probe))
+        reused.append(hit)
+    return reused
+
+
+def dicache(probes, threshold, margin, warmup=0):
+    reused, total = [], 0.0
+    for step, probe in enumerate(probes):
+        hit = False
+        if step >= max(warmup, 1):
+            total += d(probes[step - 1], probe)
+            hit = bool(below(total, threshold, margin))
+        if not hit:
+            total = 0.0
+        reused.append(hit)
+    return reused
+
+
+def both(probes, modulated, threshold, tea_threshold, margin):
+    """Reuse where First-Block Cache and TeaCache agree."""
+    reused, stored, total = [], None, 0.0
+    for step, (probe, m) in enumerate(zip(probes, modulated)):
+        hit = False
+        if step not in (0, len(probes) - 1):
+            total += np.polyval(FLUX_POLYNOMIAL, d(modulated[step - 1], m))
+            agree = below(total, tea_threshold, margin), below(d(stored, probe), threshold, margin)
+            hit = bool(all(agree))
+        if not hit:
+            stored, total = probe, 0.0
+        reused.append(hit)
+    return reused
+
+
+def either(probes, modulated, threshold, tea_threshold, margin):
+    """Reuse where TeaCache does, and else where First-Block Cache does; TeaCache's sum begins anew in either case."""
+    tea, fb, stored, total = [], [], None, 0.0
+    for step, (probe, m) in enumerate(zip(probes, modulated)):
+        first = second = False
+        if step > 0:
+            total += np.polyval(FLUX_POLYNOMIAL, d(modulated[step - 1], m))
+            first = step < len(probes) - 1 and bool(below(total, tea_threshold, margin))
+            second = not first and bool(below(d(stored, probe), threshold, margin))
+        if not first:
+            total = 0.0
+            stored = stored if second else probe
+        tea.append(first)
+        fb.append(None if first else second)
+    return tea, fb
+
+
+def taylor(computed, x, order):
+    """TaylorSeer: every order divides by the newest gap. ``computed`` is a list of (x, value)."""
+    differences = []
+    for index, (node, value) in enumerate(computed):
+        new = [value.astype(np.float64)]
+        for old in differences[:order]:
+            new.append((new[-1] - old) / (node - computed[index - 1][0]))
+        differences = new
+    k = x - computed[-1][0]
+    return sum(k**i / math.factorial(i) * value for i, value in enumerate(differences))
+
+
+def hicache(computed, x, order, sigma):
+    """TaylorSeer's differences, weighted with s^i H_i(s k) / i!."""
+    differences = []
+    for index, (node, value) in enumerate(computed):
+        new = [value.astype(np.float64)]
+        for old in differences[:order]:
+            new.append((new[-1] - old) / (node - computed[index - 1][0]))
+        differences = new
+    k = x - computed[-1][0]
+    weights = [sigma**i * hermval(sigma * k, [0] * i + [1]) / math.factorial(i) for i in range(order + 1)]
+    return sum(weight * value for weight, value in zip(weights, differences))
+
+
+def newton(computed, x, order):
+    """The polynomial through the last order + 1 computed values, in Lagrange's form."""
+    points = computed[-order - 1 :]
+    total = 0
+    for node, value in points:
+        others = [other for other, _ in points if other != node]
+        total = total + value.astype(np.float64) * np.prod([(x - other) / (node - other) for other in others])
+    return total
+
+
+def dicache_alignment(computed, probes, probe):
+    """The older residual plus g times the newest change; ``computed`` and ``probes`` are of the same steps."""
+    if len(computed) < 2:
+        return computed[-1][1]
+    (_, older), (_, newer) = computed[-2:]
+    p2, p1 = probes[-2:]
+    g = np.clip(np.abs(probe - p2).mean() / np.abs(p1 - p2).mean(), 1, 1.5)
+    return older + g * (newer - older)

@@ -1,0 +1,113 @@
+"""A transformer whose every block adds what it is told to, so that the cache can be driven with any probes."""
+
+import numpy as np
+
+import mindspore as ms
+from mindspore import nn
+
+from FBCache_ms.models.transformer_flux_withFBCache import cached_step
+from FBCache_ms.utils import CacheContext, knobs
+
+DOUBLES, SINGLES = 3, 4
+BATCH, TOKENS, TEXT, WIDTH = 2, 3, 2, 4
+MAX_LENGTH = 24
+
+
+class Block(nn.Cell):
+    """A block that adds its rows of what stands in for the modulation vector: (image, text, modulated)."""
+
+    def __init__(self, index):
+        super().__init__()
+        self.index = index
+
+    def construct(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs):
+        return encoder_hidden_states + temb[1][self.index], hidden_states + temb[0][self.index]
+
+    def norm1(self, image, emb):
+        return emb[2], image
+
+
+class Transformer(nn.Cell):
+    """mindone's names around such blocks; what goes in comes out."""
+
+    def __init__(self):
+        super().__init__()
+        self.transformer_blocks = nn.CellList([Block(index) for index in range(DOUBLES)])
+        self.single_transformer_blocks = nn.CellList([Block(index) for index in range(DOUBLES, DOUBLES + SINGLES)])
+
+    def x_embedder(self, image):
+        return image
+
+    def norm_out(self, image, temb):
+        return image
+
+    def proj_out(self, image):
+        return image
+
+
+class Loop(nn.Cell):
+    """The denoise loop without an embedding and a scheduler."""
+
+    def __init__(self, cache):
+        super().__init__(auto_prefix=False)
+        self.transformer, self.cache = Transformer(), cache
+
+    def construct(self, latents, context, image, text, modulated, outputs, start, stop, schedule, coordinates, numbers):
+        self.cache.knobs.set(schedule, coordinates, numbers)
+        if start == 0:
+            self.cache.reset()
+        step = start
+        while step < stop:
+            given = (image[step], text[step], modulated[step])
+            outputs[step] = cached_step(self.transformer, self.cache, latents[step], context, given, ())
+            step = step + 1
+        return outputs
+
+
+class Streams:
+    """Random streams of a generation: each block's share and the modulated input change a little from step to step."""
+
+    def __init__(self, seed, steps, change=0.3):
+        rng = np.random.default_rng(seed)
+
+        def walk(*shape):
+            values = np.zeros((MAX_LENGTH, *shape), np.float32)
+            values[:steps] = rng.normal(size=shape) + np.cumsum(rng.normal(size=(steps, *shape)) * change, 0)
+            return values
+
+        blocks = DOUBLES + SINGLES
+        self.steps = steps
+        self.latents = walk(BATCH, TOKENS, WIDTH)
+        self.image, self.text = walk(blocks, BATCH, TOKENS, WIDTH), walk(blocks, BATCH, TEXT, WIDTH)
+        self.modulated = walk(BATCH, TOKENS, WIDTH)
+        self.context = rng.normal(size=(BATCH, TEXT, WIDTH)).astype(np.float32)
+
+    def span(self, start, stop):
+        """What the blocks start to stop - 1 add to the image stream, one entry a step."""
+        return self.image[: self.steps, start:stop].sum(1)
+
+    def both(self, start, stop):
+        """What they add to text and image stream, side by side."""
+        return np.concatenate([self.text[: self.steps, start:stop].sum(1), self.span(start, stop)], 2)
+
+
+_LOOPS = {}
+
+
+def replay(config, streams, sigmas=None, cut=0):
+    """What the graph makes of these streams: the outputs (N, B, S, D) and the CacheStats; in two pieces at ``cut``."""
+    steps = streams.steps
+    sigmas = np.linspace(1, 0, steps, endpoint=False) if sigmas is None else sigmas
+    if config.structure not in _LOOPS:
+        shape = (BATCH, TOKENS, WIDTH)
+        cache = CacheContext(*shape, config=config, text_len=TEXT, steps=steps, sigmas=sigmas)
+        _LOOPS[config.structure] = Loop(cache)
+    loop = _LOOPS[config.structure]
+    numbers = tuple(map(ms.Tensor, knobs(config, steps, sigmas)))
+    inputs = [streams.latents, streams.context, streams.image, streams.text, streams.modulated]
+    outputs = ms.Tensor(np.zeros_like(streams.latents))
+    for start, stop in ((0, cut), (cut, steps)) if cut else ((0, steps),):
+        bounds = ms.Tensor(start, ms.int32), ms.Tensor(stop, ms.int32)
+        outputs = loop(*map(ms.Tensor, inputs), outputs, *bounds, *numbers)
+    assert len(loop.compile_cache) == 1
+    return outputs.asnumpy()[:steps], loop.cache.stats()
