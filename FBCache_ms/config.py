@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from typing import Optional, Tuple
 
-from .schedules import SCHEDULES
+from .schedules import MAX_STEPS, SCHEDULES
 
 PROBED = ("fbcache", "cg_taylor", "dicache")
 WITH_TEACACHE = ("teacache", "fbcache_and_teacache", "fbcache_or_teacache")
@@ -309,6 +309,11 @@ class CacheConfig:
     def structure(self):
         """What makes a graph of its own; every other field is a number that goes into it."""
         return tuple(getattr(self, name) for name in _STRUCTURE)
+
+    def switched_off(self):
+        """A configuration of the same structure that computes every step."""
+        structure = dict(zip(_STRUCTURE, self.structure))
+        return CacheConfig(**structure, warmup_steps=MAX_STEPS, schedule="fora" if self.gate == "static" else None)
 
     @property
     def depends_on_steps(self):

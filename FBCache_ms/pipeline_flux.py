@@ -182,7 +182,7 @@ class FluxPipeline(MindoneFluxPipeline):
         check_config(config)
         if config is None:
             # The pipeline's own order, so that switching the cache off compiles nothing.
-            config = (self.cache_config or CacheConfig()).changed(warmup_steps=MAX_STEPS, warmup_interval=1)
+            config = (self.cache_config or CacheConfig()).switched_off()
         begin = time.perf_counter()
         with _mode(self.use_graph_mode):
             reason = self.why_not_cached(arguments)

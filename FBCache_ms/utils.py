@@ -11,7 +11,7 @@ from mindspore import Parameter, ops
 
 from . import rules
 from .config import CacheConfig
-from .schedules import ASK, MAX_STEPS, REUSE, row
+from .schedules import ASK, COMPUTE, MAX_STEPS, REUSE, row
 
 BRANCHES = ("cond", "uncond")
 """mindone's names for the two guidance branches of true CFG."""
@@ -118,7 +118,7 @@ class GatePlan:
         name: for its buffers and the trace.
         stack: "all", "double" or "single": which blocks ``first`` and ``last`` are counted in.
         first, last: so many blocks at either end of the stack run outside the span; the first ones make the probe.
-        rules: names in rules.WHEN, all of which have to agree; none for a static schedule.
+        rules: names in rules.SCORES, all of which have to agree; none for a static schedule.
         inner: the gates within the span, asked when this one computes.
     """
 
@@ -159,6 +159,14 @@ def every_gate(plans):
     return tuple(gate for outer in plans for gate in (outer, *every_gate(outer.inner)))
 
 
+def threshold(config, gate, rule):
+    """What a rule's score has to stay below; of residual_diff_threshold's 1 only what is no number stays out."""
+    if rule == "teacache":
+        return config.teacache_threshold
+    limit = config.residual_diff_threshold_single if gate.name == "single" else config.residual_diff_threshold
+    return np.inf if limit == 1 else limit
+
+
 def knobs(config, steps, sigmas=None):
     """A configuration's numbers as the graph's inputs, NumPy arrays.
 
@@ -175,17 +183,10 @@ def knobs(config, steps, sigmas=None):
     if config.forecast_coordinate == "sigma" and sigmas is None:
         raise ValueError("forecast_coordinate 'sigma' needs the schedule's sigmas")
     gates = every_gate(plan(config))
-    schedule = np.full((len(gates), MAX_STEPS), ASK, np.int32)
+    schedule = np.full((len(gates), MAX_STEPS), COMPUTE, np.int32)
     numbers = np.zeros((len(gates), _NUMBERS), np.float32)
     for index, gate in enumerate(gates):
-        thresholds = [
-            (
-                config.teacache_threshold
-                if rule == "teacache"
-                else config.residual_diff_threshold_single if gate.name == "single" else config.residual_diff_threshold
-            )
-            for rule in gate.rules
-        ]
+        thresholds = [threshold(config, gate, rule) for rule in gate.rules]
         schedule[index, :steps] = row(config, steps, min(thresholds, default=0), "teacache" in gate.rules)
         limits = (
             config.max_cached_steps,
@@ -197,10 +198,7 @@ def knobs(config, steps, sigmas=None):
         coefficients = (0.0,) * (5 - len(config.teacache_coefficients)) + config.teacache_coefficients
         numbers[index, :_SIGMA] = [np.inf if limit < 0 else limit for limit in limits]
         numbers[index, _SIGMA] = config.hicache_sigma
-        numbers[index, _THRESHOLD : _THRESHOLD + len(thresholds)] = [
-            np.inf if threshold == 1 and rule != "teacache" else threshold
-            for rule, threshold in zip(gate.rules, thresholds)
-        ]
+        numbers[index, _THRESHOLD : _THRESHOLD + len(thresholds)] = thresholds
         numbers[index, _COEFFICIENTS:] = coefficients
     coordinates = np.arange(MAX_STEPS, dtype=np.float32)
     if config.forecast_coordinate == "sigma":

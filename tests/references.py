@@ -22,7 +22,8 @@ def d(old, new, reduction="mean"):
 
 
 def below(value, threshold, margin):
-    margin.append(abs(value - threshold) / max(threshold, 1e-9))
+    with np.errstate(invalid="ignore"):
+        margin.append(abs(value - threshold) / max(threshold, 1e-9))
     return value < threshold
 
 

@@ -201,6 +201,13 @@ def test_only_numbers_keep_the_structure():
     assert base.structure != CacheConfig(taylorseer_derivative=1).structure
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_switched_off_computes_every_step_with_the_same_structure(name):
+    off = CacheConfig.preset(name).switched_off()
+    assert off.structure == CacheConfig.preset(name).structure
+    assert set(row(off, 40, 1.0)) == {COMPUTE}
+
+
 def test_every_field_is_documented():
     for option in fields(CacheConfig):
         assert f"{option.name}: {option.metadata['text']}" in CacheConfig.__doc__

@@ -266,6 +266,15 @@ def test_an_applied_cache_tells_unnamed_guidance_branches_apart(pipe, graph_mode
     remove_cache_from_pipe(plain)
 
 
+def test_the_cache_goes_off_for_a_call_of_another_length_than_its_mask(pipe):
+    kept, pipe.cache_config = pipe.cache_config, CacheConfig(steps_computation_mask=(1, 0, 0, 1))
+    try:
+        draw(pipe, cache_config=None)
+    finally:
+        pipe.cache_config = kept
+    assert pipe.cache_stats.cached_steps == []
+
+
 def test_another_transformer_is_seen(pipe):
     mine = FluxPipeline(**parts_of(pipe))
     mine.set_progress_bar_config(disable=True)
