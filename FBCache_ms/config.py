@@ -11,8 +11,9 @@ from .schedules import MAX_STEPS, SCHEDULES
 PROBED = ("fbcache", "cg_taylor", "dicache")
 WITH_TEACACHE = ("teacache", "fbcache_and_teacache", "fbcache_or_teacache")
 WITH_FBCACHE = (*PROBED, "fbcache_and_teacache", "fbcache_or_teacache")
-GATES = (*WITH_FBCACHE, "teacache", "static")
-BEFORE_ANY_BLOCK = ("teacache", "static")
+ASKED = (*WITH_FBCACHE, "teacache")
+GATES = (*ASKED, "static", "none")
+BEFORE_ANY_BLOCK = ("teacache", "static", "none")
 
 _TAG = re.compile(
     r"F(?P<Fn>\d+)B(?P<Bn>\d+)_W(?P<W>\d+)(?:I(?P<I>\d+))?(?:M(?P<M>\d+))?(?:MC(?P<MC>\d+))?"
@@ -29,16 +30,16 @@ PRESETS = {
     "double_gate": "F1B0_W0M0MC0_T0O0_R0.09,span=stacks,residual_diff_threshold_single=0.12",
     "teacache": "F0B0_W0M0MC0_T0O0_R0.12,gate=teacache",
     "cg_taylor": "F1B0_W0M0MC0_T1O1_R0.12,gate=cg_taylor",
-    "dicache": "F1B0_W6M0MC0_T1O1_R0.4,gate=dicache,forecast=dicache",
+    "dicache": "F1B0_W6M0MC0_T1O1_R0.4,gate=dicache,probe=hidden,forecast=dicache,end=0.95",
     "taylorseer": "F0B0_W0M0MC0_T1O1_R0.12,gate=static,schedule=taylorseer,schedule_interval=5",
     "hicache": "F0B0_W0M0MC0_T1O2_R0.12,gate=static,schedule=taylorseer,schedule_interval=5,forecast=hicache",
     "fora": "F0B0_W0M0MC0_T0O0_R0.12,gate=static,schedule=fora,schedule_interval=3",
     "delta_dit": "F0B0_W0M0MC0_T0O0_R0.12,gate=static,schedule=fora,schedule_interval=3,span=single",
     "magcache": "F0B0_W0M0MC0_T0O0_R0.12,gate=static,schedule=magcache",
-    "mask_slow": "F1B0_W0M0MC0_T0O0_R0.12,gate=static,schedule=mask_slow",
-    "mask_medium": "F1B0_W0M0MC0_T0O0_R0.12,gate=static,schedule=mask_medium",
-    "mask_fast": "F1B0_W0M0MC0_T0O0_R0.12,gate=static,schedule=mask_fast",
-    "mask_ultra": "F1B0_W0M0MC0_T0O0_R0.12,gate=static,schedule=mask_ultra",
+    "mask_slow": "F0B0_W0M0MC0_T0O0_R0.12,gate=static,schedule=mask_slow",
+    "mask_medium": "F0B0_W0M0MC0_T0O0_R0.12,gate=static,schedule=mask_medium",
+    "mask_fast": "F0B0_W0M0MC0_T0O0_R0.12,gate=static,schedule=mask_fast",
+    "mask_ultra": "F0B0_W0M0MC0_T0O0_R0.12,gate=static,schedule=mask_ultra",
 }
 """Tags by name. slow to ultra and the four masks are cache-dit 1.5.3's, double_gate has Nunchaku's defaults."""
 
@@ -88,10 +89,16 @@ class CacheConfig:
         Integral,
         (-1, None),
         "limits",
-        "M: reuses in all, -1: no limit; a mask's reuses are not limited (cache-dit)",
+        "M: reuses in all, -1: no limit (cache-dit)",
+        used_with=("gate", ASKED),
     )
     max_consecutive_cache_hits: int = _option(
-        -1, Integral, (-1, None), "limits", "MC: reuses in a row, -1: no limit, 0: cache off (ComfyUI, cache-dit)"
+        -1,
+        Integral,
+        (-1, None),
+        "limits",
+        "MC: reuses in a row, -1: no limit, 0: cache off (ComfyUI, cache-dit)",
+        used_with=("gate", ASKED),
     )
     max_accumulated_residual_diff: float = _option(
         0.0,
@@ -109,7 +116,7 @@ class CacheConfig:
         "what decides: fbcache compares the probe with the last computed step's; cg_taylor with its own forecast "
         "(arXiv 2508.02240); dicache sums its changes from step to step (DiCache); teacache sums a polynomial of the "
         "modulated input's changes, before any block (TeaCache); fbcache_and_teacache where both agree, "
-        "fbcache_or_teacache where either does; static: the schedule alone",
+        "fbcache_or_teacache where either does; static: the schedule alone; none: no cache in the graph",
     )
     probe: str = _option(
         "residual",
@@ -133,8 +140,9 @@ class CacheConfig:
         str,
         ("mean", "max"),
         "gate",
-        "one decision for a batch: by the means over all of it, or by its sample that differs most",
-        used_with=("gate", GATES[:-1]),
+        "one decision for a batch: by the means over all of it (ParaAttention), or by the sample that differs most "
+        "(FBCache_ms)",
+        used_with=("gate", ASKED),
     )
     residual_diff_threshold_single: float = _option(
         0.12,
@@ -190,7 +198,7 @@ class CacheConfig:
         str,
         ("step", "sigma"),
         "forecast",
-        "what distances are measured in: steps, or the noise level",
+        "what distances are measured in: steps (TaylorSeer), or the noise level (after ResilPhase's phase)",
         used_with=("forecast", ("taylor", "newton")),
     )
     hicache_sigma: float = _option(
@@ -201,8 +209,10 @@ class CacheConfig:
         "HiCache's contraction; 0.3 for schnell (HiCache, arXiv 2508.16984)",
         used_with=("forecast", ("hicache",)),
     )
-    start: float = _option(0.0, Real, (0, 1), "schedule", "no reuse before this share i/N of the N steps (ComfyUI)")
-    end: float = _option(1.0, Real, (0, 1), "schedule", "no reuse after this share i/N of the N steps (ComfyUI)")
+    start: float = _option(
+        0.0, Real, (0, 1), "schedule", "no reuse before this share of the sampling, i/N at step i of N (ComfyUI)"
+    )
+    end: float = _option(1.0, Real, (0, 1), "schedule", "no reuse after this share of the sampling (ComfyUI)")
     schedule: Optional[str] = _option(
         None,
         str,
@@ -212,7 +222,12 @@ class CacheConfig:
         "cache-dit's four masks. At the others the gate decides, or with the static gate they are reused",
     )
     schedule_interval: int = _option(
-        5, Integral, (1, None), "schedule", "N, in steps", used_with=("schedule", ("taylorseer", "fora"))
+        5,
+        Integral,
+        (1, None),
+        "schedule",
+        "N, in steps (TaylorSeer, FORA, Delta-DiT)",
+        used_with=("schedule", ("taylorseer", "fora")),
     )
     steps_computation_mask: Optional[Tuple[int, ...]] = _option(
         None,
@@ -222,20 +237,20 @@ class CacheConfig:
         "a schedule of one's own, a digit a step: 1 computes, 0 as above (cache-dit)",
     )
     magcache_threshold: float = _option(
-        0.24, Real, (0, None), "schedule", "largest accumulated error", used_with=("schedule", ("magcache",))
+        0.24, Real, (0, None), "schedule", "largest accumulated error (MagCache)", used_with=("schedule", ("magcache",))
     )
     magcache_max_skips: int = _option(
         5, Integral, (0, None), "schedule", "MagCache's K: reuses in a row", used_with=("schedule", ("magcache",))
     )
     magcache_retention: float = _option(
-        0.1, Real, (0, 1), "schedule", "share of steps computed first", used_with=("schedule", ("magcache",))
+        0.1, Real, (0, 1), "schedule", "share of steps computed first (MagCache)", used_with=("schedule", ("magcache",))
     )
     magcache_ratios: Optional[Tuple[float, ...]] = _option(
         None,
         tuple,
         (1, None),
         "schedule",
-        "each step's residual norm over the one before; default: FLUX.1-dev's",
+        "each step's residual norm over the one before; default: FLUX.1-dev's (MagCache)",
         used_with=("schedule", ("magcache",)),
     )
 
@@ -281,8 +296,13 @@ class CacheConfig:
                 f"forecast 'dicache' is made of two residuals, so taylorseer_derivative must be 1, not "
                 f"{self.taylorseer_derivative}"
             )
-        if self.forecast == "dicache" and self.gate not in PROBED:
-            raise ValueError(f"forecast 'dicache' is scaled by the probe, so gate must be one of {', '.join(PROBED)}")
+        if self.forecast == "dicache" and self.gate not in ("fbcache", "dicache"):
+            raise ValueError("forecast 'dicache' is scaled by the probe's changes, so gate must be fbcache or dicache")
+        if (self.forecast, self.forecast_coordinate) != ("taylor", "step") and self.taylorseer_derivative == 0:
+            raise ValueError(
+                f"forecast {self.forecast!r} by {self.forecast_coordinate} is plain reuse at taylorseer_derivative=0; "
+                "give an order of 1 or more"
+            )
         if self.start > self.end:
             raise ValueError(f"start={self.start} is behind end={self.end}")
 
@@ -350,9 +370,11 @@ class CacheConfig:
         }
         options = {option.name: option for option in fields(cls)}
         for part in match["more"].split(",")[1:]:
-            name, text = part.split("=")
+            name, _, text = part.partition("=")
             if name not in options:
                 raise ValueError(f"cache tag {tag!r}: {name} must be one of {', '.join(options)}")
+            if name in values and not (name.startswith("max_") and values[name] == -1):
+                raise ValueError(f"cache tag {tag!r} names {name} twice")
             values[name] = parse(options[name], text)
         return cls(**values)
 

@@ -23,7 +23,7 @@ from .config import CacheConfig
 from .flops import step_costs
 from .models.denoise_loop import FluxDenoiseLoop
 from .models.transformer_flux_withFBCache import FBCache_transformer_construct
-from .schedules import MAX_STEPS
+from .schedules import MAX_STEPS, row
 from .utils import BRANCHES, CacheContext, knobs
 
 logger = logging.get_logger(__name__)
@@ -177,12 +177,16 @@ class FluxPipeline(MindoneFluxPipeline):
             raise ValueError(f"num_inference_steps must be in [1, {MAX_STEPS}], not {steps}")
         if arguments["max_sequence_length"] == _DEFAULT_TEXT_LENGTH and self.tokenizer_2 is not None:
             arguments["max_sequence_length"] = min(_DEFAULT_TEXT_LENGTH, self.tokenizer_2.model_max_length)
-        refuse_stg(arguments["joint_attention_kwargs"])
         config = self.cache_config if cache_config is DEFAULT else cache_config
         check_config(config)
         if config is None:
             # The pipeline's own order, so that switching the cache off compiles nothing.
             config = (self.cache_config or CacheConfig()).switched_off()
+        else:
+            refuse_stg(arguments["joint_attention_kwargs"])
+        layers = self.transformer.config
+        config.check_blocks(layers.num_layers, layers.num_single_layers)
+        row(config, steps, 1.0)
         begin = time.perf_counter()
         with _mode(self.use_graph_mode):
             reason = self.why_not_cached(arguments)
@@ -228,7 +232,6 @@ class FluxPipeline(MindoneFluxPipeline):
         batch_size, seq_len, _ = latents.shape
         key = (batch_size, seq_len, text_len, branches, latents.dtype, config.structure)
         if key not in self._loops:
-            config.check_blocks(transformer.config.num_layers, transformer.config.num_single_layers)
             context = CacheContext(
                 batch_size,
                 seq_len,
@@ -311,7 +314,9 @@ class _WholeLoop:
             padded(scheduler.timesteps, MAX_STEPS),
             padded(scheduler.sigmas, MAX_STEPS + 1),
         )
-        numbers = tuple(map(ms.Tensor, knobs(config, steps, sigmas)))
+        unshifted = self.arguments["sigmas"]
+        progress = None if unshifted is None else 1 - np.asarray(unshifted)
+        numbers = tuple(map(ms.Tensor, knobs(config, steps, sigmas, progress)))
         pooled = ops.stack([pooled] if negative is None else [pooled, negative_pooled])
 
         def piece(latents, prompt_embeds, start, stop):
@@ -422,6 +427,7 @@ def apply_cache_on_pipe(pipe, config=None):
     transformer = getattr(pipe, "transformer", None)
     if not isinstance(transformer, FluxTransformer2DModel):
         raise ValueError(f"Unsupported model {type(transformer).__name__}; the cache is for FluxTransformer2DModel")
+    config.check_blocks(transformer.config.num_layers, transformer.config.num_single_layers)
     prepare_device()
     cached = CachedTransformer(transformer, config, pipe.scheduler)
     # Past DiffusionPipeline.__setattr__, which would write the stand-ins' classes into model_index.json.
@@ -443,7 +449,7 @@ class CachedTransformer:
     def __init__(self, transformer, config, scheduler):
         self.transformer, self.cache_settings, self.scheduler = transformer, config, scheduler
         self.steps, self.active = {}, None
-        self.branch, self.calls, self.begun = None, 0, False
+        self.branch, self.calls, self.told = None, 0, set()
 
     def __getattr__(self, name):
         return getattr(self.transformer, name)
@@ -458,7 +464,7 @@ class CachedTransformer:
 
     def begin_generation(self):
         """The scheduler's word that a new generation begins."""
-        self.calls, self.begun = 0, False
+        self.calls, self.told = 0, set()
         for step in self.steps.values():
             step.cache_context.forget()
 
@@ -491,11 +497,10 @@ class CachedTransformer:
         """The cached step for these shapes, told of the generation's steps at its first call."""
         batch_size, seq_len, _ = latents.shape
         key = (batch_size, seq_len, text_len, latents.dtype)
-        begin = self.scheduler.begin_index or 0
-        steps, sigmas = len(self.scheduler.timesteps) - begin, self.scheduler.sigmas.asnumpy()[begin:]
+        begin, whole = self.scheduler.begin_index or 0, len(self.scheduler.timesteps)
+        steps, sigmas = whole - begin, self.scheduler.sigmas.asnumpy()[begin:]
+        progress = np.arange(begin, whole) / whole
         if key not in self.steps:
-            layers = self.transformer.config
-            self.cache_settings.check_blocks(layers.num_layers, layers.num_single_layers)
             context = CacheContext(
                 batch_size,
                 seq_len,
@@ -508,9 +513,9 @@ class CachedTransformer:
                 sigmas=sigmas,
             )
             self.steps[key] = CachedStep(self.transformer, context)
-        elif not self.begun:
-            self.steps[key].cache_context.configure(self.cache_settings, steps, sigmas)
-        self.begun = True
+        if key not in self.told:
+            self.steps[key].cache_context.configure(self.cache_settings, steps, sigmas, progress)
+            self.told.add(key)
         self.costs = step_costs(self.transformer.config, batch_size, seq_len, text_len)
         return self.steps[key]
 

@@ -41,13 +41,13 @@ def fora(steps, interval):
 def magcache(steps, ratios=None, threshold=0.24, max_skips=5, retention=0.1):
     """Reuses while |1 - product of the norm ratios|, summed over the run, stays within the threshold (MagCache4FLUX).
 
-    Ratios for another number of steps are taken from the nearest one. The step that corresponds to FLUX.1-dev's
-    twelfth of 28 is always computed, as published.
+    Ratios for another number of steps are taken from the nearest one. As published, a step that lies nearest to the
+    twelfth of 28 is computed.
     """
     ratios = nearest(FLUX_MAG_RATIOS if ratios is None else ratios, steps)
     mask = np.ones(steps, int)
     product, error, run = 1.0, 0.0, 0
-    for step in range(int(retention * steps + 0.5), steps):
+    for step in range(max(int(retention * steps + 0.5), 1), steps):
         product, run = product * ratios[step], run + 1
         error += abs(1 - product)
         if error <= threshold and run <= max_skips and round(step * 27 / max(steps - 1, 1)) != 11:
@@ -85,7 +85,7 @@ SCHEDULES = {
 }
 
 
-def row(config, steps, threshold, ends=False):
+def row(config, steps, threshold, ends=False, progress=None):
     """COMPUTE, REUSE or ASK for each of the N steps of a generation, (N,).
 
     Args:
@@ -93,6 +93,8 @@ def row(config, steps, threshold, ends=False):
         steps: N.
         threshold: the gate's; at 0 it is never asked.
         ends: whether the gate always computes the first and the last step (TeaCache).
+        progress: (N,), how much of the sampling lies before each step, in [0, 1]: 1 - t, t the noise level before the
+            scheduler shifts it. Default: i / N, Flux's own. ComfyUI tests the shifted levels, in the same order.
 
     Raises ValueError if config has a mask of another length.
     """
@@ -107,8 +109,8 @@ def row(config, steps, threshold, ends=False):
             raise ValueError(f"steps_computation_mask is for {len(mask)} steps, the generation has {steps}")
     if mask is not None:
         actions[mask == 1] = COMPUTE
-    share = np.arange(steps) / steps
-    actions[(share < config.start) | (share > config.end)] = COMPUTE
+    progress = np.arange(steps) / steps if progress is None else np.asarray(progress)[:steps]
+    actions[(progress < config.start) | (progress > config.end)] = COMPUTE
     actions[: config.warmup_steps : config.warmup_interval] = COMPUTE
     actions[0] = COMPUTE
     if ends:

@@ -64,7 +64,8 @@ class CacheStats:
 
     Args:
         gates: a GateStats each.
-        skipped: share of the denoise loop's floating-point operations that was skipped, in [0, 1]; None if unknown.
+        skipped: share of the denoise loop's floating-point operations, in both branches, that was skipped, in [0, 1];
+            None if unknown, and in ``uncond``.
         uncond: the same for true CFG's negative branch, None without it.
     """
 
@@ -137,12 +138,14 @@ class GatePlan:
     @property
     def probes_text(self):
         """Whether the probe is of both streams, text first (Nunchaku's single gate)."""
-        return self.stack == "single"
+        return self.stack == "single" and len(self.rules) > 0
 
 
 def plan(config):
     """The gates of a configuration, in the order of their spans."""
     gate, first, last = config.gate, config.Fn_compute_blocks, config.Bn_compute_blocks
+    if gate == "none":
+        return ()
     tests = {"fbcache_and_teacache": ("fbcache", "teacache"), "static": ()}.get(gate, (gate,))
     if config.span == "stacks":
         return GatePlan("double", "double", 1, 0, tests), GatePlan("single", "single", 1, 0, tests)
@@ -160,34 +163,36 @@ def every_gate(plans):
 
 
 def threshold(config, gate, rule):
-    """What a rule's score has to stay below; of residual_diff_threshold's 1 only what is no number stays out."""
+    """What a rule's score has to stay below; DBCache's 1 lets everything pass that is a number."""
     if rule == "teacache":
         return config.teacache_threshold
-    limit = config.residual_diff_threshold_single if gate.name == "single" else config.residual_diff_threshold
-    return np.inf if limit == 1 else limit
+    if (config.gate, config.span, config.residual_diff_threshold) == ("fbcache", "blocks", 1):
+        return np.inf
+    return config.residual_diff_threshold_single if gate.name == "single" else config.residual_diff_threshold
 
 
-def knobs(config, steps, sigmas=None):
+def knobs(config, steps, sigmas=None, progress=None):
     """A configuration's numbers as the graph's inputs, NumPy arrays.
 
     Args:
         config: the CacheConfig.
         steps: N, the generation's number of steps, in [1, 1000].
         sigmas: (N,) or longer, the noise levels; for forecast_coordinate="sigma" only.
+        progress: as for schedules.row.
 
     Returns:
-        schedule (G, 1000), int32: COMPUTE, REUSE or ASK for each gate and step.
+        schedule (G, 1000), int32: COMPUTE, REUSE or ASK for each gate and step; G is 1 where there is no gate.
         coordinates (1000,), float32: where each step lies for the forecast.
         numbers (G, 11), float32: limits, HiCache's contraction, thresholds, TeaCache's polynomial, highest power first.
     """
     if config.forecast_coordinate == "sigma" and sigmas is None:
         raise ValueError("forecast_coordinate 'sigma' needs the schedule's sigmas")
     gates = every_gate(plan(config))
-    schedule = np.full((len(gates), MAX_STEPS), COMPUTE, np.int32)
-    numbers = np.zeros((len(gates), _NUMBERS), np.float32)
+    schedule = np.full((max(len(gates), 1), MAX_STEPS), COMPUTE, np.int32)
+    numbers = np.zeros((max(len(gates), 1), _NUMBERS), np.float32)
     for index, gate in enumerate(gates):
         thresholds = [threshold(config, gate, rule) for rule in gate.rules]
-        schedule[index, :steps] = row(config, steps, min(thresholds, default=0), "teacache" in gate.rules)
+        schedule[index, :steps] = row(config, steps, min(thresholds, default=0), "teacache" in gate.rules, progress)
         limits = (
             config.max_cached_steps,
             config.max_consecutive_cache_hits,
@@ -300,9 +305,9 @@ class Knobs:
 class Gate:
     """A decision for a span of blocks: the rules that make it, the span's residual, and what has been decided."""
 
-    def __init__(self, plan, index, config, shape, text_len, dtype, knobs, counters, buffer):
+    def __init__(self, plan, order, config, shape, text_len, dtype, knobs, counters, buffer):
         batch, tokens, width = shape
-        self.name, self.index, self.knobs, self.counters = plan.name, index, knobs, counters
+        self.name, self.index, self.knobs, self.counters = plan.name, order.index(plan), knobs, counters
         self.stack, self.first, self.last = plan.stack, plan.first, plan.last
         self.rules, self.needs_text, self.probes_text = plan.rules, plan.needs_text, plan.probes_text
         self.orders, self.forecast_rule = config.taylorseer_derivative + 1, config.forecast
@@ -334,8 +339,7 @@ class Gate:
         self.reused = named("reused", (MAX_STEPS,), NOT_REACHED, ms.int32)
         self.diffs = named("diffs", (MAX_STEPS,), NOT_COMPARED)
         self.inner = tuple(
-            Gate(within, index + 1 + place, config, shape, text_len, dtype, knobs, counters, buffer)
-            for place, within in enumerate(plan.inner)
+            Gate(within, order, config, shape, text_len, dtype, knobs, counters, buffer) for within in plan.inner
         )
 
     def span(self, doubles, singles):
@@ -405,12 +409,15 @@ class Gate:
         nodes = self.nodes.read()
         return tuple([nodes[order] for order in range(self.orders)])
 
-    def forecast(self, probes):
-        """The span's residual at this step in float32: (image stream, text stream or None)."""
+    def forecast(self, change):
+        """The span's residual at this step in float32: (image stream, text stream or None).
+
+        ``change`` is what the blocks before the span added.
+        """
         ratio = 1.0
         if self.forecast_rule == "dicache":
             nodes = self.last_nodes()
-            ratio = rules.probe_ratio(probes[0], self.probe_differences.derivatives.read(), nodes[0] - nodes[1])
+            ratio = rules.probe_ratio(change, self.probe_differences.derivatives.read(), nodes[0] - nodes[1])
         weights = self.weights(ratio)
         if self.needs_text:
             return self.residual.forecast(weights), self.text_residual.forecast(weights)
@@ -424,7 +431,7 @@ class Gate:
         decisions = tuple(None if mark == NOT_REACHED else mark == REUSED for mark in reused.tolist())
         return GateStats(self.name, decisions, tuple(None if diff == NOT_COMPARED else diff for diff in diffs.tolist()))
 
-    def store(self, probes, residual, text_residual):
+    def store(self, probes, change, residual, text_residual):
         """Takes over a computed step: its probes as the references, what the span added into the differences."""
         filled, x, nodes = self.filled.read(), self.knobs.x(), self.last_nodes()
         gaps = rules.GAPS[self.forecast_rule](x, nodes)
@@ -432,7 +439,8 @@ class Gate:
         if self.needs_text:
             self.text_residual.update(text_residual, filled, gaps)
         if self.forecasts_probe:
-            self.probe_differences.update(probes[0], filled, gaps)
+            probe = change if self.forecast_rule == "dicache" else probes[0]
+            self.probe_differences.update(probe, filled, gaps)
         for place in range(len(self.rules)):
             if rules.REFERENCES[self.rules[place]] == "computed":
                 self.references[place].write(probes[place])
@@ -502,11 +510,11 @@ class CacheContext:
 
         self.step = buffer("step", (), 0, ms.int32)
         self.timestep = buffer("timestep", (), 0, ms.float32)
-        self.knobs = Knobs(len(every_gate(plans)), self.step)
+        self.knobs = Knobs(max(len(every_gate(plans)), 1), self.step)
         self.gates = tuple(
             Gate(
                 gate,
-                index,
+                every_gate(plans),
                 config,
                 self.shape,
                 text_len,
@@ -515,18 +523,19 @@ class CacheContext:
                 Counters(*(buffer(f"{gate.name}_{name}", (), 0, ms.int32) for name in ("run", "total"))),
                 buffer,
             )
-            for index, gate in enumerate(plans)
+            for gate in plans
         )
         self.buffers = tuple(buffers)
         self.configure(config, steps, sigmas)
 
-    def configure(self, config, steps=None, sigmas=None):
+    def configure(self, config, steps=None, sigmas=None, progress=None):
         """Takes over a CacheConfig's numbers; compiles nothing.
 
         Args:
             config: one of the same structure.
             steps: how many steps a generation has; only for a config that depends on it.
             sigmas: (steps,) or longer, the noise levels; only for forecast_coordinate="sigma".
+            progress: as for schedules.row.
 
         Raises ValueError if the structure is another, or steps or sigmas are missing.
         """
@@ -534,7 +543,7 @@ class CacheContext:
             raise ValueError(f"{config} needs a CacheContext of its own: this one was made for {self.structure}")
         if steps is None and config.depends_on_steps:
             raise ValueError(f"{config} depends on the number of steps; give steps")
-        self.knobs.set(*map(ms.Tensor, knobs(config, steps or MAX_STEPS, sigmas)))
+        self.knobs.set(*map(ms.Tensor, knobs(config, steps or MAX_STEPS, sigmas, progress)))
 
     @contextmanager
     def __call__(self, name):
@@ -611,19 +620,21 @@ class CacheContext:
         ``costs`` is a flops.StepCosts, for the share of operations that was skipped.
         """
         steps = self.step.value.asnumpy().reshape(self.branches)
-        stats = None
-        for branch in reversed(range(self.branches)):
-            gates = tuple(gate.stats(int(steps[branch]), branch) for gate in every_gate(self.gates))
-            skipped = None if costs is None else skipped_share(every_gate(self.gates), gates, costs)
-            stats = CacheStats(gates, skipped, stats)
-        return stats
+        gates = every_gate(self.gates)
+        traces = [tuple(gate.stats(int(count), branch) for gate in gates) for branch, count in enumerate(steps)]
+        if not gates:
+            traces = [(GateStats("none", (False,) * int(count), (None,) * int(count)),) for count in steps]
+        skipped = None if costs is None else skipped_share(gates, traces, costs)
+        uncond = CacheStats(traces[1]) if self.branches == 2 else None
+        return CacheStats(traces[0], skipped, uncond)
 
 
-def skipped_share(gates, stats, costs):
-    """Share of a generation's operations that its gates skipped, in [0, 1]."""
-    steps = len(stats[0].reused)
+def skipped_share(gates, traces, costs):
+    """Share of a generation's operations that its gates skipped, in [0, 1], from each branch's GateStats."""
+    calls = sum(len(trace[0].reused) for trace in traces)
     saved = 0
-    for gate, decisions in zip(gates, stats):
-        start, stop = gate.span(costs.doubles, costs.singles)
-        saved += len(decisions.cached_steps) * costs.of_blocks(start, stop)
-    return saved / (steps * costs.total) if steps else 0.0
+    for trace in traces:
+        for gate, decisions in zip(gates, trace):
+            start, stop = gate.span(costs.doubles, costs.singles)
+            saved += len(decisions.cached_steps) * costs.of_blocks(start, stop)
+    return saved / (calls * costs.total) if calls else 0.0

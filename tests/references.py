@@ -17,7 +17,7 @@ def d(old, new, reduction="mean"):
     with np.errstate(all="ignore"):
         old, new = old.astype(np.float64), new.astype(np.float64)
         if reduction == "max":
-            return max(d(a, b) for a, b in zip(old, new))
+            return np.max([d(a, b) for a, b in zip(old, new)])
         return np.abs(old - new).mean() / np.abs(old).mean()
 
 
@@ -52,11 +52,33 @@ def dbcache(
     return reused
 
 
-def comfyui(probes, threshold, margin, start, end, max_consecutive):
-    """Apply First Block Cache: reuse only inside the window and at most so many in a row; step i of N is at i / N."""
-    steps = len(probes)
-    mask = [0 if start <= step / steps <= end else 1 for step in range(steps)]
+def flux_shift(mu, t):
+    """Flux's shift of a noise level t in (0, 1] for larger pictures."""
+    return math.exp(mu) / (math.exp(mu) + 1 / t - 1) if t > 0 else 0.0
+
+
+def comfyui(probes, sigmas, mu, threshold, margin, start, end, max_consecutive):
+    """Apply First Block Cache: reuse only where sigma(end) <= sigma <= sigma(start), and at most so many in a row.
+
+    sigma(p) is the shifted noise level once the share p of the sampling is done.
+    """
+    low, high = flux_shift(mu, 1 - end), flux_shift(mu, 1 - start)
+    mask = [0 if low <= sigma <= high else 1 for sigma in sigmas]
+    margin += [abs(sigma - bound) * 1e3 for sigma in sigmas for bound in (low, high)]
     return dbcache(probes, threshold, margin, mask=mask, MC=max_consecutive)
+
+
+def magcache(ratios, steps, threshold, most, retention):
+    """Skips while the errors |1 - product of the ratios since the last computed step| sum up to the threshold at most."""
+    computed = []
+    for step in range(steps):
+        run = ratios[computed[-1] + 1 : step + 1] if computed else []
+        errors = np.abs(1 - np.cumprod(run))
+        late = step >= int(retention * steps + 0.5)
+        near = round(step * 27 / (steps - 1)) == 11
+        if not (late and computed and errors.sum() <= threshold and len(run) <= most and not near):
+            computed.append(step)
+    return computed
 
 
 def teacache(modulated, threshold, margin, polynomial=FLUX_POLYNOMIAL):

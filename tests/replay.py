@@ -94,7 +94,7 @@ class Streams:
 _LOOPS = {}
 
 
-def replay(config, streams, sigmas=None, cut=0):
+def replay(config, streams, sigmas=None, cut=0, progress=None):
     """What the graph makes of these streams: the outputs (N, B, S, D) and the CacheStats; in two pieces at ``cut``."""
     steps = streams.steps
     sigmas = np.linspace(1, 0, steps, endpoint=False) if sigmas is None else sigmas
@@ -103,7 +103,7 @@ def replay(config, streams, sigmas=None, cut=0):
         cache = CacheContext(*shape, config=config, text_len=TEXT, steps=steps, sigmas=sigmas)
         _LOOPS[config.structure] = Loop(cache)
     loop = _LOOPS[config.structure]
-    numbers = tuple(map(ms.Tensor, knobs(config, steps, sigmas)))
+    numbers = tuple(map(ms.Tensor, knobs(config, steps, sigmas, progress)))
     inputs = [streams.latents, streams.context, streams.image, streams.text, streams.modulated]
     outputs = ms.Tensor(np.zeros_like(streams.latents))
     for start, stop in ((0, cut), (cut, steps)) if cut else ((0, steps),):

@@ -75,6 +75,7 @@ def test_every_field_comes_back_from_a_tag():
             "gate": "static",
             "schedule": "taylorseer",
             "schedule_interval": 7,
+            "taylorseer_derivative": 2,
             "forecast": "hicache",
             "hicache_sigma": 0.3,
         },
@@ -114,8 +115,10 @@ def test_a_tag_may_leave_out_what_is_implied(tag, full):
         ("F0B0_W4M0MC0_T0O0_R0.12", "Fn_compute_blocks=0"),
         ("F1B0_W4M0MC0_T1O0_R0.12", "order"),
         ("F1B0_W4M0MC0_T0O0_R1.5", "1.5"),
-        ("F1B0_W4I0M0MC0_T0O0_R0.12,warmup_interval=0", "warmup_interval"),
+        ("F1B0_W4M0MC0_T0O0_R0.12,max_cached_steps=-3", "max_cached_steps"),
         ("F1B0_W0_R0.12,colour=red", "colour"),
+        ("F1B0_W0_R0.12,gate=a=b", "a=b"),
+        ("F1B0_W0_R0.12,residual_diff_threshold=0.5", "twice"),
         ("F1B0_W0_R0.12,gate=guess", "guess"),
         ("F1B0_W0_R0.12,start=early", "early"),
         ("F1B0", "must read like"),
@@ -168,6 +171,10 @@ def test_a_value_out_of_range_is_refused_by_name(field, value, error):
         ({"gate": "cg_taylor"}, "taylorseer_derivative must be 1 or more"),
         ({"forecast": "dicache"}, "taylorseer_derivative must be 1"),
         ({"forecast": "dicache", "taylorseer_derivative": 1, "gate": "teacache"}, "scaled by the probe"),
+        ({"forecast": "dicache", "taylorseer_derivative": 1, "gate": "cg_taylor"}, "scaled by the probe"),
+        ({"forecast": "newton"}, "plain reuse"),
+        ({"forecast_coordinate": "sigma"}, "plain reuse"),
+        ({"gate": "static", "schedule": "fora", "max_cached_steps": 3}, "has no effect with gate='static'"),
         ({"span": "stacks", "gate": "teacache"}, "probes each stack"),
         ({"span": "single", "Bn_compute_blocks": 1}, "sets its own blocks"),
         ({"start": 0.8, "end": 0.2}, "is behind"),
@@ -206,11 +213,6 @@ def test_switched_off_computes_every_step_with_the_same_structure(name):
     off = CacheConfig.preset(name).switched_off()
     assert off.structure == CacheConfig.preset(name).structure
     assert set(row(off, 40, 1.0)) == {COMPUTE}
-
-
-def test_every_field_is_documented():
-    for option in fields(CacheConfig):
-        assert f"{option.name}: {option.metadata['text']}" in CacheConfig.__doc__
 
 
 @pytest.mark.parametrize("name", PRESETS)

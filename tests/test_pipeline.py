@@ -266,6 +266,12 @@ def test_an_applied_cache_tells_unnamed_guidance_branches_apart(pipe, graph_mode
     remove_cache_from_pipe(plain)
 
 
+def test_no_gate_in_the_graph_is_the_cache_switched_off(pipe):
+    bare = draw(pipe, cache_config=CacheConfig(gate="none"))
+    assert pipe.cache_stats.computed_steps == list(range(12)) and pipe.cache_stats.skipped == 0
+    np.testing.assert_allclose(bare, draw(pipe, cache_config=None), atol=1e-5)
+
+
 def test_the_cache_goes_off_for_a_call_of_another_length_than_its_mask(pipe):
     kept, pipe.cache_config = pipe.cache_config, CacheConfig(steps_computation_mask=(1, 0, 0, 1))
     try:

@@ -12,6 +12,7 @@ from FBCache_ms.eval.run_flux_withFBCache_pipeline import Parser, one_line, quie
 from FBCache_ms.eval.scenes import held_out_captions, parse_caption, score_picture
 from FBCache_ms.schedules import row as schedule_row
 
+UNCACHED = CacheConfig(gate="none")
 UNCACHED_EVERY = 10
 """The uncached run is timed beside every so many-th cached one."""
 
@@ -27,10 +28,10 @@ class Row:
 
 
 ROWS = (
-    Row("no cache", "", "F1B0_W0_R0"),
-    Row("60 % of the steps", "fewer steps", "F1B0_W0_R0", 0.6),
-    Row("34 % of the steps", "fewer steps", "F1B0_W0_R0", 0.34),
-    Row("22 % of the steps", "fewer steps", "F1B0_W0_R0", 0.22),
+    Row("no cache", "", "F0B0_W0_R0.12,gate=none"),
+    Row("60 % of the steps", "fewer steps", "F0B0_W0_R0.12,gate=none", 0.6),
+    Row("34 % of the steps", "fewer steps", "F0B0_W0_R0.12,gate=none", 0.34),
+    Row("22 % of the steps", "fewer steps", "F0B0_W0_R0.12,gate=none", 0.22),
     Row("First-Block Cache", "ParaAttention", "conservative"),
     Row("First-Block Cache", "ParaAttention", "balanced"),
     Row("First-Block Cache", "ParaAttention", "aggressive"),
@@ -155,7 +156,7 @@ class Measure:
         length = min(self.pipe.tokenizer_2.model_max_length, 512)
         self.embeds = [self.pipe.encode_prompt(prompt, max_sequence_length=length)[:2] for prompt in args.prompts]
         self.scenes = [scene_or_none(prompt) for prompt in args.prompts]
-        self.uncached = [self.draw(index, None) for index in range(len(args.prompts))]
+        self.uncached = [self.draw(index, UNCACHED) for index in range(len(args.prompts))]
 
     def draw(self, index, config, steps=None):
         """The picture of a prompt, (H, W, 3) in [0, 1]."""
@@ -190,7 +191,7 @@ class Measure:
                 image = Image.fromarray((picture * 255).round().astype("uint8"))
                 right += [ok for _, ok in score_picture(image, self.scenes[index])]
             if index % UNCACHED_EVERY == 0:
-                self.draw(index, None)
+                self.draw(index, UNCACHED)
                 uncached.append(self.pipe.seconds["denoise"])
         computed, skipped, psnrs, ssims = zip(*figures)
         return {

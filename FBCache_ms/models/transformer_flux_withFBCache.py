@@ -70,10 +70,10 @@ def run_gates(transformer, gates, start, stop, image, text, given):
         first, last = gate.span(doubles, singles)
         image_before, text_before = image, text
         image, text = run_blocks(transformer, start, first, image, text, given)
-        probes = probe(transformer, gate, image_before, text_before, image, text, given)
+        probes, change = probe(transformer, gate, image_before, text_before, image, text, given)
         if gate.decide(probes):
             gate.counters.hit()
-            residual, text_residual = gate.forecast(probes)
+            residual, text_residual = gate.forecast(change)
             image = image + residual.to(image.dtype)
             if gate.needs_text:
                 text = text + text_residual.to(text.dtype)
@@ -82,24 +82,28 @@ def run_gates(transformer, gates, start, stop, image, text, given):
                 gate.counters.miss()
             image_first, text_first = image, text
             image, text = run_gates(transformer, gate.inner, first, last, image, text, given)
-            gate.store(probes, image - image_first, text - text_first)
+            gate.store(probes, change, image - image_first, text - text_first)
         start = last
     return run_blocks(transformer, start, stop, image, text, given)
 
 
 def probe(transformer, gate, image_before, text_before, image, text, given):
-    """What a gate's rules look at: TeaCache at the modulated input, the others at what was added since ``before``."""
+    """What a gate's rules look at, a tensor each, and what was added since ``before``.
+
+    TeaCache looks at the modulated input, the others at what was added, or at the stream that it was added to.
+    """
+    change, hidden = image - image_before, image
+    if gate.probes_text:
+        change, hidden = mint.cat((text - text_before, change), dim=1), mint.cat((text, image), dim=1)
+    if gate.factor > 1:
+        change, hidden = change[..., :: gate.factor], hidden[..., :: gate.factor]
     probes = ()
     for rule in gate.rules:
         if rule == "teacache":
-            modulated = transformer.transformer_blocks[0].norm1(image_before, emb=given[0])[0]
-            probes = probes + (modulated,)
+            probes = probes + (transformer.transformer_blocks[0].norm1(image_before, emb=given[0])[0],)
         else:
-            change = image if gate.probe == "hidden" else image - image_before
-            if gate.probes_text:
-                change = mint.cat((text if gate.probe == "hidden" else text - text_before, change), dim=1)
-            probes = probes + (change[..., :: gate.factor] if gate.factor > 1 else change,)
-    return probes
+            probes = probes + (hidden if gate.probe == "hidden" else change,)
+    return probes, change
 
 
 def cached_step(
