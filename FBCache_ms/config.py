@@ -2,6 +2,7 @@
 
 import math
 import re
+import textwrap
 from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from typing import Optional, Tuple
@@ -385,6 +386,11 @@ class CacheConfig:
             raise ValueError(f"cache preset {name!r} must be one of {', '.join(PRESETS)}")
         return cls.from_tag(PRESETS[name])
 
+    @classmethod
+    def named(cls, text):
+        """The configuration of a preset's name or a tag. Raises ValueError for any other text."""
+        return cls.preset(text) if text in PRESETS else cls.from_tag(text)
+
     def __str__(self):
         order = self.taylorseer_derivative
         interval = "" if self.warmup_interval == 1 else f"I{self.warmup_interval}"
@@ -507,7 +513,8 @@ def _documentation():
     lines = ["", "", "    Args:"]
     for option in fields(CacheConfig):
         default = "" if option.default is None else f" Default: {value_text(option.default)}."
-        lines.append(f"        {option.name}: {option.metadata['text']}. Is {range_text(option)}.{default}")
+        text = f"{option.name}: {option.metadata['text']}. Is {range_text(option)}.{default}"
+        lines.append(textwrap.fill(text, 120, initial_indent=" " * 8, subsequent_indent=" " * 12))
     lines += [
         "",
         "    Raises:",

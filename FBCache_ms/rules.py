@@ -9,7 +9,8 @@ from mindspore import mint, ops
 
 # When: the score of a step, from the relative difference d of its probe, the sum kept since the last computed step and
 # TeaCache's polynomial. The step may be reused while the score is strictly below the threshold, so that one which is
-# not a number computes. REFERENCES tells what the probe is compared with.
+# not a number computes. REFERENCES tells what the probe is compared with: the last computed step's, the one before, or
+# what the computed steps' probes forecast.
 
 
 def fbcache(difference, accumulated, coefficients):
@@ -37,6 +38,17 @@ def teacache(difference, accumulated, coefficients):
 
 SCORES = {"fbcache": fbcache, "cg_taylor": cg_taylor, "dicache": dicache, "teacache": teacache}
 REFERENCES = {"fbcache": "computed", "cg_taylor": "forecast", "dicache": "previous", "teacache": "previous"}
+PROBES = {"teacache": "modulated"}
+"""Rules that look at something of their own; the others look at what the configuration says."""
+
+
+def within_limits(total, run, compared, limits):
+    """Whether fewer than M steps were reused, fewer than MC in a row, and the compared differences sum up to less.
+
+    The order of all tests (cache-dit 1.5.3, can_cache): what schedules.row says, these limits, the score.
+    """
+    in_all, in_a_row, summed = limits
+    return ops.logical_and(ops.logical_and(total < in_all, run < in_a_row), compared < summed)
 
 
 def relative_difference(reference, probe, batch_reduction="mean"):

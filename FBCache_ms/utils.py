@@ -311,7 +311,8 @@ class Gate:
         self.stack, self.first, self.last = plan.stack, plan.first, plan.last
         self.rules, self.needs_text, self.probes_text = plan.rules, plan.needs_text, plan.probes_text
         self.orders, self.forecast_rule = config.taylorseer_derivative + 1, config.forecast
-        self.probe, self.factor, self.batch_reduction = config.probe, config.downsample_factor, config.batch_reduction
+        self.probes = tuple(rules.PROBES.get(rule, config.probe) for rule in plan.rules)
+        self.factor, self.batch_reduction = config.downsample_factor, config.batch_reduction
 
         def named(name, shape, initial=0, dtype=ms.float32):
             return buffer(f"{plan.name}_{name}", shape, initial, dtype)
@@ -330,7 +331,7 @@ class Gate:
             (
                 None
                 if rules.REFERENCES[rule] == "forecast"
-                else named(f"{rule}_reference", shape if rule == "teacache" else probe_shape, dtype=dtype)
+                else named(f"{rule}_reference", shape if rule in rules.PROBES else probe_shape, dtype=dtype)
             )
             for rule in plan.rules
         )
@@ -356,13 +357,12 @@ class Gate:
         """Whether this step is reused, a scalar; probes has one tensor for each rule.
 
         What the schedule says comes first; where it asks, something must be stored, no limit reached, and every rule's
-        score strictly below its threshold (cache-dit 1.5.3, can_cache, whose order of tests this is).
+        score strictly below its threshold.
         """
         action, stored, counters = self.knobs.action(self.index), self.filled.read() > 0, self.counters
-        asked = ops.logical_and(action == ASK, stored)
-        asked = ops.logical_and(asked, counters.total.read() < self.number(_MAX_CACHED))
-        asked = ops.logical_and(asked, counters.run.read() < self.number(_MAX_CONSECUTIVE))
-        asked = ops.logical_and(asked, self.compared.read() < self.number(_MAX_ACCUMULATED))
+        limits = self.number(_MAX_CACHED), self.number(_MAX_CONSECUTIVE), self.number(_MAX_ACCUMULATED)
+        allowed = rules.within_limits(counters.total.read(), counters.run.read(), self.compared.read(), limits)
+        asked = ops.logical_and(ops.logical_and(action == ASK, stored), allowed)
         agreed, differences, scores = asked, (), ()
         for place in range(len(self.rules)):
             rule, probe = self.rules[place], probes[place]

@@ -69,7 +69,7 @@ def comfyui(probes, sigmas, mu, threshold, margin, start, end, max_consecutive):
 
 
 def magcache(ratios, steps, threshold, most, retention):
-    """Skips while the errors |1 - product of the ratios since the last computed step| sum up to the threshold at most."""
+    """Skips while the errors |1 - product of the ratios since the last computed step| sum up to no more."""
     computed = []
     for step in range(steps):
         run = ratios[computed[-1] + 1 : step + 1] if computed else []
@@ -151,29 +151,28 @@ def either(probes, modulated, threshold, tea_threshold, margin):
     return tea, fb
 
 
-def taylor(computed, x, order):
-    """TaylorSeer: every order divides by the newest gap. ``computed`` is a list of (x, value)."""
-    differences = []
+def differences(computed, order):
+    """TaylorSeer's, where every order divides by the newest gap. ``computed`` is a list of (x, value)."""
+    newest = []
     for index, (node, value) in enumerate(computed):
         new = [value.astype(np.float64)]
-        for old in differences[:order]:
+        for old in newest[:order]:
             new.append((new[-1] - old) / (node - computed[index - 1][0]))
-        differences = new
+        newest = new
+    return newest
+
+
+def taylor(computed, x, order):
+    """TaylorSeer: k^i / i! times the differences."""
     k = x - computed[-1][0]
-    return sum(k**i / math.factorial(i) * value for i, value in enumerate(differences))
+    return sum(k**i / math.factorial(i) * value for i, value in enumerate(differences(computed, order)))
 
 
 def hicache(computed, x, order, sigma):
     """TaylorSeer's differences, weighted with s^i H_i(s k) / i!."""
-    differences = []
-    for index, (node, value) in enumerate(computed):
-        new = [value.astype(np.float64)]
-        for old in differences[:order]:
-            new.append((new[-1] - old) / (node - computed[index - 1][0]))
-        differences = new
     k = x - computed[-1][0]
     weights = [sigma**i * hermval(sigma * k, [0] * i + [1]) / math.factorial(i) for i in range(order + 1)]
-    return sum(weight * value for weight, value in zip(weights, differences))
+    return sum(weight * value for weight, value in zip(weights, differences(computed, order)))
 
 
 def newton(computed, x, order):

@@ -19,7 +19,7 @@ from FBCache_ms import (
     remove_cache_from_pipe,
 )
 from FBCache_ms.checkpoint import TINY_FLUX
-from FBCache_ms.models.transformer_flux_withFBCache import FBCache_transformer_construct
+from FBCache_ms.models.transformer_flux_withFBCache import FBCache_transformer_construct, embed_condition, embed_time
 from FBCache_ms.pipeline_flux import CachedStep, watched
 from FBCache_ms.utils import knobs
 
@@ -121,6 +121,52 @@ def test_the_loop_goes_on_where_a_piece_of_it_stopped(pipe, strict_graph_mode):
     np.testing.assert_array_equal(whole, pieces)
     assert loop.cache.stats() == stats and stats.cached_steps
     assert len(loop.compile_cache) == 1
+
+
+def double_gate(transformer, inputs, steps, double, single):
+    """Nunchaku's two gates step by step on mindone's own blocks: the latents and both gates' decisions."""
+    latents, embeds, pooled, text_ids, image_ids, guidance, _, timesteps, sigmas = inputs
+    context, rotary = embed_condition(transformer, embeds[0], text_ids, image_ids)
+    kept, decisions = {}, {"double": [], "single": []}
+
+    def through(cells, image, text, temb):
+        for cell in cells:
+            text, image = cell(image, text, temb, rotary)
+        return image, text
+
+    def gated(name, threshold, cells, image, text, temb, both):
+        before = [text.asnumpy(), image.asnumpy()]
+        image, text = through(cells[:1], image, text, temb)
+        added = [after.asnumpy() - old for after, old in zip((text, image), before)]
+        probe = np.concatenate(added, 1) if both else added[1]
+        difference = np.abs(kept[name][0] - probe).mean() / np.abs(kept[name][0]).mean() if name in kept else np.inf
+        decisions[name].append(bool(difference < threshold))
+        if not decisions[name][-1]:
+            last_image, last_text = through(cells[1:], image, text, temb)
+            kept[name] = probe, last_image - image, last_text - text
+        return image + kept[name][1], text + kept[name][2]
+
+    for step in range(steps):
+        temb = embed_time(transformer, timesteps[step : step + 1] / 1000, guidance, pooled[0], ms.float32)
+        image = transformer.x_embedder(latents)
+        image, text = gated("double", double, transformer.transformer_blocks, image, context, temb, False)
+        image, text = gated("single", single, transformer.single_transformer_blocks, image, text, temb, True)
+        velocity = transformer.proj_out(transformer.norm_out(image, temb))
+        latents = latents + (sigmas[step + 1] - sigmas[step]) * velocity
+    return latents.asnumpy(), decisions
+
+
+def test_the_double_gate_goes_through_mindones_blocks_as_described(pipe, graph_mode):
+    inputs, steps = loop_inputs(8), 8
+    expected, decisions = double_gate(pipe.transformer, inputs, steps, 0.3, 0.25)
+    config = CacheConfig(0.3, span="stacks", residual_diff_threshold_single=0.25)
+    loop = FluxDenoiseLoop(pipe.transformer, CacheContext(1, 64, 128, config=config, text_len=32))
+    bounds = ms.Tensor(0, ms.int32), ms.Tensor(steps, ms.int32)
+    latents = loop(*inputs, *bounds, *map(ms.Tensor, knobs(config, steps))).asnumpy()
+    assert {gate.name: list(gate.reused) for gate in loop.cache.stats().gates} == decisions
+    pairs = set(zip(decisions["double"], decisions["single"]))
+    assert len(pairs) >= 3
+    np.testing.assert_allclose(latents, expected, atol=1e-3)
 
 
 @pytest.mark.parametrize("repeat", [False, True])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from FBCache_ms.checkpoint import TINY_FLUX, block_counts, check_checkpoint
-from FBCache_ms.config import PRESETS, CacheConfig
+from FBCache_ms.config import CacheConfig
 from FBCache_ms.eval.run_flux_withFBCache_pipeline import Parser, one_line, quiet, write_file
 from FBCache_ms.eval.scenes import held_out_captions, parse_caption, score_picture
 from FBCache_ms.schedules import row as schedule_row
@@ -133,8 +133,7 @@ def read_prompts(args):
 
 def config_of(row, steps):
     """A row's CacheConfig."""
-    tag = row.cache.format(own=own_mask(steps))
-    return CacheConfig.preset(tag) if tag in PRESETS else CacheConfig.from_tag(tag)
+    return CacheConfig.named(row.cache.format(own=own_mask(steps)))
 
 
 def steps_of(row, steps):

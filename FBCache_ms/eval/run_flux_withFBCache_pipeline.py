@@ -104,9 +104,7 @@ def add_cache_options(parser):
 
 def cache_config(args):
     """The CacheConfig of the cache options."""
-    config = CacheConfig()
-    if args.cache is not None:
-        config = CacheConfig.preset(args.cache) if args.cache in PRESETS else CacheConfig.from_tag(args.cache)
+    config = CacheConfig() if args.cache is None else CacheConfig.named(args.cache)
     given = {option.name: getattr(args, option.name) for option in fields(CacheConfig)}
     options = {option.name: option for option in fields(CacheConfig)}
     return config.changed(**{name: parse(options[name], text) for name, text in given.items() if text is not None})

@@ -22,11 +22,11 @@ def parse_arguments(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="of the captions and of the noise")
     parser.add_argument("--num_inference_steps", type=int, default=28, metavar="N")
     parser.add_argument("--guidance_scale", type=float, default=3.5, metavar="G")
-    parser.add_argument("--cache", metavar="TAG", help="like F1B0_W0M0MC0_T1O1_R0.12 (default: no cache)")
+    parser.add_argument("--cache", metavar="TAG|PRESET", help="like F1B0_W0M0MC0_T1O1_R0.12 (default: no cache)")
     parser.add_argument("--save_path", type=Path, default=Path("./results/score"), metavar="FOLDER")
     args = parser.parse_args(argv)
     try:
-        args.config = None if args.cache is None else CacheConfig.from_tag(args.cache)
+        args.config = None if args.cache is None else CacheConfig.named(args.cache)
         for name, low, high in (("limit", 1, 10_000), ("num_inference_steps", 1, 1000), ("seed", 0, 2**32)):
             if not low <= getattr(args, name) <= high:
                 raise ValueError(f"--{name} must be in [{low}, {high}], not {getattr(args, name)}")

@@ -63,47 +63,54 @@ def run_blocks(transformer, start, stop, image, text, given):
     return image, text
 
 
+def probed(gate, stream):
+    """The part of a stream, (image, text), that a gate's rules look at: (B, S, D), or (B, T + S, D) with the text."""
+    image, text = stream
+    whole = mint.cat((text, image), dim=1) if gate.probes_text else image
+    return whole[..., :: gate.factor] if gate.factor > 1 else whole
+
+
+def residual(transformer, gate, before, now, temb):
+    """What the blocks between ``before`` and ``now`` added."""
+    return probed(gate, now) - probed(gate, before)
+
+
+def hidden(transformer, gate, before, now, temb):
+    """The stream behind those blocks."""
+    return probed(gate, now)
+
+
+def modulated(transformer, gate, before, now, temb):
+    """The first block's modulated input, before any block has run."""
+    return transformer.transformer_blocks[0].norm1(before[0], emb=temb)[0]
+
+
+PROBES = {"residual": residual, "hidden": hidden, "modulated": modulated}
+
+
 def run_gates(transformer, gates, start, stop, image, text, given):
     """Blocks start to stop - 1, each gate deciding over its span; the blocks outside the spans always run."""
     doubles, singles = len(transformer.transformer_blocks), len(transformer.single_transformer_blocks)
     for gate in gates:
         first, last = gate.span(doubles, singles)
-        image_before, text_before = image, text
+        before = image, text
         image, text = run_blocks(transformer, start, first, image, text, given)
-        probes, change = probe(transformer, gate, image_before, text_before, image, text, given)
+        now = image, text
+        probes = tuple([PROBES[name](transformer, gate, before, now, given[0]) for name in gate.probes])
+        change = residual(transformer, gate, before, now, given[0])
         if gate.decide(probes):
             gate.counters.hit()
-            residual, text_residual = gate.forecast(change)
-            image = image + residual.to(image.dtype)
+            image_residual, text_residual = gate.forecast(change)
+            image = image + image_residual.to(image.dtype)
             if gate.needs_text:
                 text = text + text_residual.to(text.dtype)
         else:
             if not gate.inner:
                 gate.counters.miss()
-            image_first, text_first = image, text
             image, text = run_gates(transformer, gate.inner, first, last, image, text, given)
-            gate.store(probes, change, image - image_first, text - text_first)
+            gate.store(probes, change, image - now[0], text - now[1])
         start = last
     return run_blocks(transformer, start, stop, image, text, given)
-
-
-def probe(transformer, gate, image_before, text_before, image, text, given):
-    """What a gate's rules look at, a tensor each, and what was added since ``before``.
-
-    TeaCache looks at the modulated input, the others at what was added, or at the stream that it was added to.
-    """
-    change, hidden = image - image_before, image
-    if gate.probes_text:
-        change, hidden = mint.cat((text - text_before, change), dim=1), mint.cat((text, image), dim=1)
-    if gate.factor > 1:
-        change, hidden = change[..., :: gate.factor], hidden[..., :: gate.factor]
-    probes = ()
-    for rule in gate.rules:
-        if rule == "teacache":
-            probes = probes + (transformer.transformer_blocks[0].norm1(image_before, emb=given[0])[0],)
-        else:
-            probes = probes + (hidden if gate.probe == "hidden" else change,)
-    return probes, change
 
 
 def cached_step(
