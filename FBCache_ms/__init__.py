@@ -5,7 +5,7 @@ from importlib import import_module
 _HOMES = {
     "CacheConfig": "config",
     "CacheContext": "utils",
-    "CacheStats": "utils",
+    "CacheStats": "stats",
     "FBCache_transformer_construct": "models.transformer_flux_withFBCache",
     "FluxDenoiseLoop": "models.denoise_loop",
     "FluxPipeline": "pipeline_flux",

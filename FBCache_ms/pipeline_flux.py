@@ -21,10 +21,12 @@ from mindspore import nn, ops
 from .checkpoint import check_checkpoint, check_fit
 from .config import CacheConfig
 from .flops import step_costs
+from .gates import knobs
 from .models.denoise_loop import FluxDenoiseLoop
 from .models.transformer_flux_withFBCache import FBCache_transformer_construct
 from .schedules import MAX_STEPS, row
-from .utils import BRANCHES, CacheContext, knobs
+from .stats import BRANCHES
+from .utils import CacheContext
 
 logger = logging.get_logger(__name__)
 

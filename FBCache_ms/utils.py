@@ -1,8 +1,6 @@
 """CacheContext: the state of one cached generation, the decision and the forecast."""
 
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Optional, Tuple
 
 import numpy as np
 
@@ -11,204 +9,20 @@ from mindspore import Parameter, ops
 
 from . import rules
 from .config import CacheConfig
-from .schedules import ASK, COMPUTE, MAX_STEPS, REUSE, row
-
-BRANCHES = ("cond", "uncond")
-"""mindone's names for the two guidance branches of true CFG."""
-
-NOT_COMPARED = -1.0
-"""Stands in the trace for the difference of a step that was not compared; a real one is never negative."""
-
-COMPUTED, REUSED, NOT_REACHED = 0, 1, -1
-"""What the trace says of a step; a gate inside another is not reached while the outer one reuses."""
-
-_NUMBERS = 11
-_MAX_CACHED, _MAX_CONSECUTIVE, _MAX_ACCUMULATED, _SIGMA, _THRESHOLD, _COEFFICIENTS = 0, 1, 2, 3, 4, 6
-"""Places in a gate's row of numbers: two thresholds, five coefficients."""
-
-
-@dataclass(frozen=True)
-class GateStats:
-    """What one gate did in one generation.
-
-    Args:
-        name: the gate's, for instance "fbcache", or "double" and "single".
-        reused: an entry a step: true where its blocks were skipped, None where an outer gate had skipped them already.
-        residual_diffs: one relative difference a step, None where the step was not compared.
-    """
-
-    name: str
-    reused: Tuple[Optional[bool], ...]
-    residual_diffs: Tuple[Optional[float], ...]
-
-    @property
-    def computed_steps(self):
-        """Indices of the steps at which the gate's blocks ran."""
-        return [step for step, reused in enumerate(self.reused) if reused is False]
-
-    @property
-    def cached_steps(self):
-        """Indices of the steps at which the gate skipped its blocks."""
-        return [step for step, reused in enumerate(self.reused) if reused]
-
-    @property
-    def run_lengths(self):
-        """How many reuses followed each other, in order: [2, 1] for computed, reused, reused, computed, reused."""
-        marks = "".join("r" if reused else " " for reused in self.reused)
-        return [len(run) for run in marks.split()]
-
-
-@dataclass(frozen=True)
-class CacheStats:
-    """What one generation did; ``print`` shows a table.
-
-    Args:
-        gates: a GateStats each.
-        skipped: share of the denoise loop's floating-point operations, in both branches, that was skipped, in [0, 1];
-            None if unknown, and in ``uncond``.
-        uncond: the same for true CFG's negative branch, None without it.
-    """
-
-    gates: Tuple[GateStats, ...]
-    skipped: Optional[float] = None
-    uncond: Optional["CacheStats"] = None
-
-    @property
-    def reused(self):
-        """One bool a step, true where any gate skipped blocks."""
-        return tuple(any(step) for step in zip(*(gate.reused for gate in self.gates)))
-
-    @property
-    def residual_diffs(self):
-        """The first gate's differences, or those of the gate within it where it has none."""
-        return tuple(
-            next((diff for diff in step if diff is not None), None)
-            for step in zip(*(gate.residual_diffs for gate in self.gates))
-        )
-
-    @property
-    def computed_steps(self):
-        """Indices of the steps that ran every block."""
-        return [step for step, reused in enumerate(self.reused) if not reused]
-
-    @property
-    def cached_steps(self):
-        """Indices of the steps at which blocks were skipped."""
-        return [step for step, reused in enumerate(self.reused) if reused]
-
-    def __str__(self):
-        rows = [("branch", "gate", "computed", "reused", "longest run", "differences")]
-        for branch, stats in zip(BRANCHES, (self, self.uncond)):
-            for gate in stats.gates if stats else ():
-                diffs = [diff for diff in gate.residual_diffs if diff is not None]
-                spread = f"{min(diffs):.3f} .. {max(diffs):.3f}" if diffs else "-"
-                counts = len(gate.computed_steps), len(gate.cached_steps), max(gate.run_lengths, default=0)
-                rows.append((branch, gate.name, *map(str, counts), spread))
-        widths = [max(map(len, column)) for column in zip(*rows)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in rows]
-        if self.skipped is not None:
-            lines.append(f"{self.skipped:.1%} of the operations skipped")
-        return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class GatePlan:
-    """One gate of a configuration.
-
-    Args:
-        name: for its buffers and the trace.
-        stack: "all", "double" or "single": which blocks ``first`` and ``last`` are counted in.
-        first, last: so many blocks at either end of the stack run outside the span; the first ones make the probe.
-        rules: names in rules.SCORES, all of which have to agree; none for a static schedule.
-        inner: the gates within the span, asked when this one computes.
-    """
-
-    name: str
-    stack: str
-    first: int
-    last: int
-    rules: Tuple[str, ...]
-    inner: Tuple["GatePlan", ...] = ()
-
-    @property
-    def needs_text(self):
-        """Whether blocks run behind the span: only then is the text stream's residual needed."""
-        return self.stack == "double" or self.last > 0
-
-    @property
-    def probes_text(self):
-        """Whether the probe is of both streams, text first (Nunchaku's single gate)."""
-        return self.stack == "single" and len(self.rules) > 0
-
-
-def plan(config):
-    """The gates of a configuration, in the order of their spans."""
-    gate, first, last = config.gate, config.Fn_compute_blocks, config.Bn_compute_blocks
-    if gate == "none":
-        return ()
-    tests = {"fbcache_and_teacache": ("fbcache", "teacache"), "static": ()}.get(gate, (gate,))
-    if config.span == "stacks":
-        return GatePlan("double", "double", 1, 0, tests), GatePlan("single", "single", 1, 0, tests)
-    if config.span == "single":
-        return (GatePlan(gate, "single", 0, 0, tests),)
-    if gate == "fbcache_or_teacache":
-        inner = GatePlan("fbcache", "all", first, last, ("fbcache",))
-        return (GatePlan("teacache", "all", 0, last, ("teacache",), (inner,)),)
-    return (GatePlan(gate, "all", first, last, tests),)
-
-
-def every_gate(plans):
-    """The plans and those within them, outer before inner."""
-    return tuple(gate for outer in plans for gate in (outer, *every_gate(outer.inner)))
-
-
-def threshold(config, gate, rule):
-    """What a rule's score has to stay below; DBCache's 1 lets everything pass that is a number."""
-    if rule == "teacache":
-        return config.teacache_threshold
-    if (config.gate, config.span, config.residual_diff_threshold) == ("fbcache", "blocks", 1):
-        return np.inf
-    return config.residual_diff_threshold_single if gate.name == "single" else config.residual_diff_threshold
-
-
-def knobs(config, steps, sigmas=None, progress=None):
-    """A configuration's numbers as the graph's inputs, NumPy arrays.
-
-    Args:
-        config: the CacheConfig.
-        steps: N, the generation's number of steps, in [1, 1000].
-        sigmas: (N,) or longer, the noise levels; for forecast_coordinate="sigma" only.
-        progress: as for schedules.row.
-
-    Returns:
-        schedule (G, 1000), int32: COMPUTE, REUSE or ASK for each gate and step; G is 1 where there is no gate.
-        coordinates (1000,), float32: where each step lies for the forecast.
-        numbers (G, 11), float32: limits, HiCache's contraction, thresholds, TeaCache's polynomial, highest power first.
-    """
-    if config.forecast_coordinate == "sigma" and sigmas is None:
-        raise ValueError("forecast_coordinate 'sigma' needs the schedule's sigmas")
-    gates = every_gate(plan(config))
-    schedule = np.full((max(len(gates), 1), MAX_STEPS), COMPUTE, np.int32)
-    numbers = np.zeros((max(len(gates), 1), _NUMBERS), np.float32)
-    for index, gate in enumerate(gates):
-        thresholds = [threshold(config, gate, rule) for rule in gate.rules]
-        schedule[index, :steps] = row(config, steps, min(thresholds, default=0), "teacache" in gate.rules, progress)
-        limits = (
-            config.max_cached_steps,
-            config.max_consecutive_cache_hits,
-            config.max_accumulated_residual_diff or -1,
-        )
-        if gate.name == "teacache":
-            limits = (*limits[:2], -1)
-        coefficients = (0.0,) * (5 - len(config.teacache_coefficients)) + config.teacache_coefficients
-        numbers[index, :_SIGMA] = [np.inf if limit < 0 else limit for limit in limits]
-        numbers[index, _SIGMA] = config.hicache_sigma
-        numbers[index, _THRESHOLD : _THRESHOLD + len(thresholds)] = thresholds
-        numbers[index, _COEFFICIENTS:] = coefficients
-    coordinates = np.arange(MAX_STEPS, dtype=np.float32)
-    if config.forecast_coordinate == "sigma":
-        coordinates[:steps] = np.asarray(sigmas)[:steps]
-    return schedule, coordinates, numbers
+from .gates import (
+    COEFFICIENTS,
+    MAX_ACCUMULATED,
+    MAX_CACHED,
+    MAX_CONSECUTIVE,
+    NUMBERS,
+    SIGMA,
+    THRESHOLD,
+    every_gate,
+    knobs,
+    plan,
+)
+from .schedules import ASK, MAX_STEPS, REUSE
+from .stats import BRANCHES, NOT_COMPARED, NOT_REACHED, REUSED, CacheStats, GateStats, skipped_share
 
 
 @ms.jit_class
@@ -280,7 +94,7 @@ class Knobs:
         self.step = step
         self.schedule = Parameter(ms.Tensor(np.zeros(gates * MAX_STEPS), ms.int32), "cache_schedule", False)
         self.coordinates = Parameter(ms.Tensor(np.zeros(MAX_STEPS), ms.float32), "cache_coordinates", False)
-        self.numbers = Parameter(ms.Tensor(np.zeros((gates, _NUMBERS)), ms.float32), "cache_numbers", False)
+        self.numbers = Parameter(ms.Tensor(np.zeros((gates, NUMBERS)), ms.float32), "cache_numbers", False)
 
     def set(self, schedule, coordinates, numbers):
         """Takes over what knobs() gives, inside the graph or outside.
@@ -360,7 +174,7 @@ class Gate:
         score strictly below its threshold.
         """
         action, stored, counters = self.knobs.action(self.index), self.filled.read() > 0, self.counters
-        limits = self.number(_MAX_CACHED), self.number(_MAX_CONSECUTIVE), self.number(_MAX_ACCUMULATED)
+        limits = self.number(MAX_CACHED), self.number(MAX_CONSECUTIVE), self.number(MAX_ACCUMULATED)
         allowed = rules.within_limits(counters.total.read(), counters.run.read(), self.compared.read(), limits)
         asked = ops.logical_and(ops.logical_and(action == ASK, stored), allowed)
         agreed, differences, scores = asked, (), ()
@@ -368,7 +182,7 @@ class Gate:
             rule, probe = self.rules[place], probes[place]
             difference = rules.relative_difference(self.reference(place), probe, self.batch_reduction)
             score = rules.SCORES[rule](difference, self.sums[place].read(), self.coefficients(rule))
-            agreed = ops.logical_and(agreed, score < self.number(_THRESHOLD + place))
+            agreed = ops.logical_and(agreed, score < self.number(THRESHOLD + place))
             differences, scores = differences + (difference,), scores + (score,)
         reuse = ops.logical_or(agreed, ops.logical_and(action == REUSE, stored))
         for place in range(len(self.rules)):
@@ -388,7 +202,7 @@ class Gate:
         """TeaCache's polynomial, highest power first."""
         if rule != "teacache":
             return ()
-        return tuple([self.number(_COEFFICIENTS + power) for power in range(5)])
+        return tuple([self.number(COEFFICIENTS + power) for power in range(5)])
 
     def trace(self, reuse, asked, differences):
         """Writes down the decision, and the first rule's difference if the gate was asked."""
@@ -402,7 +216,7 @@ class Gate:
 
     def weights(self, ratio):
         """The forecast's weights at this step, a scalar for each order."""
-        return rules.WEIGHTS[self.forecast_rule](self.knobs.x(), self.last_nodes(), self.number(_SIGMA), ratio)
+        return rules.WEIGHTS[self.forecast_rule](self.knobs.x(), self.last_nodes(), self.number(SIGMA), ratio)
 
     def last_nodes(self):
         """The coordinates of the last computed steps, newest first."""
@@ -627,14 +441,3 @@ class CacheContext:
         skipped = None if costs is None else skipped_share(gates, traces, costs)
         uncond = CacheStats(traces[1]) if self.branches == 2 else None
         return CacheStats(traces[0], skipped, uncond)
-
-
-def skipped_share(gates, traces, costs):
-    """Share of a generation's operations that its gates skipped, in [0, 1], from each branch's GateStats."""
-    calls = sum(len(trace[0].reused) for trace in traces)
-    saved = 0
-    for trace in traces:
-        for gate, decisions in zip(gates, trace):
-            start, stop = gate.span(costs.doubles, costs.singles)
-            saved += len(decisions.cached_steps) * costs.of_blocks(start, stop)
-    return saved / (calls * costs.total) if calls else 0.0

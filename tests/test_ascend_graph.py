@@ -23,7 +23,7 @@ import mindspore as ms
 from mindone.diffusers import FluxTransformer2DModel
 from FBCache_ms import CacheConfig, CacheContext, FluxDenoiseLoop
 from FBCache_ms.pipeline_flux import CachedStep
-from FBCache_ms.utils import knobs
+from FBCache_ms.gates import knobs
 
 ms.set_context(mode=ms.GRAPH_MODE, jit_syntax_level=ms.STRICT)
 transformer = FluxTransformer2DModel(

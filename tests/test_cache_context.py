@@ -7,7 +7,7 @@ import mindspore as ms
 
 from FBCache_ms import CacheConfig, CacheContext
 from FBCache_ms.rules import GAPS, WEIGHTS, finite_differences, relative_difference, weighted_sum
-from FBCache_ms.utils import CacheStats, GateStats
+from FBCache_ms.stats import CacheStats, GateStats
 
 SHAPE = (1, 4, 3)
 

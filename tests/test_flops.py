@@ -2,7 +2,9 @@ import pytest
 
 from FBCache_ms import CacheConfig
 from FBCache_ms.flops import step_costs
-from FBCache_ms.utils import CacheStats, Gate, GateStats, plan, skipped_share
+from FBCache_ms.gates import plan
+from FBCache_ms.stats import CacheStats, GateStats, skipped_share
+from FBCache_ms.utils import Gate
 
 
 class Flux:

@@ -48,7 +48,7 @@ class FluxDenoiseLoop(nn.Cell):
             true_cfg_scale: scalar; not used with one branch.
             timesteps, sigmas: (N,) in [0, 1000] and (N + 1,) in [0, 1], padded to any fixed length.
             start, stop: int32 scalars; a start of 0 begins a generation, any other goes on with the last.
-            schedule, coordinates, numbers: what utils.knobs makes of a CacheConfig.
+            schedule, coordinates, numbers: what gates.knobs makes of a CacheConfig.
         """
         transformer, cache = self.transformer, self.cache
         batch, dtype = latents.shape[0], latents.dtype
