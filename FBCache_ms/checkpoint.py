@@ -1,5 +1,6 @@
 """Checks a pipeline folder in diffusers layout before anything is loaded from it."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -15,6 +16,7 @@ _FILES = {
 _TOKENIZER_2_MODELS = ("tokenizer.json", "spiece.model")
 _TORCH_NAMES = {"gamma": "weight", "beta": "bias", "embedding_table": "weight"}
 _HARMLESS = ("position_ids", "embed_tokens.weight")
+_SAMPLE = 4096
 
 
 def check_checkpoint(folder):
@@ -83,6 +85,35 @@ def block_counts(folder):
     """How many double and single blocks the transformer has: FLUX.1's 19 and 38 where its config does not say."""
     config = _read_json(Path(folder) / "transformer" / "config.json")
     return config.get("num_layers", 19), config.get("num_single_layers", 38)
+
+
+def image_size(folder):
+    """The height and width in pixels that the autoencoder's config names, which a picture has by default."""
+    size = _read_json(Path(folder) / "vae" / "config.json").get("sample_size", 1024)
+    return size // image_unit(folder) * image_unit(folder)
+
+
+def fingerprint(folder):
+    """A checksum that tells checkpoints apart, wherever they lie: of every config, and of where each tensor begins.
+
+    It reads a few kilobytes of each tensor, so that it takes a second and not a minute for a model of 34 GB; training
+    or merging changes all of a tensor.
+    """
+    folder, digest = Path(folder), hashlib.sha256()
+    for file in sorted(folder.rglob("*")):
+        if file.suffix in (".json", ".txt", ".model"):
+            digest.update(file.relative_to(folder).as_posix().encode() + file.read_bytes())
+        elif file.suffix == ".safetensors":
+            with open(file, "rb") as stream:
+                length = int.from_bytes(stream.read(8), "little")
+                text = stream.read(length)
+                digest.update(file.relative_to(folder).as_posix().encode() + text)
+                header = json.loads(text)
+                header.pop("__metadata__", None)
+                for begin, _ in sorted(tensor["data_offsets"] for tensor in header.values()):
+                    stream.seek(8 + length + begin)
+                    digest.update(stream.read(_SAMPLE))
+    return digest.hexdigest()[:16]
 
 
 def _component_tensors(folder):

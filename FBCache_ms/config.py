@@ -1,10 +1,12 @@
 """What a user may ask of the cache."""
 
+import json
 import math
 import re
 import textwrap
 from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Optional, Tuple
 
 from .schedules import MAX_STEPS, SCHEDULES
@@ -388,7 +390,19 @@ class CacheConfig:
 
     @classmethod
     def named(cls, text):
-        """The configuration of a preset's name or a tag. Raises ValueError for any other text."""
+        """The configuration of a preset's name, a tag, or a preset file (.json, as eval/tune.py writes it).
+
+        Raises ValueError for any other text, and for a file without a tag as its "config".
+        """
+        if isinstance(text, str) and text.endswith(".json"):
+            try:
+                text = json.loads(Path(text).read_text(encoding="utf-8"))["config"]
+            except OSError as error:
+                raise ValueError(f"cache preset file {text} cannot be read: {error.strerror}") from None
+            except (KeyError, TypeError, ValueError):
+                raise ValueError(
+                    f'cache preset file {text} must hold a JSON object with a tag as its "config"'
+                ) from None
         return cls.preset(text) if text in PRESETS else cls.from_tag(text)
 
     def __str__(self):

@@ -9,6 +9,16 @@ ms.set_device("CPU")
 prepare_device()
 
 
+def pytest_addoption(parser):
+    """The options of flux_accuracy_test.py."""
+    group = parser.getgroup("accuracy")
+    group.addoption("--ckpt", help="checkpoint that flux_accuracy_test.py draws with (default: the embedded one)")
+    group.addoption("--clip", help="folder of the CLIPModel that scores its pictures")
+    group.addoption("--prompts", help="file of its prompts")
+    group.addoption("--limit", help="how many prompts")
+    group.addoption("--accuracy_path", help="folder that keeps its pictures")
+
+
 @pytest.fixture(scope="session")
 def pipe():
     """The embedded checkpoint, with the default cache."""

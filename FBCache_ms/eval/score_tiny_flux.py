@@ -7,7 +7,8 @@ from pathlib import Path
 
 from FBCache_ms.checkpoint import TINY_FLUX, check_checkpoint
 from FBCache_ms.config import CacheConfig
-from FBCache_ms.eval.run_flux_withFBCache_pipeline import Parser, quiet, write_file
+from FBCache_ms.eval.arguments import Parser, quiet
+from FBCache_ms.eval.files import write_file
 from FBCache_ms.eval.scenes import held_out_captions, parse_caption, score_picture
 
 BATCH = 20

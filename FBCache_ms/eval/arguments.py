@@ -1,0 +1,194 @@
+"""What the programs' command lines share: the options, their checks, and the device they choose."""
+
+import argparse
+import errno
+import logging
+import math
+import os
+import sys
+import warnings
+from dataclasses import fields
+from pathlib import Path
+
+from FBCache_ms.checkpoint import TINY_FLUX, block_counts, check_checkpoint, image_unit
+from FBCache_ms.config import PRESETS, CacheConfig, parse, value_text
+from FBCache_ms.schedules import MAX_STEPS, row
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, without the usage."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
+
+
+def one_line(error):
+    """An error's message as one line."""
+    return " ".join(str(error).split())
+
+
+def add_model_options(add):
+    """--ckpt, --device and --dtype."""
+    add(
+        "--ckpt",
+        type=Path,
+        default=TINY_FLUX,
+        metavar="PATH",
+        help="folder in diffusers layout (default: the embedded checkpoint)",
+    )
+    add("--device", choices=("auto", "Ascend", "CPU"), default="auto", help="auto: Ascend where there is one")
+    add(
+        "--dtype",
+        choices=("auto", "bfloat16", "float16", "float32"),
+        default="auto",
+        help="auto: bfloat16 on Ascend, float32 on CPU",
+    )
+
+
+def add_picture_options(add):
+    """--image_size, --num_inference_steps, --guidance_scale and --seed."""
+    add("--image_size", type=int, nargs=2, metavar=("H", "W"), help="pixels (default: the model's own size)")
+    add("--num_inference_steps", type=int, default=28, metavar="N")
+    add("--guidance_scale", type=float, default=3.5, metavar="G", help="of the guidance embedding (Flux dev)")
+    add("--seed", type=int, default=0)
+
+
+def add_drawing_options(parser, limit, save_path):
+    """The options of every program that draws many prompts; ``limit`` and ``save_path`` are its defaults."""
+    add_model_options(parser.add_argument_group("model").add_argument)
+    add = parser.add_argument_group("pictures").add_argument
+    add(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="a prompt a line, JSON, DrawBench's CSV or MSCOCO's captions (default: prompts of our own)",
+    )
+    add("--limit", type=int, default=limit, metavar="N", help=f"how many prompts (default: {limit})")
+    add_picture_options(add)
+    parser.add_argument_group("output").add_argument(
+        "--save_path", type=Path, default=Path(save_path), metavar="FOLDER", help=f"(default: {save_path})"
+    )
+
+
+def add_clip_option(parser):
+    """--clip; after parsing, ``args.clip`` is the folder, None for no CLIP score."""
+    parser.add_argument(
+        "--clip",
+        type=Path,
+        metavar="FOLDER",
+        help="a CLIPModel in transformers layout, such as openai/clip-vit-large-patch14, for the CLIP score (default: "
+        "a small one for the embedded checkpoint, none for others)",
+    )
+
+
+def check_model_and_size(args):
+    """Raises ValueError or OSError for a checkpoint, a seed or a size that cannot work."""
+    check_range("num_inference_steps", args.num_inference_steps, 1, MAX_STEPS)
+    check_range("seed", args.seed, 0)
+    if not math.isfinite(args.guidance_scale):
+        raise ValueError(f"--guidance_scale must be a finite number, not {args.guidance_scale}")
+    check_checkpoint(args.ckpt)
+    if args.image_size is not None:
+        unit = image_unit(args.ckpt)
+        if min(args.image_size) < 1 or any(size % unit for size in args.image_size):
+            raise ValueError(
+                f"--image_size must be positive multiples of {unit}, not {' '.join(map(str, args.image_size))}"
+            )
+
+
+def check_range(name, value, low, high=None):
+    """Raises ValueError, naming the option, for a number outside [low, high]."""
+    if value < low or high is not None and value > high:
+        allowed = f"{low} or more" if high is None else f"in [{low}, {high}]"
+        raise ValueError(f"--{name} must be {allowed}, not {value}")
+
+
+def check_cache(config, ckpt, steps):
+    """Raises ValueError for a CacheConfig that this checkpoint or this number of steps does not allow."""
+    config.check_blocks(*block_counts(ckpt))
+    row(config, steps, 1.0)
+
+
+def add_cache_options(parser):
+    """--cache, and an option for each field of CacheConfig, in its groups."""
+    add = parser.add_argument_group("cache").add_argument
+    add(
+        "--cache",
+        metavar="TAG|PRESET",
+        help=f"like F1B0_W4M0MC0_T1O2_R0.12, or {', '.join(PRESETS)}; the options below change it",
+    )
+    titles = {
+        "gate": "cache: what decides",
+        "limits": "cache: limits",
+        "schedule": "cache: steps known before",
+        "span": "cache: blocks",
+        "forecast": "cache: what is added on a reused step",
+    }
+    groups = {group: parser.add_argument_group(title) for group, title in titles.items()}
+    for option in fields(CacheConfig):
+        default = "" if option.default is None else f" (default: {value_text(option.default)})"
+        choices = option.metadata["allowed"] if option.metadata["kind"] is str else None
+        groups[option.metadata["group"]].add_argument(
+            f"--{option.name}",
+            metavar=None if choices else option.name.split("_")[-1].upper(),
+            choices=choices,
+            help=(option.metadata["text"] + default).replace("%", "%%"),
+        )
+
+
+def cache_config(args):
+    """The CacheConfig of the cache options."""
+    config = CacheConfig() if args.cache is None else CacheConfig.named(args.cache)
+    given = {option.name: getattr(args, option.name) for option in fields(CacheConfig)}
+    options = {option.name: option for option in fields(CacheConfig)}
+    return config.changed(**{name: parse(options[name], text) for name, text in given.items() if text is not None})
+
+
+def quiet():
+    """Keeps the libraries' warnings off the terminal, unless the user has set their levels."""
+    os.environ.setdefault("GLOG_v", "3")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    logging.getLogger("mindone.transformers").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore", FutureWarning)
+
+
+def choose_device(args):
+    """Sets the device and returns its name and the dtype's. Raises ValueError for what is not there or cannot be."""
+    import mindspore as ms
+
+    here = "Ascend" if ms.hal.is_available("Ascend") else "CPU"
+    device = here if args.device == "auto" else args.device
+    if device == "Ascend" and here == "CPU":
+        raise ValueError("--device Ascend: there is no Ascend NPU here; only CPU is")
+    dtype = args.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if device == "Ascend" else "float32"
+    if device == "CPU" and dtype != "float32":
+        raise ValueError(f"--dtype {dtype} is not supported on CPU; only float32 is")
+    # Under msrun, DEVICE_ID is the NPU of this rank.
+    ms.set_device(device, int(os.environ.get("DEVICE_ID", 0)) if device == "Ascend" else None)
+    return device, dtype
+
+
+def reason(error):
+    """What went wrong, and what to do about a full disk."""
+    if not isinstance(error, OSError) or error.filename is None:
+        return str(error)
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    hint = "; what is made stays: free some space and start again, it goes on" if full else ""
+    return f"{error.filename}: {error.strerror}{hint}"
+
+
+def exit_status(program, work):
+    """Runs ``work()`` and returns the exit status; a user's mistake is one line on stderr and status 2."""
+    quiet()
+    try:
+        work()
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted; what is made stays", file=sys.stderr)
+        return 130
+    except (OSError, TypeError, ValueError) as error:
+        print(f"{program}: error: {one_line(reason(error))}", file=sys.stderr)
+        return 2
+    return 0

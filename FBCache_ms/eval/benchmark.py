@@ -1,0 +1,138 @@
+"""Measures how fast Flux draws: operator by operator, as one graph, and with caches, every row in turn."""
+
+import argparse
+import shutil
+import statistics
+import sys
+
+from FBCache_ms.config import CacheConfig
+from FBCache_ms.eval.arguments import (
+    Parser,
+    add_drawing_options,
+    check_cache,
+    check_model_and_size,
+    check_range,
+    exit_status,
+    reason,
+)
+from FBCache_ms.eval.cases import UNCACHED
+from FBCache_ms.eval.drawing import Setting, draw_and_finish, named_settings
+from FBCache_ms.eval.files import check_folder
+from FBCache_ms.eval.prompts import choose_prompts
+from FBCache_ms.eval.tables import markdown, spread, write_tables
+
+ROWS = ("F1B0_W0_R0.08", "F1B0_W0_R0.12")
+PYNATIVE, GRAPH = "Baseline (PyNative Mode)", "Baseline (Graph Mode)"
+
+
+def parse_arguments(argv=None):
+    """The command line."""
+    parser = Parser(prog="benchmark", description=__doc__, allow_abbrev=False)
+    add_drawing_options(parser, limit=5, save_path="./results/benchmark")
+    add = parser.add_argument_group("rows").add_argument
+    add("--cache", nargs="+", default=[], metavar="TAG|PRESET", help=f"rows beside the baselines and {', '.join(ROWS)}")
+    add("--runs", type=int, default=5, metavar="N", help="timed runs of each row, after one to warm up (default: 5)")
+    add(
+        "--pynative",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="whether to time the slow baseline, operator by operator",
+    )
+    args = parser.parse_args(argv)
+    try:
+        check_model_and_size(args)
+        check_range("runs", args.runs, 1, 10_000)
+        for tag in args.cache:
+            check_cache(CacheConfig.named(tag), args.ckpt, args.num_inference_steps)
+        prompts = choose_prompts(args)
+        args.prompts = [prompts[run % len(prompts)] for run in range(args.runs)]
+        check_folder(args.save_path)
+    except (OSError, TypeError, ValueError) as error:
+        parser.error(reason(error))
+    return args
+
+
+def settings_of(args):
+    """{name: Setting} of the rows, in their order."""
+    rows = named_settings([*ROWS, *args.cache], args.num_inference_steps)
+    if args.pynative:
+        rows = {PYNATIVE: Setting(UNCACHED, args.num_inference_steps, graph=False), **rows}
+    return rows
+
+
+def figures_of(name, setting, folder, image_size):
+    """A row's figures, each a number: seconds are medians, with the least and the greatest."""
+    runs = list(folder.seconds().values())
+    times = [run["denoise"] for run in runs]
+    return {
+        "configuration": name,
+        "tag": str(setting.config),
+        "image_size": "x".join(map(str, image_size)),
+        "steps": setting.steps,
+        "runs": len(times),
+        "seconds_per_step": statistics.median(times) / setting.steps,
+        "seconds": statistics.median(times),
+        "least_seconds": min(times),
+        "greatest_seconds": max(times),
+        "compile_seconds": max(run["compile"] for run in runs),
+        "computed_steps": statistics.mean(folder.record(run)["reused"].count(False) for run in range(len(runs))),
+        "peak_bytes": max(run["peak_bytes"] for run in runs),
+        "cache_bytes": folder.record(0)["cache_bytes"] if setting.cache != UNCACHED else 0,
+        "times": times,
+    }
+
+
+def text_of(figures):
+    """The table of the field, and one of what else was measured."""
+    baseline = {row["configuration"]: row["seconds"] for row in figures if row["configuration"] in (PYNATIVE, GRAPH)}
+    first, second = [], []
+    for row in figures:
+        over = {name: seconds / row["seconds"] for name, seconds in baseline.items()}
+        row["speedup"] = over[GRAPH]
+        row["speedup_over_pynative"] = over.get(PYNATIVE)
+        against = f" ({over[PYNATIVE]:.1f}x over PyNative)" if PYNATIVE in over else ""
+        first.append(
+            {
+                "Configuration": row["configuration"],
+                "Image Size": row["image_size"],
+                "Steps": row["steps"],
+                "Time per Step (s)": f"{row['seconds_per_step']:.4f}",
+                "Total Time (s)": f"{row['seconds']:.3f}",
+                "Speedup": f"{over[GRAPH]:.2f}x{against}",
+            }
+        )
+        second.append(
+            {
+                "Configuration": row["configuration"],
+                "Computed Steps": f"{row['computed_steps']:.1f}",
+                f"Total Time of {row['runs']} Runs (s)": spread(row["times"]),
+                "Compilation (s)": f"{row['compile_seconds']:.1f}" if row["compile_seconds"] else "-",
+                "Peak Memory (MB)": f"{row['peak_bytes'] / 1e6:.0f}",
+                "Cache (MB)": f"{row['cache_bytes'] / 1e6:.2f}",
+            }
+        )
+    return f"{markdown(first)}\n{markdown(second)}"
+
+
+def main(argv=None):
+    """The program; returns its exit status."""
+    args = parse_arguments(argv)
+    settings = settings_of(args)
+
+    def finish(painter, folders):
+        figures = [figures_of(name, each, folders[each], painter.image_size) for name, each in settings.items()]
+        text = text_of(figures)
+        rows = [{name: value for name, value in row.items() if name != "times"} for row in figures]
+        write_tables(args.save_path, "benchmark", text, rows, {"settings": painter.common, "rows": figures})
+        # The next benchmark measures anew.
+        shutil.rmtree(args.save_path / "unfinished")
+        print(text, end="")
+
+    return exit_status(
+        "benchmark",
+        lambda: draw_and_finish(args, args.prompts, settings.values(), finish, in_turn=True, name="unfinished"),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""Files that are there whole or not at all, in folders that one run at a time writes to."""
+
+import fcntl
+import json
+import math
+import os
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def check_folder(path):
+    """Makes a folder. Raises OSError, naming it, if that cannot be, or nothing can be written into it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise OSError(f"--save_path {path} cannot be written: {error.strerror}") from None
+
+
+@contextmanager
+def locked(path):
+    """Keeps other runs out of a folder; the system lets go of it however the process ends.
+
+    Raises OSError if another run is at work there.
+    """
+    with open(path / ".lock", "w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OSError(f"--save_path {path}: another run is at work in this folder") from None
+        yield
+
+
+def write_file(path, write_to):
+    """Writes a file through ``write_to(stream)``, under its name only once it is whole and on the disk.
+
+    A process that is killed leaves at most ``.NAME.part``, which the next one writes over.
+    """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with open(part, "wb") as stream:
+            write_to(stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        error.filename = str(path)
+        raise
+
+
+def write_text(path, text):
+    """Writes a text, whole or not at all."""
+    write_file(path, lambda stream: stream.write(text.encode()))
+
+
+def json_bytes(value):
+    """A value as JSON; numbers that JSON does not have, as the PSNR of equal pictures, become null."""
+    return (json.dumps(finite(value), indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def finite(value):
+    """The same with None for numbers that are not finite."""
+    if isinstance(value, dict):
+        return {name: finite(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def insert(file, name, text):
+    """What a file becomes with a text between its lines <!-- name --> and <!-- end of name -->.
+
+    Raises ValueError if it does not have them.
+    """
+    before, begin, rest = Path(file).read_text(encoding="utf-8").partition(f"<!-- {name} -->\n")
+    _, end, after = rest.partition(f"<!-- end of {name} -->\n")
+    if not end:
+        raise ValueError(f"--into: {file} has no lines <!-- {name} --> and <!-- end of {name} -->")
+    return f"{before}{begin}{text}{end}{after}"

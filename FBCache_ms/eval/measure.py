@@ -1,0 +1,131 @@
+"""What a configuration gains and loses, from the pictures that were drawn with it and without."""
+
+import statistics
+
+from FBCache_ms.eval.metrics import psnr, read_picture, ssim
+from FBCache_ms.eval.quality import TINY_CLIP, ClipScore, is_scene, prompt_score
+from FBCache_ms.eval.tables import markdown, write_tables
+
+EQUAL_PSNR = 99.0
+"""What stands for the infinite PSNR of a picture that is the uncached one, in means and in comparisons."""
+
+FEWEST = 3
+"""With fewer timings of the uncached run beside a setting's pictures, those of the uncached pictures count too."""
+
+
+def clip_folder(args):
+    """The folder of the CLIP that scores a program's pictures: --clip, the embedded one for scenes, or None."""
+    return args.clip or (TINY_CLIP if all(map(is_scene, args.prompts)) else None)
+
+
+class Judge:
+    """Compares the pictures of a setting with the uncached ones.
+
+    Args:
+        prompts: list of texts.
+        uncached: the PictureFolder of the uncached pictures.
+        clip: the folder of a CLIPModel, or None for no CLIP score.
+    """
+
+    def __init__(self, prompts, uncached, clip=None):
+        self.prompts, self.clip = prompts, clip and ClipScore(clip)
+        self.references = [read_picture(uncached.file(index)) for index in range(len(prompts))]
+        self.uncached_seconds = [line["denoise"] for line in uncached.seconds().values()]
+
+    def judge(self, setting, folder):
+        """A setting's figures; "pictures" has them a prompt."""
+        pictures = [read_picture(folder.file(index)) for index in range(len(self.prompts))]
+        similarities = self.clip(pictures, self.prompts) if self.clip else [None] * len(pictures)
+        lines = folder.seconds()
+        entries = []
+        for index, (prompt, picture, reference) in enumerate(zip(self.prompts, pictures, self.references)):
+            record = folder.record(index)
+            entries.append(
+                {
+                    "index": index,
+                    "seconds": lines[index]["denoise"],
+                    "psnr": psnr(reference, picture),
+                    "ssim": ssim(reference, picture),
+                    "prompt_score": prompt_score(picture, prompt),
+                    "clip_score": similarities[index],
+                    "computed_steps": record["reused"].count(False),
+                    "skipped": record["skipped"],
+                    "tflops": record["tflops"],
+                    "reused": record["reused"],
+                    "residual_diffs": record["residual_diffs"],
+                }
+            )
+        # Timed beside these pictures where they were, since a machine's speed changes in the course of a long run.
+        beside = [line["uncached"] for line in lines.values() if "uncached" in line]
+        if len(beside) < FEWEST:
+            beside += self.uncached_seconds
+        return {"steps": setting.steps, "config": str(setting.config), **means(entries, beside), "pictures": entries}
+
+
+def means(entries, uncached_seconds):
+    """The figures of all pictures from those of each: medians of seconds, means of everything else."""
+    seconds = statistics.median(entry["seconds"] for entry in entries)
+    uncached = statistics.median(uncached_seconds)
+    names = ("computed_steps", "skipped", "tflops", "ssim", "prompt_score", "clip_score")
+    return {
+        "seconds": seconds,
+        "uncached_seconds": uncached,
+        "speedup": uncached / seconds,
+        "psnr": mean_psnr(entries),
+        **{name: mean(entries, name) for name in names},
+    }
+
+
+def mean(entries, name):
+    """The mean of a figure, None where a picture lacks it."""
+    values = [entry[name] for entry in entries]
+    return None if None in values else statistics.mean(values)
+
+
+def mean_psnr(entries):
+    """The mean PSNR; infinite where every picture is the uncached one, and EQUAL_PSNR for those that are else."""
+    values = [entry["psnr"] for entry in entries]
+    if min(values) == float("inf"):
+        return min(values)
+    return statistics.mean(min(value, EQUAL_PSNR) for value in values)
+
+
+def cell_of(row, setting, folder, root, judge):
+    """What sweep.json says of a row: who it is, where its pictures lie within ``root``, and its figures."""
+    return {
+        "case": row.case,
+        "name": row.name,
+        "cache": setting.cache,
+        "threshold": row.threshold,
+        "folder": folder.path.relative_to(root).as_posix(),
+        **judge.judge(setting, folder),
+    }
+
+
+def table_of(cells):
+    """The cells as a Markdown table; scores that were not taken have no column."""
+    columns = {
+        "Case": lambda cell: cell["case"],
+        "Setting": lambda cell: cell["name"],
+        "`--cache`": lambda cell: f"`{cell['cache']}`",
+        "Computed": lambda cell: f"{cell['computed_steps']:.1f} of {cell['steps']}",
+        "TFLOPs": lambda cell: f"{cell['tflops']:.4g}",
+        "Time (s)": lambda cell: f"{cell['seconds']:.3f}",
+        "Speedup": lambda cell: f"{cell['speedup']:.2f}x",
+        "PSNR": lambda cell: "equal" if cell["psnr"] == float("inf") else f"{cell['psnr']:.1f}",
+        "SSIM": lambda cell: f"{cell['ssim']:.4f}",
+        "Prompt Score": lambda cell: f"{cell['prompt_score']:.1%}",
+        "CLIP Score": lambda cell: f"{cell['clip_score']:.4f}",
+    }
+    for name, key in (("Prompt Score", "prompt_score"), ("CLIP Score", "clip_score")):
+        if cells[0][key] is None:
+            del columns[name]
+    return markdown([{name: text(cell) for name, text in columns.items()} for cell in cells])
+
+
+def write_sweep(folder, settings, prompts, cells):
+    """Writes sweep.md, sweep.csv and sweep.json, of which the report is made; returns the table."""
+    text = table_of(cells)
+    rows = [{name: value for name, value in cell.items() if name != "pictures"} for cell in cells]
+    write_tables(folder, "sweep", text, rows, {"settings": settings, "prompts": prompts, "cells": cells})
+    return text

@@ -1,0 +1,98 @@
+"""Draws the same prompts under many configurations: what each takes, skips and loses, and what it draws."""
+
+import sys
+from pathlib import Path
+
+from FBCache_ms.config import CacheConfig
+from FBCache_ms.eval.arguments import (
+    Parser,
+    add_clip_option,
+    add_drawing_options,
+    check_cache,
+    check_model_and_size,
+    exit_status,
+    reason,
+)
+from FBCache_ms.eval.cases import CASES, UNCACHED, Row
+from FBCache_ms.eval.drawing import Setting, draw_and_finish
+from FBCache_ms.eval.files import check_folder, insert, write_text
+from FBCache_ms.eval.measure import Judge, cell_of, clip_folder, write_sweep
+from FBCache_ms.eval.prompts import choose_prompts
+
+BASELINE = Row("Baseline", "no cache", UNCACHED)
+OVER_THRESHOLDS = ("fbcache", "teacache", "gates")
+
+
+def parse_arguments(argv=None):
+    """The command line."""
+    parser = Parser(prog="sweep", description=__doc__, allow_abbrev=False)
+    add = parser.add_argument_group("configurations").add_argument
+    add("--cases", nargs="+", choices=list(CASES), metavar="CASE", help=f"of {', '.join(CASES)} (default: fbcache)")
+    add("--cache", nargs="+", default=[], metavar="TAG|PRESET", help="rows of your own, beside or instead of the cases")
+    add(
+        "--thresholds",
+        nargs="+",
+        type=float,
+        metavar="T",
+        help=f"instead of those that {', '.join(OVER_THRESHOLDS)} have",
+    )
+    add_drawing_options(parser, limit=50, save_path="./results/sweep")
+    add_clip_option(parser)
+    parser.add_argument(
+        "--into",
+        nargs=2,
+        metavar=("FILE", "NAME"),
+        help="also put the table into a text, between the lines <!-- NAME --> and <!-- end of NAME -->",
+    )
+    args = parser.parse_args(argv)
+    try:
+        if args.into is not None:
+            insert(*args.into, "")
+        check_model_and_size(args)
+        args.rows = rows_of(args)
+        for row in args.rows:
+            config = CacheConfig.named(row.cache_at(args.num_inference_steps))
+            check_cache(config, args.ckpt, row.steps_of(args.num_inference_steps))
+        args.prompts = choose_prompts(args)
+        check_folder(args.save_path)
+    except (OSError, TypeError, ValueError) as error:
+        parser.error(reason(error))
+    return args
+
+
+def rows_of(args):
+    """The rows that the command line asks for, the uncached one first."""
+    cases = args.cases or ([] if args.cache else ["fbcache"])
+    if args.thresholds is not None and not set(cases) & set(OVER_THRESHOLDS):
+        raise ValueError(f"--thresholds needs one of --cases {', '.join(OVER_THRESHOLDS)}")
+    rows = [BASELINE]
+    for case in cases:
+        grid = (tuple(args.thresholds),) if args.thresholds is not None and case in OVER_THRESHOLDS else ()
+        rows += CASES[case](*grid)
+    return rows + [Row("--cache", tag, tag) for tag in args.cache]
+
+
+def main(argv=None):
+    """The program; returns its exit status."""
+    args = parse_arguments(argv)
+    steps = args.num_inference_steps
+    settings = {row: Setting(row.cache_at(steps), row.steps_of(steps)) for row in args.rows}
+
+    def finish(painter, folders):
+        from tqdm import tqdm
+
+        judge = Judge(args.prompts, folders[settings[BASELINE]], clip_folder(args))
+        cells = [
+            cell_of(row, setting, folders[setting], args.save_path, judge)
+            for row, setting in tqdm(settings.items(), desc="judging")
+        ]
+        text = write_sweep(args.save_path, {**painter.common, "steps": steps}, args.prompts, cells)
+        if args.into is not None:
+            write_text(Path(args.into[0]), insert(*args.into, text))
+        print(text, end="")
+
+    return exit_status("sweep", lambda: draw_and_finish(args, args.prompts, dict.fromkeys(settings.values()), finish))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

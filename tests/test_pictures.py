@@ -1,0 +1,125 @@
+import errno
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from FBCache_ms.eval import pictures
+from FBCache_ms.eval.files import locked, write_file
+from FBCache_ms.eval.metrics import read_picture
+from FBCache_ms.eval.pictures import PictureFolder
+from FBCache_ms.eval.ranks import rank_and_world, wait_until_empty
+
+SETTINGS = {"config": "F1B0_W0M0MC0_T0O0_R0.12", "steps": 4, "image_size": [8, 8]}
+PICTURE = np.arange(192, dtype=np.uint8).reshape(8, 8, 3)
+PROMPTS = ["a cat", "two dogs", "a hen"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with the second of three pictures."""
+    folder = PictureFolder(tmp_path / "pictures", SETTINGS)
+    folder.add(1, PROMPTS[1], PICTURE, {"skipped": 0.5}, {"denoise": 0.25})
+    return folder
+
+
+def test_a_picture_is_found_again_with_what_is_known_of_it(folder):
+    again = PictureFolder(folder.path, dict(SETTINGS))
+    assert again.missing(PROMPTS) == [0, 2]
+    assert again.record(1) == {"index": 1, "prompt": "two dogs", "skipped": 0.5, "settings": SETTINGS}
+    assert again.seconds() == {1: {"denoise": 0.25}}
+    assert np.array_equal(read_picture(again.file(1)) * 255, PICTURE)
+
+
+@pytest.mark.parametrize("name, value", [("steps", 8), ("config", "F1B0_W0M0MC0_T0O0_R0.2"), ("guidance_scale", 2.5)])
+def test_pictures_of_another_setting_are_refused_by_its_name(folder, name, value):
+    with pytest.raises(OSError, match=f"holds pictures made with {name} .* not {value!r}".replace("'", '"')):
+        PictureFolder(folder.path, {**SETTINGS, name: value})
+    assert folder.file(1).is_file()
+
+
+def test_a_picture_of_another_prompt_is_refused(folder):
+    with pytest.raises(OSError, match="was made of 'two dogs', not of 'three dogs'"):
+        folder.missing(["a cat", "three dogs"])
+
+
+def test_a_picture_that_does_not_tell_its_settings_is_refused(folder):
+    folder.file(1, "json").unlink()
+    with pytest.raises(OSError, match="00001.png has no 00001.json"):
+        PictureFolder(folder.path, SETTINGS)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}"])
+def test_a_damaged_record_is_named(folder, text):
+    folder.file(1, "json").write_text(text)
+    with pytest.raises(OSError, match="00001.json is damaged"):
+        PictureFolder(folder.path, SETTINGS)
+
+
+def test_a_record_without_its_picture_is_drawn_again(folder):
+    folder.file(1).unlink()
+    assert PictureFolder(folder.path, SETTINGS).missing(PROMPTS) == [0, 1, 2]
+
+
+def test_half_a_line_of_seconds_is_passed_over(folder):
+    with open(folder.path / "seconds.0.jsonl", "ab") as stream:
+        stream.write(b'\n{"index": 0, "den')
+    folder.add(2, PROMPTS[2], PICTURE, {}, {"denoise": 0.5})
+    assert folder.seconds() == {1: {"denoise": 0.25}, 2: {"denoise": 0.5}}
+
+
+@pytest.mark.parametrize("fails_at", [1, 2])
+def test_a_full_disk_loses_nothing_that_was_made(folder, fails_at, monkeypatch):
+    calls = []
+
+    def full(path, write_to):
+        calls.append(path)
+        if len(calls) == fails_at:
+            write_file(path, lambda stream: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+        write_file(path, write_to)
+
+    monkeypatch.setattr(pictures, "write_file", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        folder.add(2, PROMPTS[2], PICTURE, {}, {"denoise": 0.5})
+    assert "00002" in caught.value.filename
+    assert PictureFolder(folder.path, SETTINGS).missing(PROMPTS) == [0, 2]
+    assert not list(folder.path.glob(".*"))
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    script = "import sys; from pathlib import Path; from FBCache_ms.eval.files import locked\n"
+    script += "with locked(Path(sys.argv[1])): pass"
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    with locked(tmp_path):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode != 0 and "another run is at work in this folder" in done.stderr
+    assert subprocess.run(command).returncode == 0
+
+
+def test_ranks_are_those_of_msrun(monkeypatch):
+    assert rank_and_world() == (0, 1)
+    for name, value in {"MS_ROLE": "MS_WORKER", "MS_NODE_ID": "9", "MS_WORKER_NUM": "16"}.items():
+        monkeypatch.setenv(name, value)
+    assert rank_and_world() == (9, 16)
+    monkeypatch.setenv("MS_ROLE", "MS_WORKER")
+    monkeypatch.delenv("MS_NODE_ID")
+    with pytest.raises(ValueError, match="--node_rank"):
+        rank_and_world()
+    monkeypatch.setenv("MS_ROLE", "MS_SCHED")
+    with pytest.raises(SystemExit) as exit:
+        rank_and_world()
+    assert exit.value.code == 0
+
+
+def test_the_first_rank_waits_for_the_others_but_not_for_ever():
+    left = iter([["a", "b"], ["b"], []])
+    wait_until_empty(lambda: next(left), poll=0)
+    with pytest.raises(OSError, match="1 are missing, the first of them a"):
+        wait_until_empty(lambda: ["a"], poll=0, patience=0.01)
+
+
+def test_numbers_that_json_lacks_are_null(folder):
+    folder.add(0, PROMPTS[0], PICTURE, {"residual_diffs": [None, float("nan"), float("inf")]}, {})
+    assert json.loads(folder.file(0, "json").read_text())["residual_diffs"] == [None, None, None]

@@ -1,0 +1,71 @@
+import json
+from argparse import Namespace
+
+import pytest
+
+from FBCache_ms.checkpoint import TINY_FLUX
+from FBCache_ms.eval.prompts import OWN_PROMPTS, choose_prompts, coco_captions, read_prompts
+from FBCache_ms.eval.scenes import parse_caption
+
+COCO = {
+    "images": [{"id": 9, "file_name": "b.jpg"}, {"id": 3, "file_name": "a.jpg"}],
+    "annotations": [
+        {"id": 5, "image_id": 9, "caption": "two\n dogs "},
+        {"id": 2, "image_id": 3, "caption": "a cat"},
+        {"id": 1, "image_id": 9, "caption": "dogs"},
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    "name, text, prompts",
+    [
+        ("a.txt", "\ufeffa cat\n\n  two dogs  \r\n", ["a cat", "two dogs"]),
+        ("a.json", '["a cat", "two dogs"]', ["a cat", "two dogs"]),
+        ("a.json", '[{"prompt": "a cat", "id": 3}, {"Prompt": "two dogs"}]', ["a cat", "two dogs"]),
+        ("a.json", '{"prompts": ["a cat"]}', ["a cat"]),
+        ("a.jsonl", '{"caption": "a cat"}\n\n"two dogs"\n', ["a cat", "two dogs"]),
+        ("captions_val2017.json", json.dumps(COCO), ["a cat", "dogs"]),
+        ("drawbench.csv", 'Prompts,Category\n"A cat, red.",Colors\nTwo dogs,Counting\n', ["A cat, red.", "Two dogs"]),
+        ("parti.tsv", "Prompt\tCategory\na cat\tAnimals\n", ["a cat"]),
+    ],
+)
+def test_prompts_are_read_as_they_are_published(name, text, prompts, tmp_path):
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    assert read_prompts(tmp_path / name) == prompts
+
+
+@pytest.mark.parametrize(
+    "name, content, named",
+    [
+        ("a.txt", b"\n \n", "holds no prompt"),
+        ("a.txt", b"a \xff", "UTF-8"),
+        ("a.json", b'["a"', "is not JSON"),
+        ("a.json", b'{"words": ["a"]}', "another shape"),
+        ("a.json", b"[1, 2]", "another shape"),
+        ("a.json", b'{"annotations": [{"image_id": 3}]}', "MSCOCO's captions"),
+        ("a.json", b'{"annotations": 7}', "MSCOCO's captions"),
+        ("a.csv", b"number,colour\n1,red\n", "no column"),
+    ],
+)
+def test_a_file_of_another_shape_is_named(name, content, named, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=named) as caught:
+        read_prompts(tmp_path / name)
+    assert str(tmp_path / name) in str(caught.value)
+
+
+def test_mscoco_gives_the_first_caption_of_each_image(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(COCO))
+    assert coco_captions(tmp_path / "a.json") == ({3: "a cat", 9: "dogs"}, {3: "a.jpg", 9: "b.jpg"})
+
+
+def test_without_a_file_the_prompts_are_our_own(tmp_path):
+    args = Namespace(prompts=None, limit=3, seed=0, ckpt=TINY_FLUX)
+    assert len([parse_caption(prompt) for prompt in choose_prompts(args)]) == 3
+    args.ckpt = tmp_path
+    assert choose_prompts(args) == list(OWN_PROMPTS[:3])
+    args.limit = len(OWN_PROMPTS) + 1
+    with pytest.raises(ValueError, match="--prompts"):
+        choose_prompts(args)
+    assert len(set(OWN_PROMPTS)) == len(OWN_PROMPTS)
