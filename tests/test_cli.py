@@ -35,6 +35,11 @@ def run(save_path, *options):
     return json.loads((save_path / "run.json").read_text())
 
 
+def written(folder):
+    """The names of a folder's files that a person sees."""
+    return sorted(path.name for path in folder.iterdir() if path.name[0] != ".")
+
+
 def test_a_run_writes_its_pictures_and_says_what_it_did(tmp_path, capsys):
     report = run(tmp_path, "--num_images_per_prompt", "2", "--seed", "7", "--cache", "F1B0_W2M0MC0_T1O1_R0.3")
     assert set(report) == KEYS
@@ -51,7 +56,7 @@ def test_a_run_writes_its_pictures_and_says_what_it_did(tmp_path, capsys):
     pictures = [Image.open(tmp_path / f"output_{index}.png") for index in range(2)]
     assert all(picture.size == (64, 64) for picture in pictures)
     assert np.any(np.asarray(pictures[0]) != np.asarray(pictures[1]))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["output_0.png", "output_1.png", "run.json"]
+    assert written(tmp_path) == ["output_0.png", "output_1.png", "run.json"]
     assert f"{len(report['cached_steps'])} of 28 steps reused" in capsys.readouterr().out
 
 
@@ -121,7 +126,7 @@ def test_bad_arguments_end_with_2_and_one_line_that_names_them(options, named, c
     lines = capsys.readouterr().err.strip().splitlines()
     assert status == 2 and len(lines) == 1
     assert lines[0].startswith("fbcache-flux: error: ") and named in lines[0]
-    assert not list(tmp_path.glob("new/*"))
+    assert not list(tmp_path.glob("new/[!.]*"))
 
 
 def test_a_file_that_cannot_be_written_whole_is_not_written(tmp_path):
@@ -139,7 +144,13 @@ def test_a_failing_run_leaves_earlier_results_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(cli, "generate", lambda *args: (_ for _ in ()).throw(OSError("no")))
     assert cli.main(["--save_path", str(tmp_path)]) == 2
     assert (tmp_path / "output_0.png").read_text() == "mine"
-    assert [path.name for path in tmp_path.iterdir()] == ["output_0.png"]
+    assert written(tmp_path) == ["output_0.png"]
+
+
+def test_two_runs_do_not_write_into_one_folder(tmp_path, capsys):
+    with cli.locked(tmp_path):
+        assert cli.main(["--save_path", str(tmp_path)]) == 2
+    assert "another run is at work" in capsys.readouterr().err and written(tmp_path) == []
 
 
 def test_bad_arguments_are_told_before_mindspore_is_imported():

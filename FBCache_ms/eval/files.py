@@ -46,7 +46,8 @@ def write_file(path, write_to):
         os.replace(part, path)
     except OSError as error:
         part.unlink(missing_ok=True)
-        error.filename = str(path)
+        if error.errno is not None:
+            error.filename = str(path)
         raise
 
 
