@@ -9,7 +9,14 @@ import sys
 
 from test_accuracy_data import FLOORS, PROMPTS, STEPS, config_of, sizes
 
-from FBCache_ms.eval.arguments import Parser, add_clip_option, add_drawing_options, check_model_and_size, exit_status
+from FBCache_ms.eval.arguments import (
+    Parser,
+    add_clip_option,
+    add_drawing_options,
+    check_model_and_size,
+    exit_status,
+    reason,
+)
 from FBCache_ms.eval.cases import UNCACHED
 from FBCache_ms.eval.drawing import Setting, draw_missing, session, wait_for_all
 from FBCache_ms.eval.files import check_folder, json_bytes, write_file
@@ -27,9 +34,10 @@ def parse_arguments(argv=None):
     try:
         check_model_and_size(args)
         args.prompts = choose_prompts(args)
+        args.clip = clip_folder(args)
         check_folder(args.save_path)
     except (OSError, TypeError, ValueError) as error:
-        parser.error(error)
+        parser.error(reason(error))
     return args
 
 
@@ -40,14 +48,14 @@ def generate(args):
         for size in [args.image_size] if args.image_size else sizes(args.ckpt):
             here = painter.resized(list(size))
             path = args.save_path / "x".join(map(str, size))
-            uncached = Setting(UNCACHED, steps)
-            settings = {key: Setting(str(config_of(*key)), steps) for key in FLOORS}
+            uncached = Setting.named(UNCACHED, steps)
+            settings = {key: Setting(config_of(*key), steps) for key in FLOORS}
             folders = {each: here.folder(path, each) for each in (uncached, *settings.values())}
             draw_missing(here, folders, args.prompts, ranks)
             if ranks[0] != 0:
                 continue
             wait_for_all(folders, len(args.prompts))
-            judge = Judge(args.prompts, folders[uncached], clip_folder(args))
+            judge = Judge(args.prompts, folders[uncached], args.clip)
             reference = judge.judge(uncached, folders[uncached])
             for (threshold, order), setting in settings.items():
                 figures = judge.judge(setting, folders[setting])

@@ -1,13 +1,14 @@
 import errno
 import json
+import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
-from FBCache_ms.eval import pictures
-from FBCache_ms.eval.files import locked, write_file
+from FBCache_ms.eval.arguments import exit_status
+from FBCache_ms.eval.files import locked
 from FBCache_ms.eval.metrics import read_picture
 from FBCache_ms.eval.pictures import PictureFolder
 from FBCache_ms.eval.ranks import rank_and_world, wait_until_empty
@@ -29,7 +30,8 @@ def test_a_picture_is_found_again_with_what_is_known_of_it(folder):
     again = PictureFolder(folder.path, dict(SETTINGS))
     assert again.missing(PROMPTS) == [0, 2]
     assert again.record(1) == {"index": 1, "prompt": "two dogs", "skipped": 0.5, "settings": SETTINGS}
-    assert again.seconds() == {1: {"denoise": 0.25}}
+    with pytest.raises(OSError, match="how long 00000.png took"):
+        again.seconds(2)
     assert np.array_equal(read_picture(again.file(1)) * 255, PICTURE)
 
 
@@ -51,7 +53,7 @@ def test_a_picture_that_does_not_tell_its_settings_is_refused(folder):
         PictureFolder(folder.path, SETTINGS)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"settings": 3, "prompt": ""}'])
 def test_a_damaged_record_is_named(folder, text):
     folder.file(1, "json").write_text(text)
     with pytest.raises(OSError, match="00001.json is damaged"):
@@ -67,23 +69,27 @@ def test_half_a_line_of_seconds_is_passed_over(folder):
     with open(folder.path / "seconds.0.jsonl", "ab") as stream:
         stream.write(b'\n{"index": 0, "den')
     folder.add(2, PROMPTS[2], PICTURE, {}, {"denoise": 0.5})
-    assert folder.seconds() == {1: {"denoise": 0.25}, 2: {"denoise": 0.5}}
+    folder.add(0, PROMPTS[0], PICTURE, {}, {"denoise": 0.75}, rank=1)
+    folder.add(2, PROMPTS[2], PICTURE, {}, {"denoise": 1.0}, rank=1)
+    assert [line["denoise"] for line in folder.seconds(3)] == [0.75, 0.25, 1.0]
+    assert len(folder.seconds(2)) == 2
 
 
-@pytest.mark.parametrize("fails_at", [1, 2])
-def test_a_full_disk_loses_nothing_that_was_made(folder, fails_at, monkeypatch):
-    calls = []
+@pytest.mark.parametrize("file, fails_at", [("seconds.0.jsonl", 1), ("00002.json", 2), ("00002.png", 3)])
+def test_a_full_disk_is_told_and_loses_nothing_that_was_made(folder, file, fails_at, monkeypatch, capsys):
+    calls, fsync = [], os.fsync
 
-    def full(path, write_to):
-        calls.append(path)
+    def full(descriptor):
+        calls.append(descriptor)
         if len(calls) == fails_at:
-            write_file(path, lambda stream: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
-        write_file(path, write_to)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
 
-    monkeypatch.setattr(pictures, "write_file", full)
-    with pytest.raises(OSError, match="No space left") as caught:
-        folder.add(2, PROMPTS[2], PICTURE, {}, {"denoise": 0.5})
-    assert "00002" in caught.value.filename
+    monkeypatch.setattr(os, "fsync", full)
+    work = lambda: folder.add(2, PROMPTS[2], PICTURE, {}, {"denoise": 0.5})  # noqa: E731
+    assert exit_status("program", work) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{folder.path / file}: No space left on device; what is made stays" in line
     assert PictureFolder(folder.path, SETTINGS).missing(PROMPTS) == [0, 2]
     assert not list(folder.path.glob(".*"))
 

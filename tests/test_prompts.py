@@ -27,7 +27,8 @@ COCO = {
         ("a.jsonl", '{"caption": "a cat"}\n\n"two dogs"\n', ["a cat", "two dogs"]),
         ("captions_val2017.json", json.dumps(COCO), ["a cat", "dogs"]),
         ("drawbench.csv", 'Prompts,Category\n"A cat, red.",Colors\nTwo dogs,Counting\n', ["A cat, red.", "Two dogs"]),
-        ("parti.tsv", "Prompt\tCategory\na cat\tAnimals\n", ["a cat"]),
+        ("breaks.csv", 'caption\n"a cat\nsitting"\n', ["a cat sitting"]),
+        ("parti.tsv", 'Prompt\tCategory\n"a cat\tAnimals\ntwo "dogs"\tAnimals\n', ['"a cat', 'two "dogs"']),
     ],
 )
 def test_prompts_are_read_as_they_are_published(name, text, prompts, tmp_path):
@@ -45,6 +46,7 @@ def test_prompts_are_read_as_they_are_published(name, text, prompts, tmp_path):
         ("a.json", b"[1, 2]", "another shape"),
         ("a.json", b'{"annotations": [{"image_id": 3}]}', "MSCOCO's captions"),
         ("a.json", b'{"annotations": 7}', "MSCOCO's captions"),
+        ("a.json", b'{"annotations": [{"image_id": 1, "id": 1, "caption": 3}]}', "MSCOCO's captions"),
         ("a.csv", b"number,colour\n1,red\n", "no column"),
     ],
 )

@@ -72,7 +72,7 @@ def test_a_sweep_measures_what_it_draws_and_goes_on_where_it_was(options, tmp_pa
     drawn, draw = [], Painter.draw
     monkeypatch.setattr(Painter, "draw", lambda self, *asked: drawn.append(asked) or draw(self, *asked))
     assert sweep.main(arguments) == 0
-    assert [(index, setting.cache) for index, _, setting in drawn] == [(1, "F1B0_W0_R1")]
+    assert [(index, setting.config) for index, _, setting in drawn] == [(1, CacheConfig(1))]
     again = json.loads((tmp_path / "out" / "sweep.json").read_text())
     assert [cell["psnr"] for cell in again["cells"]] == [cell["psnr"] for cell in report["cells"]]
 

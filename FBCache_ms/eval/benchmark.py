@@ -1,6 +1,7 @@
 """Measures how fast Flux draws: operator by operator, as one graph, and with caches, every row in turn."""
 
 import argparse
+import os
 import shutil
 import statistics
 import sys
@@ -15,13 +16,12 @@ from FBCache_ms.eval.arguments import (
     exit_status,
     reason,
 )
-from FBCache_ms.eval.cases import UNCACHED
+from FBCache_ms.eval.cases import ROWS, UNCACHED
 from FBCache_ms.eval.drawing import Setting, draw_and_finish, named_settings
 from FBCache_ms.eval.files import check_folder
 from FBCache_ms.eval.prompts import choose_prompts
 from FBCache_ms.eval.tables import markdown, spread, write_tables
 
-ROWS = ("F1B0_W0_R0.08", "F1B0_W0_R0.12")
 PYNATIVE, GRAPH = "Baseline (PyNative Mode)", "Baseline (Graph Mode)"
 
 
@@ -42,7 +42,7 @@ def parse_arguments(argv=None):
     try:
         check_model_and_size(args)
         check_range("runs", args.runs, 1, 10_000)
-        for tag in args.cache:
+        for tag in (*ROWS, *args.cache):
             check_cache(CacheConfig.named(tag), args.ckpt, args.num_inference_steps)
         prompts = choose_prompts(args)
         args.prompts = [prompts[run % len(prompts)] for run in range(args.runs)]
@@ -56,13 +56,13 @@ def settings_of(args):
     """{name: Setting} of the rows, in their order."""
     rows = named_settings([*ROWS, *args.cache], args.num_inference_steps)
     if args.pynative:
-        rows = {PYNATIVE: Setting(UNCACHED, args.num_inference_steps, graph=False), **rows}
+        rows = {PYNATIVE: Setting.named(UNCACHED, args.num_inference_steps, graph=False), **rows}
     return rows
 
 
-def figures_of(name, setting, folder, image_size):
-    """A row's figures, each a number: seconds are medians, with the least and the greatest."""
-    runs = list(folder.seconds().values())
+def figures_of(name, setting, folder, image_size, number):
+    """A row's figures of ``number`` runs: seconds are medians, with the least and the greatest."""
+    runs = folder.seconds(number)
     times = [run["denoise"] for run in runs]
     return {
         "configuration": name,
@@ -77,7 +77,7 @@ def figures_of(name, setting, folder, image_size):
         "compile_seconds": max(run["compile"] for run in runs),
         "computed_steps": statistics.mean(folder.record(run)["reused"].count(False) for run in range(len(runs))),
         "peak_bytes": max(run["peak_bytes"] for run in runs),
-        "cache_bytes": folder.record(0)["cache_bytes"] if setting.cache != UNCACHED else 0,
+        "cache_bytes": folder.record(0)["cache_bytes"] if setting.config.gate != "none" else 0,
         "times": times,
     }
 
@@ -120,12 +120,16 @@ def main(argv=None):
     settings = settings_of(args)
 
     def finish(painter, folders):
-        figures = [figures_of(name, each, folders[each], painter.image_size) for name, each in settings.items()]
+        figures = [
+            figures_of(name, each, folders[each], painter.image_size, args.runs) for name, each in settings.items()
+        ]
         text = text_of(figures)
         rows = [{name: value for name, value in row.items() if name != "times"} for row in figures]
         write_tables(args.save_path, "benchmark", text, rows, {"settings": painter.common, "rows": figures})
-        # The next benchmark measures anew.
-        shutil.rmtree(args.save_path / "unfinished")
+        # The next benchmark measures anew; a name of its own, so that none goes on with what is half removed.
+        done = args.save_path / f".done.{os.getpid()}"
+        os.rename(args.save_path / "unfinished", done)
+        shutil.rmtree(done)
         print(text, end="")
 
     return exit_status(

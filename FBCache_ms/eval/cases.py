@@ -6,6 +6,9 @@ from typing import Optional
 UNCACHED = "F0B0_W0_R0.12,gate=none"
 """The tag of the graph that has no gate at all: what a speed-up is a speed-up over."""
 
+ROWS = ("F1B0_W0_R0.08", "F1B0_W0_R0.12")
+"""The rows of the field's tables beside their baselines."""
+
 FBCACHE_GRID = (0, 0.05, 0.1, 0.12, 0.15, 0.2)
 TEACACHE_GRID = (0.25, 0.4, 0.6, 0.8)
 GATES_GRID = (0, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -32,11 +35,14 @@ class Row:
 
     def cache_at(self, steps):
         """Its tag for a run of ``steps`` steps."""
-        return self.cache.format(own=own_mask(steps))
+        return self.cache.replace("{own}", own_mask(steps))
 
     def steps_of(self, steps):
         """How many of ``steps`` steps it takes."""
         return max(round(self.steps * steps), 1)
+
+
+BASELINE = Row("Baseline", "no cache", UNCACHED)
 
 
 def own_mask(steps):

@@ -1,9 +1,10 @@
 """Draws many prompts under many settings into folders, and goes on where a killed run ended."""
 
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.metadata import version
 from zlib import crc32
 
 from FBCache_ms.checkpoint import fingerprint, image_size, image_unit
@@ -24,16 +25,16 @@ KEPT_PROMPTS = 64
 
 @dataclass(frozen=True)
 class Setting:
-    """How a prompt is drawn: a tag or preset, the number of steps, compiled or operator by operator."""
+    """How a prompt is drawn: a CacheConfig, the number of steps, compiled or operator by operator."""
 
-    cache: str
+    config: CacheConfig
     steps: int
     graph: bool = True
 
-    @property
-    def config(self):
-        """Its CacheConfig."""
-        return CacheConfig.named(self.cache)
+    @classmethod
+    def named(cls, cache, steps, graph=True):
+        """The Setting of a tag, a preset or a preset file."""
+        return cls(CacheConfig.named(cache), steps, graph)
 
     @property
     def folder(self):
@@ -50,8 +51,8 @@ def named_settings(tags, steps):
         config = CacheConfig.named(tag)
         plain = config == CacheConfig(config.residual_diff_threshold)
         name = f"FBCache({config.residual_diff_threshold:g})" if plain else tag
-        names[f"{name} + Graph Mode"] = Setting(tag, steps)
-    return {"Baseline (Graph Mode)": Setting(UNCACHED, steps), **names}
+        names[f"{name} + Graph Mode"] = Setting(config, steps)
+    return {"Baseline (Graph Mode)": Setting.named(UNCACHED, steps), **names}
 
 
 class Painter:
@@ -59,19 +60,19 @@ class Painter:
 
     Args:
         args: a program's arguments, with what add_drawing_options gives. The model is loaded once it is needed.
+        deterministic: whether an NPU too gives the same bytes at every drawing, which takes time there.
 
     Raises ValueError for a device or a dtype that cannot be.
     """
 
-    def __init__(self, args):
+    def __init__(self, args, deterministic=True):
         import mindone
 
         import mindspore as ms
 
         self.args = args
         self.device, self.dtype = choose_device(args)
-        if self.device == "Ascend":
-            # A picture has the same bytes whoever draws it.
+        if self.device == "Ascend" and deterministic:
             ms.set_deterministic(True)
         self.image_size = list(args.image_size or 2 * [image_size(args.ckpt)])
         self.common = {
@@ -84,6 +85,7 @@ class Painter:
             "dtype": self.dtype,
             "mindspore": ms.__version__,
             "mindone": mindone.__version__,
+            "FBCache_ms": version("FBCache_ms"),
         }
         self._pipe, self._warm = None, set()
         self._embeds = lru_cache(KEPT_PROMPTS)(self._encode)
@@ -171,19 +173,20 @@ class Painter:
 
 
 @contextmanager
-def session(args):
-    """A Painter, and this process's rank and how many there are, while no other run is let into --save_path."""
+def session(args, deterministic=True):
+    """A Painter, this process's rank and how many there are, while no other run is let into --save_path."""
     ranks = rank_and_world()
-    with locked(args.save_path) if ranks[0] == 0 else nullcontext():
-        yield Painter(args), ranks
+    with locked(args.save_path, ranks[0]):
+        yield Painter(args, deterministic), ranks
 
 
 def draw_and_finish(args, prompts, settings, finish, in_turn=False, name="pictures"):
     """Draws the prompts under the settings, with all ranks, and on the first one calls ``finish(painter, folders)``.
 
-    The pictures lie in the folder ``name`` of --save_path.
+    The pictures lie in the folder ``name`` of --save_path. With ``in_turn`` it is time that matters: each prompt is
+    drawn under every setting before the next one, and an NPU need not give the same bytes again.
     """
-    with session(args) as (painter, ranks):
+    with session(args, deterministic=not in_turn) as (painter, ranks):
         folders = {setting: painter.folder(args.save_path / name, setting) for setting in settings}
         draw_missing(painter, folders, prompts, ranks, in_turn)
         if ranks[0] == 0:
@@ -215,7 +218,7 @@ def draw_missing(painter, folders, prompts, ranks=(0, 1), in_turn=False):
     name = "pictures" if world == 1 else f"pictures of rank {rank}"
     for setting, index in tqdm(work, desc=name, initial=done, total=done + len(work), disable=not work):
         picture, facts, seconds = painter.draw(index, prompts[index], setting)
-        uncached = Setting(UNCACHED, painter.args.num_inference_steps)
+        uncached = Setting.named(UNCACHED, painter.args.num_inference_steps)
         if not in_turn and index % UNCACHED_EVERY == 0:
             seconds["uncached"] = painter.draw(index, prompts[index], uncached)[2]["denoise"]
         folders[setting].add(index, prompts[index], picture, facts, seconds, rank)
@@ -223,7 +226,13 @@ def draw_missing(painter, folders, prompts, ranks=(0, 1), in_turn=False):
 
 def wait_for_all(folders, number):
     """Waits for the pictures of the other ranks. Raises OSError if a rank is gone."""
-    wait_until_empty(lambda: [folder.file(index) for folder in folders.values() for index in folder.absent(number)])
+    left = [folder.file(index) for folder in folders.values() for index in range(number)]
+
+    def missing():
+        left[:] = [picture for picture in left if not picture.is_file()]
+        return left
+
+    wait_until_empty(missing)
 
 
 def reset_peak(device):

@@ -14,13 +14,13 @@ from FBCache_ms.eval.arguments import (
     exit_status,
     reason,
 )
+from FBCache_ms.eval.cases import ROWS
 from FBCache_ms.eval.drawing import draw_and_finish, named_settings
 from FBCache_ms.eval.files import check_folder
+from FBCache_ms.eval.metrics import open_picture
 from FBCache_ms.eval.prompts import coco_captions
 from FBCache_ms.eval.quality import METRICS_PYTHON, TINY_CLIP, ClipScore, fid, fid_lacks
 from FBCache_ms.eval.tables import markdown, write_tables
-
-ROWS = ("F1B0_W0_R0.08", "F1B0_W0_R0.12")
 
 
 def parse_arguments(argv=None):
@@ -89,6 +89,8 @@ def read_coco(args):
         reference = args.coco_root / "val2017" / files.get(image, f"{image:012d}.jpg")
         if not reference.is_file():
             raise OSError(f"MSCOCO's picture {reference} is missing")
+        with open_picture(reference):
+            pass
         references.append(reference)
     return [captions[image] for image in chosen], references
 
@@ -124,7 +126,9 @@ def main(argv=None):
                 "Configuration": name,
                 "Image Size": "x".join(map(str, painter.image_size)),
                 "Steps": each.steps,
-                "Total Time (s)": statistics.median(line["denoise"] for line in folders[each].seconds().values()),
+                "Total Time (s)": statistics.median(
+                    line["denoise"] for line in folders[each].seconds(len(args.prompts))
+                ),
                 measure: values[each],
             }
             for name, each in settings.items()

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import tempfile
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,34 +19,55 @@ def check_folder(path):
         raise OSError(f"--save_path {path} cannot be written: {error.strerror}") from None
 
 
-@contextmanager
-def locked(path):
-    """Keeps other runs out of a folder; the system lets go of it however the process ends.
+LEFT_OVER = 3600
+"""Seconds after which an unfinished file belongs to no process any more."""
 
-    Raises OSError if another run is at work there.
+
+@contextmanager
+def locked(path, rank=0):
+    """Keeps this rank of other runs out of a folder; the system lets go of it however the process ends.
+
+    Raises OSError if another run is at work there, or the folder's file system cannot tell.
     """
-    with open(path / ".lock", "w") as stream:
+    with open(path / f".lock.{rank}", "w") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise OSError(f"--save_path {path}: another run is at work in this folder") from None
+        except OSError as error:
+            raise OSError(f"--save_path {path} is on a file system that cannot lock: {error.strerror}") from None
+        for part in path.rglob(".*.part"):
+            if time.time() - part.stat().st_mtime > LEFT_OVER:
+                part.unlink(missing_ok=True)
         yield
 
 
 def write_file(path, write_to):
     """Writes a file through ``write_to(stream)``, under its name only once it is whole and on the disk.
 
-    A process that is killed leaves at most ``.NAME.part``, which the next one writes over.
+    A process that is killed leaves at most a hidden ``.part`` file, which a later run clears away.
     """
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with open(part, "wb") as stream:
+    with (
+        naming(path),
+        tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".part", delete=False) as stream,
+    ):
+        try:
             write_to(stream)
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(part, path)
+            os.chmod(stream.name, 0o644)
+            os.replace(stream.name, path)
+        except BaseException:
+            os.unlink(stream.name)
+            raise
+
+
+@contextmanager
+def naming(path):
+    """Gives the file's name to an error of the system that lacks it, as that of a full disk does."""
+    try:
+        yield
     except OSError as error:
-        part.unlink(missing_ok=True)
         if error.errno is not None:
             error.filename = str(path)
         raise

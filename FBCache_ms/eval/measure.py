@@ -1,21 +1,28 @@
 """What a configuration gains and loses, from the pictures that were drawn with it and without."""
 
 import statistics
+from importlib.util import find_spec
 
 from FBCache_ms.eval.metrics import psnr, read_picture, ssim
-from FBCache_ms.eval.quality import TINY_CLIP, ClipScore, is_scene, prompt_score
+from FBCache_ms.eval.quality import TINY_CLIP, ClipScore, clip_lacks, is_scene, prompt_score, summary
 from FBCache_ms.eval.tables import markdown, write_tables
-
-EQUAL_PSNR = 99.0
-"""What stands for the infinite PSNR of a picture that is the uncached one, in means and in comparisons."""
 
 FEWEST = 3
 """With fewer timings of the uncached run beside a setting's pictures, those of the uncached pictures count too."""
 
 
 def clip_folder(args):
-    """The folder of the CLIP that scores a program's pictures: --clip, the embedded one for scenes, or None."""
-    return args.clip or (TINY_CLIP if all(map(is_scene, args.prompts)) else None)
+    """The folder of the CLIP that scores a program's pictures: --clip, the embedded one for scenes, or None.
+
+    Raises ValueError if what scoring needs is not there.
+    """
+    if find_spec("skimage") is None:
+        raise ValueError("PSNR and SSIM need scikit-image; install FBCache_ms[eval]")
+    folder = args.clip or (TINY_CLIP if all(map(is_scene, args.prompts)) else None)
+    lack = folder and clip_lacks(folder)
+    if lack:
+        raise ValueError(f"--clip needs {lack}")
+    return folder
 
 
 class Judge:
@@ -29,16 +36,18 @@ class Judge:
 
     def __init__(self, prompts, uncached, clip=None):
         self.prompts, self.clip = prompts, clip and ClipScore(clip)
-        self.references = [read_picture(uncached.file(index)) for index in range(len(prompts))]
-        self.uncached_seconds = [line["denoise"] for line in uncached.seconds().values()]
+        self.uncached = uncached
+        self.uncached_seconds = [line["denoise"] for line in uncached.seconds(len(prompts))]
 
     def judge(self, setting, folder):
         """A setting's figures; "pictures" has them a prompt."""
-        pictures = [read_picture(folder.file(index)) for index in range(len(self.prompts))]
-        similarities = self.clip(pictures, self.prompts) if self.clip else [None] * len(pictures)
-        lines = folder.seconds()
+        number = len(self.prompts)
+        files = list(map(folder.file, range(number)))
+        similarities = self.clip(map(read_picture, files), self.prompts) if self.clip else [None] * number
+        lines = folder.seconds(number)
         entries = []
-        for index, (prompt, picture, reference) in enumerate(zip(self.prompts, pictures, self.references)):
+        for index, prompt in enumerate(self.prompts):
+            picture, reference = read_picture(files[index]), read_picture(self.uncached.file(index))
             record = folder.record(index)
             entries.append(
                 {
@@ -56,7 +65,7 @@ class Judge:
                 }
             )
         # Timed beside these pictures where they were, since a machine's speed changes in the course of a long run.
-        beside = [line["uncached"] for line in lines.values() if "uncached" in line]
+        beside = [line["uncached"] for line in lines if "uncached" in line]
         if len(beside) < FEWEST:
             beside += self.uncached_seconds
         return {"steps": setting.steps, "config": str(setting.config), **means(entries, beside), "pictures": entries}
@@ -83,11 +92,8 @@ def mean(entries, name):
 
 
 def mean_psnr(entries):
-    """The mean PSNR; infinite where every picture is the uncached one, and EQUAL_PSNR for those that are else."""
-    values = [entry["psnr"] for entry in entries]
-    if min(values) == float("inf"):
-        return min(values)
-    return statistics.mean(min(value, EQUAL_PSNR) for value in values)
+    """The mean PSNR of the pictures that differ from the uncached ones; infinite where none does."""
+    return summary([entry["psnr"] for entry in entries])["mean"]
 
 
 def cell_of(row, setting, folder, root, judge):
@@ -95,7 +101,7 @@ def cell_of(row, setting, folder, root, judge):
     return {
         "case": row.case,
         "name": row.name,
-        "cache": setting.cache,
+        "cache": row.cache_at(setting.steps),
         "threshold": row.threshold,
         "folder": folder.path.relative_to(root).as_posix(),
         **judge.judge(setting, folder),

@@ -1,9 +1,11 @@
 """A folder of pictures that survives being killed: each whole or not at all, with its settings beside it."""
 
 import json
+import os
+import time
 from pathlib import Path
 
-from FBCache_ms.eval.files import json_bytes, write_file
+from FBCache_ms.eval.files import json_bytes, naming, write_file
 
 
 class PictureFolder:
@@ -82,15 +84,20 @@ class PictureFolder:
     def _append(self, rank, line):
         path = self.path / f"seconds.{rank}.jsonl"
         # Begins a line of its own, since a process that was killed may have left half a one.
-        with open(path, "ab") as stream:
-            stream.write(b"\n" + json.dumps(line).encode())
+        with naming(path), open(path, "ab") as stream:
+            stream.write(b"\n" + json.dumps({**line, "when": time.time()}).encode())
+            stream.flush()
+            os.fsync(stream.fileno())
 
     def record(self, index):
         """What is known of a picture: its prompt, settings and decisions. Raises OSError if it cannot be read."""
         return read_record(self.file(index, "json"))
 
-    def seconds(self):
-        """{number: what its drawing took, in seconds}; the last drawing counts where there were several."""
+    def seconds(self, number):
+        """[what the drawing took, in seconds] of the first ``number`` pictures; of several drawings the last counts.
+
+        Raises OSError if a picture has no such line.
+        """
         lines = []
         for path in sorted(self.path.glob("seconds.*.jsonl")):
             for text in path.read_text(encoding="utf-8").splitlines():
@@ -98,14 +105,20 @@ class PictureFolder:
                     lines.append(json.loads(text))
                 except ValueError:
                     continue  # left unfinished by a process that was killed
-        return {line.pop("index"): line for line in lines}
+        last = {line["index"]: line for line in sorted(lines, key=lambda line: line["when"])}
+        for index in range(number):
+            if index not in last:
+                raise OSError(
+                    f"{self.path} does not tell how long {self.file(index).name} took; move that picture away"
+                )
+        return [last[index] for index in range(number)]
 
 
 def read_record(path):
     """The JSON object beside a picture. Raises OSError if it is damaged."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        record["settings"], record["prompt"]
+        dict(record["settings"]), record["prompt"]
     except (KeyError, TypeError, ValueError):
         raise OSError(f"{path} is damaged; move it and its picture away, and they are made anew") from None
     return record

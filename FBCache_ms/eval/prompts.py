@@ -1,7 +1,9 @@
 """The prompts that the programs draw: of our own, or from a file in any of the forms in which they are published."""
 
 import csv
+import io
 import json
+from pathlib import Path
 
 from FBCache_ms.checkpoint import TINY_FLUX
 from FBCache_ms.eval.scenes import held_out_captions
@@ -56,7 +58,7 @@ _COLUMNS = ("prompt", "prompts", "caption", "captions", "text")
 def choose_prompts(args):
     """The first --limit prompts of the --prompts file, or of our own; the embedded checkpoint gets captions it knows.
 
-    Raises OSError or ValueError, naming the file, for one that cannot be read or holds fewer.
+    A file may hold fewer. Raises OSError or ValueError, naming the file, for one that cannot be read.
     """
     if args.limit < 1:
         raise ValueError(f"--limit must be 1 or more, not {args.limit}")
@@ -78,18 +80,15 @@ def read_prompts(path):
 
     Raises OSError if it cannot be read, ValueError if it has another shape or holds no prompt.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not a text in UTF-8: {error.reason} at byte {error.start}") from None
+    text = _read(path)
     if path.suffix == ".json":
         prompts = _from_json(path, _json(path, text))
     elif path.suffix == ".jsonl":
-        prompts = _from_json(path, [_json(path, line) for line in text.splitlines() if line.strip()])
+        prompts = _from_json(path, [_json(path, line) for line in text.split("\n") if line.strip()])
     elif path.suffix in (".csv", ".tsv"):
         prompts = _from_table(path, text)
     else:
-        prompts = text.splitlines()
+        prompts = text.split("\n")
     prompts = [" ".join(prompt.split()) for prompt in prompts]
     prompts = [prompt for prompt in prompts if prompt]
     if not prompts:
@@ -103,18 +102,25 @@ def coco_captions(path):
     Raises OSError if it cannot be read, ValueError if it has another shape.
     """
     try:
-        content = _json(path, path.read_text(encoding="utf-8"))
-        annotations = sorted(content["annotations"], key=lambda entry: (entry["image_id"], entry["id"]))
+        content = _json(path, _read(path))
+        annotations = sorted(content["annotations"], key=lambda entry: (int(entry["image_id"]), int(entry["id"])))
         captions = {}
         for entry in annotations:
-            captions.setdefault(entry["image_id"], " ".join(entry["caption"].split()))
-        files = {image["id"]: image["file_name"] for image in content.get("images", ())}
+            captions.setdefault(int(entry["image_id"]), " ".join(entry["caption"].split()))
+        files = {int(image["id"]): Path(image["file_name"]).name for image in content.get("images", ())}
     except (AttributeError, KeyError, TypeError):
         raise ValueError(
             f'{path} has another shape than MSCOCO\'s captions: an object with "annotations", a list of objects with '
             '"image_id", "id" and "caption"'
         ) from None
     return captions, files
+
+
+def _read(path):
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text in UTF-8: {error.reason} at byte {error.start}") from None
 
 
 def _json(path, text):
@@ -146,7 +152,9 @@ def _text(entry):
 
 
 def _from_table(path, text):
-    rows = list(csv.reader(text.splitlines(), delimiter="\t" if path.suffix == ".tsv" else ","))
+    # Tab-separated tables do not quote.
+    form = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
+    rows = list(csv.reader(io.StringIO(text, newline=""), **form))
     column = next((i for i, name in enumerate(rows[0] if rows else ()) if name.strip().lower() in _COLUMNS), None)
     if column is None:
         raise ValueError(f"{path} has no column named one of {', '.join(_COLUMNS)} in its first line")

@@ -213,6 +213,11 @@ def fid(pictures, references, weights, python=METRICS_PYTHON):
     return _score(python, "fid", pictures, weights, references=list(map(str, references)))[0]
 
 
+def clip_lacks(folder):
+    """What a CLIP's folder lacks, in words, or None."""
+    return _lack("clip", folder)
+
+
 def fid_lacks(weights, python=METRICS_PYTHON):
     """What fid would lack with these arguments, in words, or None."""
     return _lack("fid", weights) or _lacking_environment(python)
@@ -418,7 +423,7 @@ def score(args):
     if wanted & {"psnr", "ssim", "prompt_score"}:
         for index, picture in enumerate(decoded(pictures, "pictures")):
             if wanted & {"psnr", "ssim"}:
-                reference = read_picture(counterparts(args)[index])
+                reference = read_picture(args.reference / pictures[index].name)
             for metric, of_pair in (("psnr", psnr), ("ssim", ssim)):
                 if metric in wanted:
                     values[metric].append(of_pair(reference, picture))

@@ -13,13 +13,12 @@ from FBCache_ms.eval.arguments import (
     exit_status,
     reason,
 )
-from FBCache_ms.eval.cases import CASES, UNCACHED, Row
+from FBCache_ms.eval.cases import BASELINE, CASES, Row
 from FBCache_ms.eval.drawing import Setting, draw_and_finish
 from FBCache_ms.eval.files import check_folder, insert, write_text
 from FBCache_ms.eval.measure import Judge, cell_of, clip_folder, write_sweep
 from FBCache_ms.eval.prompts import choose_prompts
 
-BASELINE = Row("Baseline", "no cache", UNCACHED)
 OVER_THRESHOLDS = ("fbcache", "teacache", "gates")
 
 
@@ -54,6 +53,7 @@ def parse_arguments(argv=None):
             config = CacheConfig.named(row.cache_at(args.num_inference_steps))
             check_cache(config, args.ckpt, row.steps_of(args.num_inference_steps))
         args.prompts = choose_prompts(args)
+        args.clip = clip_folder(args)
         check_folder(args.save_path)
     except (OSError, TypeError, ValueError) as error:
         parser.error(reason(error))
@@ -76,12 +76,12 @@ def main(argv=None):
     """The program; returns its exit status."""
     args = parse_arguments(argv)
     steps = args.num_inference_steps
-    settings = {row: Setting(row.cache_at(steps), row.steps_of(steps)) for row in args.rows}
+    settings = {row: Setting.named(row.cache_at(steps), row.steps_of(steps)) for row in args.rows}
 
     def finish(painter, folders):
         from tqdm import tqdm
 
-        judge = Judge(args.prompts, folders[settings[BASELINE]], clip_folder(args))
+        judge = Judge(args.prompts, folders[settings[BASELINE]], args.clip)
         cells = [
             cell_of(row, setting, folders[setting], args.save_path, judge)
             for row, setting in tqdm(settings.items(), desc="judging")

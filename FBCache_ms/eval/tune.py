@@ -14,7 +14,7 @@ from FBCache_ms.eval.arguments import (
     exit_status,
     reason,
 )
-from FBCache_ms.eval.cases import UNCACHED, Row
+from FBCache_ms.eval.cases import BASELINE, UNCACHED, Row
 from FBCache_ms.eval.drawing import Setting, draw_missing, session, wait_for_all
 from FBCache_ms.eval.files import check_folder, json_bytes, write_file
 from FBCache_ms.eval.measure import Judge, cell_of, clip_folder, means, write_sweep
@@ -47,8 +47,6 @@ FAMILIES = {
     ),
 }
 """Tags with one number left open, and its values from careful to daring: each next one is faster and further off."""
-
-BASELINE = Row("Baseline", "no cache", UNCACHED)
 
 
 @dataclass(frozen=True)
@@ -115,9 +113,10 @@ def parse_arguments(argv=None):
         lost = args.max_clip_score_loss
         args.wish = Wish(args.min_psnr, None if lost is None else lost / 100, args.min_speedup)
         args.prompts = choose_prompts(args)
+        args.clip = clip_folder(args)
         if len(args.prompts) < 2:
             raise ValueError("--prompts: leaving one prompt out needs 2 or more")
-        if args.max_clip_score_loss is not None and clip_folder(args) is None:
+        if args.max_clip_score_loss is not None and args.clip is None:
             raise ValueError("--max_clip_score_loss needs --clip FOLDER, a CLIPModel in transformers layout")
         check_folder(args.save_path)
     except (OSError, TypeError, ValueError) as error:
@@ -254,21 +253,23 @@ def run(args):
     with session(args) as (painter, ranks):
         steps, path = args.num_inference_steps, args.save_path / "pictures"
         judges = []
+        if ranks[0] == 0:
+            (args.save_path / "best.json").unlink(missing_ok=True)
 
         def measure(rows):
-            settings = {row: Setting(row.cache, row.steps_of(steps)) for row in rows}
+            settings = {row: Setting.named(row.cache, row.steps_of(steps)) for row in rows}
             folders = {row: painter.folder(path, setting) for row, setting in settings.items()}
             by_setting = {settings[row]: folder for row, folder in folders.items()}
             draw_missing(painter, by_setting, args.prompts, ranks)
             wait_for_all(by_setting, len(args.prompts))
             if not judges:
-                judges.append(Judge(args.prompts, folders[BASELINE], clip_folder(args)))
+                judges.append(Judge(args.prompts, folders[BASELINE], args.clip))
             return [cell_of(row, settings[row], folders[row], args.save_path, judges[0]) for row in rows]
 
         search = Search(measure, args.wish, usable_families(args.ckpt, steps))
         found = search.run()
         chosen = best(found, search.uncached, args.wish)
-        share = 1 / found[chosen]["speedup"] if chosen else 0.5
+        share = min(1 / found[chosen]["speedup"], 1) if chosen else 0.5
         control = measure([Row("fewer steps", f"{share:.0%} of the steps", UNCACHED, share)])[0]
         if ranks[0] != 0:
             return
