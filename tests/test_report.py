@@ -53,6 +53,7 @@ def make_cell(folder, row, side):
         "config": f"{cache},in=full",
         "steps": steps,
         "threshold": threshold,
+        "difference_limit": threshold,
         "folder": place,
         "seconds": 1 / speedup,
         "uncached_seconds": 1.0,

@@ -39,6 +39,10 @@ def start(arguments, world):
     return ranks
 
 
+def alive(process):
+    return process.is_alive()
+
+
 def contents(folder):
     """{name: bytes} of all files but those that tell times."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
@@ -76,7 +80,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(undisturbed, world
         if kill % 4:
             # Most kills fall into the drawing, where there is something to break.
             written = len(list(tmp_path.rglob("*.png")))
-            while len(list(tmp_path.rglob("*.png"))) == written and ranks[0].is_alive():
+            while len(list(tmp_path.rglob("*.png"))) == written and all(map(alive, ranks)):
                 time.sleep(0.002)
             time.sleep(chance.uniform(0, 0.1))
         else:

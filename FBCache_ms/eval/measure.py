@@ -7,6 +7,9 @@ from FBCache_ms.eval.metrics import psnr, read_picture, ssim
 from FBCache_ms.eval.quality import TINY_CLIP, ClipScore, clip_lacks, is_scene, prompt_score, summary
 from FBCache_ms.eval.tables import markdown, write_tables
 
+COMPARED = ("fbcache", "cg_taylor")
+"""The gates that compare the relative difference itself, not a sum over steps."""
+
 FEWEST = 3
 """With fewer timings of the uncached run beside a setting's pictures, those of the uncached pictures count too."""
 
@@ -103,6 +106,7 @@ def cell_of(row, setting, folder, root, judge):
         "name": row.name,
         "cache": row.cache_at(setting.steps),
         "threshold": row.threshold,
+        "difference_limit": setting.config.residual_diff_threshold if setting.config.gate in COMPARED else None,
         "folder": folder.path.relative_to(root).as_posix(),
         **judge.judge(setting, folder),
     }

@@ -21,7 +21,7 @@ SCORES = dict.fromkeys(("psnr", "ssim", "prompt_score", "clip_score"), MAYBE)
 CELL = {
     **dict.fromkeys(("case", "name", "cache", "config", "folder"), TEXT),
     **dict.fromkeys(("seconds", "speedup", "computed_steps"), NUMBER),
-    **dict.fromkeys(("threshold", "uncached_seconds", "skipped", "tflops"), MAYBE),
+    **dict.fromkeys(("threshold", "difference_limit", "uncached_seconds", "skipped", "tflops"), MAYBE),
     **SCORES,
     "steps": (int,),
     "pictures": LIST,

@@ -252,11 +252,11 @@ function drawDifferences() {
       showlegend: false,
       mode: "lines",
       x: [0, cell.steps - 1],
-      y: [cell.threshold, cell.threshold],
+      y: [cell.difference_limit, cell.difference_limit],
       line: { color: own, dash: "dash", width: 1.5 },
       hoverinfo: "skip",
     };
-    return cell.threshold === null ? [curve] : [curve, threshold];
+    return cell.difference_limit === null ? [curve] : [curve, threshold];
   });
   plot("differences-plot", 420, traces, {
     showlegend: true,
