@@ -11,12 +11,12 @@ MOST_LOST_CLIP_SCORE = 5e-3
 """How far the mean CLIP score, a cosine, may lie from that of the uncached pictures."""
 
 FLOORS = {
-    (0.05, 0): {"psnr": 65, "ssim": 0.999},
-    (0.08, 0): {"psnr": 52, "ssim": 0.998},
-    (0.12, 0): {"psnr": 48, "ssim": 0.995},
-    (0.08, 1): {"psnr": 52, "ssim": 0.998},
-    (0.12, 1): {"psnr": 50, "ssim": 0.998},
-    (0.2, 1): {"psnr": 46, "ssim": 0.995},
+    (0.05, 0): {"psnr": 70, "ssim": 0.9995},
+    (0.08, 0): {"psnr": 57, "ssim": 0.999},
+    (0.12, 0): {"psnr": 50, "ssim": 0.998},
+    (0.08, 1): {"psnr": 62, "ssim": 0.999},
+    (0.12, 1): {"psnr": 53, "ssim": 0.999},
+    (0.2, 1): {"psnr": 49, "ssim": 0.998},
 }
 """{(threshold, TaylorSeer's order): lowest mean PSNR in dB and SSIM} of the embedded checkpoint."""
 
