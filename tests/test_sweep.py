@@ -1,13 +1,16 @@
 import csv
 import json
 
+import numpy as np
 import pytest
 from narrow import make_narrow
 
 from FBCache_ms.config import GATES, CacheConfig, fields
 from FBCache_ms.eval import benchmark, fid_mscoco, sweep, tune
-from FBCache_ms.eval.cases import CASES, own_mask
-from FBCache_ms.eval.drawing import Painter
+from FBCache_ms.eval.cases import CASES, UNCACHED, own_mask
+from FBCache_ms.eval.drawing import Painter, Setting
+from FBCache_ms.eval.measure import Judge
+from FBCache_ms.eval.pictures import PictureFolder
 
 PROMPTS = ["a big red circle in the center, blue background", "a small green square on the left, white background"]
 
@@ -141,3 +144,19 @@ def test_bad_arguments_end_with_2_and_one_line(program, options, named, capsys, 
         program.main([*options, "--save_path", str(tmp_path / "out")])
     lines = capsys.readouterr().err.strip().splitlines()
     assert exit.value.code == 2 and len(lines) == 1 and named in lines[0]
+
+
+def test_a_speedup_is_over_the_uncached_run_of_the_same_hour(tmp_path):
+    def folder(name, seconds):
+        folder = PictureFolder(tmp_path / name, {})
+        facts = {"reused": [False], "residual_diffs": [None], "skipped": 0.0, "tflops": 1.0}
+        picture = np.zeros((16, 16, 3), np.uint8)
+        for index, prompt in enumerate(PROMPTS):
+            folder.add(index, prompt, picture, facts, seconds[index])
+        return folder
+
+    slow = folder("uncached", [{"denoise": 2.0}, {"denoise": 2.0}])
+    cached = folder("cached", [{"denoise": 0.5, "uncached": 1.0}, {"denoise": 0.5}])
+    judge = Judge(PROMPTS, slow)
+    assert judge.judge(Setting.named("balanced", 1), cached)["speedup"] == 2
+    assert judge.judge(Setting.named(UNCACHED, 1), slow)["speedup"] == 1

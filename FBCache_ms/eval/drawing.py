@@ -16,7 +16,7 @@ from FBCache_ms.eval.pictures import PictureFolder
 from FBCache_ms.eval.ranks import rank_and_world, wait_until_empty
 from FBCache_ms.flops import step_costs
 
-UNCACHED_EVERY = 10
+UNCACHED_EVERY = 4
 """The uncached run is timed beside every so many-th picture of a setting."""
 
 KEPT_PROMPTS = 64

@@ -10,9 +10,6 @@ from FBCache_ms.eval.tables import markdown, write_tables
 COMPARED = ("fbcache", "cg_taylor")
 """The gates that compare the relative difference itself, not a sum over steps."""
 
-FEWEST = 3
-"""With fewer timings of the uncached run beside a setting's pictures, those of the uncached pictures count too."""
-
 
 def clip_folder(args):
     """The folder of the CLIP that scores a program's pictures: --clip, the embedded one for scenes, or None.
@@ -68,9 +65,7 @@ class Judge:
                 }
             )
         # Timed beside these pictures where they were, since a machine's speed changes in the course of a long run.
-        beside = [line["uncached"] for line in lines if "uncached" in line]
-        if len(beside) < FEWEST:
-            beside += self.uncached_seconds
+        beside = [line["uncached"] for line in lines if "uncached" in line] or self.uncached_seconds
         return {"steps": setting.steps, "config": str(setting.config), **means(entries, beside), "pictures": entries}
 
 
