@@ -64,11 +64,17 @@ def choose_prompts(args):
         raise ValueError(f"--limit must be 1 or more, not {args.limit}")
     if args.prompts is not None:
         return read_prompts(args.prompts)[: args.limit]
-    if args.ckpt.resolve() == TINY_FLUX.resolve():
+    if knows_captions_alone(args.ckpt):
         return held_out_captions(args.limit, args.seed)
     if args.limit > len(OWN_PROMPTS):
         raise ValueError(f"--limit {args.limit}: our own prompts are {len(OWN_PROMPTS)}; give --prompts a file of more")
     return list(OWN_PROMPTS[: args.limit])
+
+
+def knows_captions_alone(ckpt):
+    """Whether a checkpoint has the embedded one's vocabulary, as those made from it do."""
+    mine, theirs = (folder / "tokenizer_2" / "tokenizer.json" for folder in (TINY_FLUX, ckpt))
+    return theirs.is_file() and theirs.read_bytes() == mine.read_bytes()
 
 
 def read_prompts(path):
