@@ -1,5 +1,6 @@
 import json
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 
@@ -64,6 +65,11 @@ def test_mscoco_gives_the_first_caption_of_each_image(tmp_path):
 
 def test_without_a_file_the_prompts_are_our_own(tmp_path):
     args = Namespace(prompts=None, limit=3, seed=0, ckpt=TINY_FLUX)
+    assert len([parse_caption(prompt) for prompt in choose_prompts(args)]) == 3
+    vocabulary = Path("tokenizer_2") / "tokenizer.json"
+    (tmp_path / "made" / "tokenizer_2").mkdir(parents=True)
+    (tmp_path / "made" / vocabulary).write_bytes((TINY_FLUX / vocabulary).read_bytes())
+    args.ckpt = tmp_path / "made"
     assert len([parse_caption(prompt) for prompt in choose_prompts(args)]) == 3
     args.ckpt = tmp_path
     assert choose_prompts(args) == list(OWN_PROMPTS[:3])
