@@ -1,5 +1,7 @@
 """What flux_accuracy_test.py draws and what it demands: prompts of our own, sizes, thresholds, orders and floors."""
 
+from pathlib import Path
+
 from FBCache_ms.checkpoint import TINY_FLUX, image_size, image_unit
 from FBCache_ms.config import CacheConfig
 
@@ -11,7 +13,7 @@ MOST_LOST_CLIP_SCORE = 5e-3
 """How far the mean CLIP score, a cosine, may lie from that of the uncached pictures."""
 
 FLOORS = {
-    (0.05, 0): {"psnr": 70, "ssim": 0.9995},
+    (0.05, 0): {"psnr": 66, "ssim": 0.9995},
     (0.08, 0): {"psnr": 57, "ssim": 0.999},
     (0.12, 0): {"psnr": 50, "ssim": 0.998},
     (0.08, 1): {"psnr": 62, "ssim": 0.999},
@@ -33,6 +35,14 @@ def sizes(ckpt):
     """Heights and widths in pixels: the model's own, and one that is not square."""
     own, unit = image_size(ckpt), image_unit(ckpt)
     return [own, own], [own * 3 // 4 // unit * unit, own * 5 // 4 // unit * unit]
+
+
+def is_embedded(ckpt):
+    """Whether a checkpoint is the embedded one.
+
+    It has learnt one size; at others its pictures show little of their prompts, and a CLIP score says nothing.
+    """
+    return Path(ckpt).resolve() == TINY_FLUX.resolve()
 
 
 def test_the_sizes_are_ones_that_the_model_can_draw():

@@ -17,7 +17,7 @@ from narrow import make_narrow
 from FBCache_ms.eval import fid_mscoco
 
 KILLS = 20
-PICTURES = 60
+PICTURES = 40
 VARIES = ("seconds.*.jsonl", ".lock.*", ".*.part", "fid_mscoco.*", "logs/*")
 
 processes = multiprocessing.get_context("forkserver")
