@@ -86,8 +86,7 @@ def test_a_full_disk_is_told_and_loses_nothing_that_was_made(folder, file, fails
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", full)
-    work = lambda: folder.add(2, PROMPTS[2], PICTURE, {}, {"denoise": 0.5})  # noqa: E731
-    assert exit_status("program", work) == 2
+    assert exit_status("program", lambda: folder.add(2, PROMPTS[2], PICTURE, {}, {"denoise": 0.5})) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"{folder.path / file}: No space left on device; what is made stays" in line
     assert PictureFolder(folder.path, SETTINGS).missing(PROMPTS) == [0, 2]
