@@ -203,10 +203,10 @@ def test_other_pictures_are_compared_as_a_set(folders):
         Image.open(path).resize((40 + 20 * index, 70)).save(folders / "b" / f"other{index}.jpg")
         path.unlink()
     report = run(folders, str(folders / "a"), "--reference", str(folders / "b"))
-    assert set(report["metrics"]) == {"clip_score", "prompt_score", "clip_fid"}
-    assert report["metrics"]["clip_fid"]["mean"] > 0
-    report = run(folders, str(folders / "a"), "--reference", str(folders / "a"), "--metrics", "clip_fid")
-    assert report["metrics"]["clip_fid"]["mean"] == pytest.approx(0, abs=1e-8)
+    assert set(report["metrics"]) == {"clip_score", "prompt_score", "clip_frechet"}
+    assert report["metrics"]["clip_frechet"]["mean"] > 0
+    report = run(folders, str(folders / "a"), "--reference", str(folders / "a"), "--metrics", "clip_frechet")
+    assert report["metrics"]["clip_frechet"]["mean"] == pytest.approx(0, abs=1e-8)
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_other_pictures_are_compared_as_a_set(folders):
         (["a", "--metrics", "image_reward"], "https://huggingface.co/THUDM/ImageReward"),
         (["a", "--image_reward", "b"], "ImageReward.pt, which is not there"),
         (["b", "--reference", "a", "--lpips", "short.txt", "--metrics_python", "none/python"], "python -m venv"),
-        (["a", "--reference", "a", "--limit", "1", "--metrics", "clip_fid"], "2 pictures or more"),
+        (["a", "--reference", "a", "--limit", "1", "--metrics", "clip_frechet"], "2 pictures or more"),
         (["a", "--limit", "0"], "--limit"),
         (["a", "--save_path", "b"], "b is a folder"),
         (["none"], "none is not a folder"),

@@ -1,8 +1,8 @@
 """Scores a folder of pictures: against a reference's of the same names, against their prompts, and as a set.
 
-psnr (dB), ssim and lpips compare with the reference's picture of the same name; clip_score, prompt_score (the share of
-a scene's attributes that the picture shows) and image_reward with the prompt; fid and clip_fid (the same distance of
-CLIP's features) compare the two folders as sets, whatever their names and sizes.
+psnr (dB), ssim and lpips compare with the reference's picture of the same name; clip_score, prompt_score (the share
+of a scene's attributes that the picture shows) and image_reward with the prompt; fid and clip_frechet (the same
+distance of CLIP's features) compare the two folders as sets, whatever their names and sizes.
 """
 
 import importlib.util
@@ -28,11 +28,11 @@ SCORE = Path(__file__).parents[2] / "tools" / "metrics" / "score.py"
 METRICS_PYTHON = SCORE.parent / "venv" / "bin" / "python"
 """The Python of the environment in which SCORE finds torch."""
 
-METRICS = ("psnr", "ssim", "lpips", "clip_score", "prompt_score", "image_reward", "fid", "clip_fid")
+METRICS = ("psnr", "ssim", "lpips", "clip_score", "prompt_score", "image_reward", "fid", "clip_frechet")
 PAIRED = ("psnr", "ssim", "lpips")
 PROMPTED = ("clip_score", "prompt_score", "image_reward")
-SETS = ("fid", "clip_fid")
-CLIP_METRICS = ("clip_score", "clip_fid")
+SETS = ("fid", "clip_frechet")
+CLIP_METRICS = ("clip_score", "clip_frechet")
 
 CLIP_BATCH = 16
 """CLIP always gets so many pictures or prompts at once, so that a number does not depend on how many there are."""
@@ -434,8 +434,8 @@ def score(args):
         features = clip.image_features(decoded(pictures, "CLIP"))
         if "clip_score" in wanted:
             values["clip_score"] = cosine_similarity(features, clip.text_features(args.prompts)).tolist()
-        if "clip_fid" in wanted:
-            values["clip_fid"] = frechet_distance(
+        if "clip_frechet" in wanted:
+            values["clip_frechet"] = frechet_distance(
                 features, clip.image_features(decoded(args.references, "CLIP, reference"))
             )
     if "lpips" in wanted:
