@@ -212,6 +212,15 @@ class CacheConfig:
         "HiCache's contraction; 0.3 for schnell (HiCache, arXiv 2508.16984)",
         used_with=("forecast", ("hicache",)),
     )
+    derivatives_dtype: str = _option(
+        "model",
+        str,
+        ("model", "float32"),
+        "forecast",
+        "what the differences are kept in: model, the transformer's dtype, or float32, twice the memory of bfloat16; "
+        "measured, float32 improves no forecast, since they are exact or smaller than the transformer's own rounding "
+        "(FBCache_ms.eval.precision)",
+    )
     start: float = _option(
         0.0, Real, (0, 1), "schedule", "no reuse before this share of the sampling, i/N at step i of N (ComfyUI)"
     )
@@ -287,6 +296,11 @@ class CacheConfig:
             )
         if self.span == "stacks" and self.gate not in PROBED:
             raise ValueError(f"span 'stacks' needs a gate that probes each stack: {', '.join(PROBED)}")
+        if self.span == "single" and self.gate == "fbcache_or_teacache":
+            raise ValueError(
+                "span 'single' has one gate, behind the double stack, and 'fbcache_or_teacache' is two within each "
+                "other; use fbcache, teacache or fbcache_and_teacache"
+            )
         blocks = (self.Fn_compute_blocks, self.Bn_compute_blocks)
         if self.span != "blocks" and blocks != (self._default_first_blocks(), 0):
             raise ValueError(
@@ -305,6 +319,11 @@ class CacheConfig:
             raise ValueError(
                 f"forecast {self.forecast!r} by {self.forecast_coordinate} is plain reuse at taylorseer_derivative=0; "
                 "give an order of 1 or more"
+            )
+        if self.derivatives_dtype != "model" and self.taylorseer_derivative == 0:
+            raise ValueError(
+                f"derivatives_dtype {self.derivatives_dtype!r} has no effect with taylorseer_derivative=0: one "
+                "residual is kept, which comes in the transformer's dtype; give an order of 1 or more"
             )
         if self.start > self.end:
             raise ValueError(f"start={self.start} is behind end={self.end}")
@@ -431,6 +450,7 @@ _STRUCTURE = (
     "Bn_compute_blocks",
     "span",
     "forecast",
+    "derivatives_dtype",
 )
 _TAGGED = (
     "residual_diff_threshold",

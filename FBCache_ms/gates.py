@@ -63,6 +63,17 @@ def every_gate(plans):
     return tuple(gate for outer in plans for gate in (outer, *every_gate(outer.inner)))
 
 
+def check_shape(config, batch_size, seq_len, inner_dim, text_len, branches):
+    """Raises ValueError, naming what is wrong, for a shape that no CacheContext of this CacheConfig can have."""
+    for name, size in {"batch_size": batch_size, "seq_len": seq_len, "inner_dim": inner_dim}.items():
+        if size < 1:
+            raise ValueError(f"{name} must be 1 or more, not {size}")
+    if branches not in (1, 2):
+        raise ValueError(f"branches must be 1 or 2, not {branches}")
+    if text_len < 1 and any(gate.needs_text or gate.probes_text for gate in every_gate(plan(config))):
+        raise ValueError(f"text_len must be 1 or more for {config}, not {text_len}")
+
+
 def threshold(config, gate, rule):
     """What a rule's score has to stay below; DBCache's 1 lets everything pass that is a number."""
     if rule == "teacache":

@@ -17,6 +17,7 @@ from .gates import (
     NUMBERS,
     SIGMA,
     THRESHOLD,
+    check_shape,
     every_gate,
     knobs,
     plan,
@@ -132,7 +133,8 @@ class Gate:
             return buffer(f"{plan.name}_{name}", shape, initial, dtype)
 
         def differences(name, shape):
-            return Differences(named(name, (self.orders, *shape), dtype=dtype))
+            kept = ms.float32 if config.derivatives_dtype == "float32" else dtype
+            return Differences(named(name, (self.orders, *shape), dtype=kept))
 
         self.filled = named("filled", (), dtype=ms.int32)
         self.nodes = named("nodes", (self.orders,))
@@ -276,7 +278,8 @@ class CacheContext:
         taylorseer_derivative: order of the forecast, 0 for plain reuse.
         branches: 1, or 2 for true CFG, which caches its positive and its negative prompt apart; every buffer then has
             a leading axis of that length.
-        mindspore_dtype: dtype of the large buffers; computations are in float32 whatever it is.
+        mindspore_dtype: dtype of the large buffers, of the differences unless derivatives_dtype says otherwise;
+            computations are in float32 whatever it is.
         config: the CacheConfig to start with; its order is taylorseer_derivative's default.
         text_len: T, text tokens; only where blocks run behind the span, or the single stack has a gate of its own.
         steps, sigmas: as in configure.
@@ -299,20 +302,14 @@ class CacheContext:
         steps=None,
         sigmas=None,
     ):
-        for name, size in {"batch_size": batch_size, "seq_len": seq_len, "inner_dim": inner_dim}.items():
-            if size < 1:
-                raise ValueError(f"{name} must be 1 or more, not {size}")
-        if branches not in (1, 2):
-            raise ValueError(f"branches must be 1 or 2, not {branches}")
         if config is None:
             config = CacheConfig(taylorseer_derivative=taylorseer_derivative or 0)
         if taylorseer_derivative not in (None, config.taylorseer_derivative):
             raise ValueError(
                 f"taylorseer_derivative is {taylorseer_derivative}, but {config.taylorseer_derivative} in the config"
             )
+        check_shape(config, batch_size, seq_len, inner_dim, text_len, branches)
         plans = plan(config)
-        if text_len < 1 and any(gate.needs_text or gate.probes_text for gate in every_gate(plans)):
-            raise ValueError(f"text_len must be 1 or more for {config}, not {text_len}")
         self.structure, self.branches = config.structure, branches
         self.shape, self.text_len = (batch_size, seq_len, inner_dim), text_len
         self.branch = Parameter(ms.Tensor(0, ms.int32), name="cache_branch", requires_grad=False)
@@ -410,7 +407,7 @@ class CacheContext:
 
     @property
     def nbytes(self):
-        """Bytes that all of it takes."""
+        """Bytes that all of it takes; memory.cache_bytes tells them beforehand."""
         return sum(parameter.nbytes for parameter in self.parameters())
 
     @property

@@ -174,6 +174,30 @@ def test_only_what_a_rule_needs_is_allocated():
         assert 0 <= context.nbytes / size - tensors < 1, str(config)
 
 
+@pytest.mark.parametrize("settings", [{}, {"gate": "cg_taylor"}, {"forecast": "dicache"}, {"Bn_compute_blocks": 1}])
+def test_differences_are_kept_in_float32_beside_a_bfloat16_model_and_references_are_not(settings):
+    def dtypes(**more):
+        config = CacheConfig(taylorseer_derivative=1, **settings, **more)
+        context = CacheContext(1, 4, 6, mindspore_dtype=ms.bfloat16, config=config, text_len=2)
+        return {buffer.value.name: buffer.value.dtype for buffer in context.buffers}
+
+    model, wide = dtypes(), dtypes(derivatives_dtype="float32")
+    kept = {name for name in model if name.endswith(("derivatives", "probes"))}
+    assert {wide[name] for name in kept} == {ms.float32} and {model[name] for name in kept} == {ms.bfloat16}
+    assert {name: dtype for name, dtype in wide.items() if name not in kept} == {
+        name: dtype for name, dtype in model.items() if name not in kept
+    }
+
+
+def test_beside_a_float32_model_the_choice_changes_nothing(strict_graph_mode):
+    streams, config = Streams(0, 12, 0.05), CacheConfig(0.4, 2)
+    (outputs, stats), (others, other_stats) = (
+        replay(each, streams) for each in (config, config.changed(derivatives_dtype="float32"))
+    )
+    assert stats.cached_steps and stats.reused == other_stats.reused
+    np.testing.assert_array_equal(outputs, others)
+
+
 def test_a_context_of_one_branch_refuses_the_negative_prompt():
     with pytest.raises(ValueError, match="branches=2"):
         with CacheContext(1, 2, 3)("uncond"):
