@@ -70,6 +70,16 @@ def add_drawing_options(parser, limit, save_path):
     )
 
 
+def add_into_option(parser):
+    """--into; files.check_into and files.put_into take what it gives."""
+    parser.add_argument(
+        "--into",
+        nargs=2,
+        metavar=("FILE", "NAME"),
+        help="also put the table into a text, between the lines <!-- NAME --> and <!-- end of NAME -->",
+    )
+
+
 def add_clip_option(parser):
     """--clip; after parsing, ``args.clip`` is the folder, None for no CLIP score."""
     parser.add_argument(

@@ -102,3 +102,15 @@ def insert(file, name, text):
     if not end:
         raise ValueError(f"--into: {file} has no lines <!-- {name} --> and <!-- end of {name} -->")
     return f"{before}{begin}{text}{end}{after}"
+
+
+def check_into(into):
+    """Raises OSError or ValueError if --into's file is not there or does not have the lines that it names."""
+    if into is not None:
+        insert(*into, "")
+
+
+def put_into(into, text):
+    """Puts a text where --into says, a file and a name; None is nowhere."""
+    if into is not None:
+        write_text(Path(into[0]), insert(*into, text))

@@ -1,13 +1,13 @@
 """Draws the same prompts under many configurations: what each takes, skips and loses, and what it draws."""
 
 import sys
-from pathlib import Path
 
 from FBCache_ms.config import CacheConfig
 from FBCache_ms.eval.arguments import (
     Parser,
     add_clip_option,
     add_drawing_options,
+    add_into_option,
     check_cache,
     check_model_and_size,
     exit_status,
@@ -15,7 +15,7 @@ from FBCache_ms.eval.arguments import (
 )
 from FBCache_ms.eval.cases import BASELINE, CASES, Row
 from FBCache_ms.eval.drawing import Setting, draw_and_finish
-from FBCache_ms.eval.files import check_folder, insert, write_text
+from FBCache_ms.eval.files import check_folder, check_into, put_into
 from FBCache_ms.eval.measure import Judge, cell_of, clip_folder, write_sweep
 from FBCache_ms.eval.prompts import choose_prompts
 
@@ -37,16 +37,10 @@ def parse_arguments(argv=None):
     )
     add_drawing_options(parser, limit=50, save_path="./results/sweep")
     add_clip_option(parser)
-    parser.add_argument(
-        "--into",
-        nargs=2,
-        metavar=("FILE", "NAME"),
-        help="also put the table into a text, between the lines <!-- NAME --> and <!-- end of NAME -->",
-    )
+    add_into_option(parser)
     args = parser.parse_args(argv)
     try:
-        if args.into is not None:
-            insert(*args.into, "")
+        check_into(args.into)
         check_model_and_size(args)
         args.rows = rows_of(args)
         for row in args.rows:
@@ -87,8 +81,7 @@ def main(argv=None):
             for row, setting in tqdm(settings.items(), desc="judging")
         ]
         text = write_sweep(args.save_path, {**painter.common, "steps": steps}, args.prompts, cells)
-        if args.into is not None:
-            write_text(Path(args.into[0]), insert(*args.into, text))
+        put_into(args.into, text)
         print(text, end="")
 
     return exit_status("sweep", lambda: draw_and_finish(args, args.prompts, dict.fromkeys(settings.values()), finish))
