@@ -3,9 +3,24 @@
 import hashlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 TINY_FLUX = Path(__file__).parent / "tiny_flux"
 """The embedded checkpoint."""
+
+FLUX_DEV = SimpleNamespace(
+    num_layers=19,
+    num_single_layers=38,
+    num_attention_heads=24,
+    attention_head_dim=128,
+    in_channels=64,
+    out_channels=None,
+    patch_size=1,
+    joint_attention_dim=4096,
+    pooled_projection_dim=768,
+    guidance_embeds=True,
+)
+"""The transformer's config of black-forest-labs/FLUX.1-dev."""
 
 _REQUIRED = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae")
 _FILES = {
@@ -82,9 +97,15 @@ def image_unit(folder):
 
 
 def block_counts(folder):
-    """How many double and single blocks the transformer has: FLUX.1's 19 and 38 where its config does not say."""
+    """How many double and single blocks the transformer has."""
+    config = transformer_config(folder)
+    return config.num_layers, config.num_single_layers
+
+
+def transformer_config(folder):
+    """The transformer's config, FLUX.1's where the file does not say; without a guidance embedding unless it does."""
     config = _read_json(Path(folder) / "transformer" / "config.json")
-    return config.get("num_layers", 19), config.get("num_single_layers", 38)
+    return SimpleNamespace(**{**vars(FLUX_DEV), "guidance_embeds": False, **config})
 
 
 def image_size(folder):

@@ -41,6 +41,12 @@ class GatePlan:
         """Whether the probe is of both streams, text first (Nunchaku's single gate)."""
         return self.stack == "single" and len(self.rules) > 0
 
+    def span(self, doubles, singles):
+        """The blocks (start, stop) that a reuse stands for, doubles and singles counted together."""
+        start = doubles if self.stack == "single" else 0
+        stop = doubles if self.stack == "double" else doubles + singles
+        return start + self.first, stop - self.last
+
 
 def plan(config):
     """The gates of a configuration, in the order of their spans."""

@@ -17,6 +17,7 @@ from .gates import (
     NUMBERS,
     SIGMA,
     THRESHOLD,
+    GatePlan,
     check_shape,
     every_gate,
     knobs,
@@ -120,6 +121,8 @@ class Knobs:
 class Gate:
     """A decision for a span of blocks: the rules that make it, the span's residual, and what has been decided."""
 
+    span = GatePlan.span
+
     def __init__(self, plan, order, config, shape, text_len, dtype, knobs, counters, buffer):
         batch, tokens, width = shape
         self.name, self.index, self.knobs, self.counters = plan.name, order.index(plan), knobs, counters
@@ -158,12 +161,6 @@ class Gate:
         self.inner = tuple(
             Gate(within, order, config, shape, text_len, dtype, knobs, counters, buffer) for within in plan.inner
         )
-
-    def span(self, doubles, singles):
-        """The blocks (start, stop) that a reuse stands for, doubles and singles counted together."""
-        start = doubles if self.stack == "single" else 0
-        stop = doubles if self.stack == "double" else doubles + singles
-        return start + self.first, stop - self.last
 
     def number(self, place):
         """One of the gate's numbers."""

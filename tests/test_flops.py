@@ -1,27 +1,18 @@
 import pytest
 
 from FBCache_ms import CacheConfig
+from FBCache_ms.checkpoint import FLUX_DEV
 from FBCache_ms.flops import step_costs
 from FBCache_ms.gates import plan
 from FBCache_ms.stats import CacheStats, GateStats, skipped_share
-from FBCache_ms.utils import Gate
 
-
-class Flux:
-    """FLUX.1-dev's config."""
-
-    num_layers, num_single_layers, num_attention_heads, attention_head_dim = 19, 38, 24, 128
-    in_channels, out_channels, patch_size, joint_attention_dim, pooled_projection_dim = 64, None, 1, 4096, 768
-    guidance_embeds = True
-
-
-COSTS = step_costs(Flux, 1, 4096, 512)
+COSTS = step_costs(FLUX_DEV, 1, 4096, 512)
 
 
 def tera(tag, computed, steps):
     """TFLOPs of a generation of so many computed steps under a tag of one gate."""
     (gate,) = plan(CacheConfig.from_tag(tag))
-    skipped = COSTS.of_blocks(gate.first, 57 - gate.last)
+    skipped = COSTS.of_blocks(*gate.span(19, 38))
     return (steps * COSTS.total - (steps - computed) * skipped) / 1e12
 
 
@@ -50,14 +41,7 @@ def test_one_reuse_in_four_steps_saves_this_much(tag, ratio):
 
 def test_the_skipped_share_counts_each_gates_blocks_once():
     """Half of the steps without the doubles 1 to 18, a quarter without the singles 1 to 37."""
-
-    class Span:
-        def __init__(self, plan):
-            self.stack, self.first, self.last = plan.stack, plan.first, plan.last
-
-        span = Gate.span
-
-    spans = [Span(gate) for gate in plan(CacheConfig(span="stacks"))]
+    spans = plan(CacheConfig(span="stacks"))
     stats = [
         GateStats("double", (False, True, True, False), (None,) * 4),
         GateStats("single", (False, True, False, False), (None,) * 4),
