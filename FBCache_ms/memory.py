@@ -1,0 +1,67 @@
+"""Bytes that a cache takes, counted from its configuration and the shapes alone."""
+
+from .gates import NUMBERS, check_shape, every_gate, plan
+from .schedules import MAX_STEPS
+
+SCALAR = 4
+"""Bytes of a float32 or an int32; a float32 buffer's element has as many."""
+
+
+def cache_parts(config, batch_size, seq_len, inner_dim, text_len=0, branches=1, itemsize=2):
+    """Bytes of a CacheContext's buffers by what they hold, {what: bytes}; their sum is its nbytes.
+
+    For every gate, with K = order + 1 and e bytes for each element of the model's dtype:
+
+    - "differences": K B S D e' of the residual, and K B T D e' of the text's where blocks run behind the span
+      (Bn_compute_blocks > 0, and the double stack's gate); e' is 4 with derivatives_dtype="float32", else e;
+    - "probe differences": K B P e', under the gate cg_taylor and the forecast dicache;
+    - "references": B P e for each probe that is compared with an earlier one, B S D e for TeaCache's;
+    - "trace": 8 bytes a step for 1000 steps, and 4 for each of K coordinates, the sum of each rule and two scalars.
+
+    P is S ceil(D / downsample_factor), and (T + S) ceil(D / downsample_factor) under a gate of the single stack. Gates
+    within each other share two counters, in "trace" like the step and its timestep. All of that is there for each
+    guidance branch. "numbers" is there once: 4 bytes for each of 1000 steps of every gate's schedule, 1000 coordinates,
+    11 numbers of each gate, and the branch.
+
+    Args:
+        config: the CacheConfig.
+        batch_size: B, latents per call.
+        seq_len: S, image tokens: height / 16 * width / 16 for Flux.
+        inner_dim: D, the transformer's width: 3072 for Flux.
+        text_len: T, text tokens; only where the text is cached too.
+        branches: 1, or 2 for true CFG.
+        itemsize: e, bytes: 2 for bfloat16 and float16, 4 for float32.
+
+    Raises ValueError for shapes that CacheContext refuses.
+    """
+    check_shape(config, batch_size, seq_len, inner_dim, text_len, branches)
+    outer = plan(config)
+    gates = every_gate(outer)
+    orders = config.taylorseer_derivative + 1
+    kept = 4 if config.derivatives_dtype == "float32" else itemsize
+    streams = probes = references = scalars = 0
+    for gate in gates:
+        compared = batch_size * (seq_len + text_len * gate.probes_text) * -(-inner_dim // config.downsample_factor)
+        streams += batch_size * (seq_len + text_len * gate.needs_text) * inner_dim
+        if "cg_taylor" in gate.rules or config.forecast == "dicache":
+            probes += compared
+        for rule in gate.rules:
+            if rule == "teacache":
+                references += batch_size * seq_len * inner_dim
+            elif rule != "cg_taylor":
+                references += compared
+        scalars += 2 * MAX_STEPS + orders + len(gate.rules) + 2
+    scalars += 2 * len(outer) + 2
+    rows = max(len(gates), 1)
+    return {
+        "differences": branches * orders * streams * kept,
+        "probe differences": branches * orders * probes * kept,
+        "references": branches * references * itemsize,
+        "trace": branches * scalars * SCALAR,
+        "numbers": ((rows + 1) * MAX_STEPS + rows * NUMBERS + 1) * SCALAR,
+    }
+
+
+def cache_bytes(config, batch_size, seq_len, inner_dim, text_len=0, branches=1, itemsize=2):
+    """Bytes that a CacheContext of this shape and this CacheConfig takes; arguments and errors as in cache_parts."""
+    return sum(cache_parts(config, batch_size, seq_len, inner_dim, text_len, branches, itemsize).values())
