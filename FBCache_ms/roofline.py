@@ -151,7 +151,7 @@ def block(shapes, double, text=True):
     return [
         Work("blocks: products", products, shapes.weights(weights) + operands, operators),
         Work("blocks: attention", attention, 4 * stream),
-        Work("blocks: element by element", 0, others),
+        Work("blocks: the rest", 0, others),
     ]
 
 

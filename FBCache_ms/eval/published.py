@@ -49,7 +49,7 @@ class Published:
 
 # Times: mindone's example FBCache_ms (PR #1475). Figures: CANN's cross-platform migration guide
 # (gitcode.com/cann/ops-math), 24 cores at 1.8 GHz with 16 x 16 x 16 multiply-adds; the 10 microseconds that a graph
-# takes to launch an operator are assumed, and hidden behind the device's work unless pictures are tiny.
+# takes to launch an operator are assumed, and hidden behind the device's work at these times' size.
 ATLAS = Published(
     Device("Atlas 800T A2", 353.9e12, 1.6e12, launch_seconds=10e-6),
     PER_STEP,
