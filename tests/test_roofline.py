@@ -34,6 +34,7 @@ LEAN = replace(WHOLE_LOOP, lean=True)
 SMALL = SimpleNamespace(**{**vars(FLUX_DEV), "num_layers": 2, "num_single_layers": 3})
 SHAPES = Shapes(SMALL, 1, 256, 64)
 NARROW = {**vars(SMALL), "num_attention_heads": 2, "in_channels": 16, "joint_attention_dim": 64}
+TAG = "F1B0_W0_T1O2_R0.12"
 EXPORT = """
 import sys
 import numpy as np
@@ -78,49 +79,60 @@ def size(shapes):
     return sum(math.prod(dims) * ITEMSIZE[kind] for dims, kind in shapes)
 
 
-def counted(path):
-    """Operators in a .mindir file, and the bytes that all but products, attention and views read and write."""
+@pytest.fixture(scope="module")
+def graphs(tmp_path_factory):
+    """The graphs of the exported loop, [[(operator's name, node)]], and the shapes of all that they pass around."""
     from mindspore.train.mind_ir_pb2 import ModelProto
 
+    folder = tmp_path_factory.mktemp("mindir")
+    done = subprocess.run([sys.executable, "-c", EXPORT, TAG], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
     model = ModelProto()
-    model.ParseFromString(path.read_bytes())
-    names = {primitive.name: primitive.op_type for primitive in model.primitives}
+    model.ParseFromString((folder / "loop.mindir").read_bytes())
+    names = {f"REF::{primitive.name}": primitive.op_type for primitive in model.primitives}
     graphs = [model.graph, *model.functions]
     shapes = {parameter.name: [(tuple(parameter.dims), parameter.data_type)] for parameter in model.graph.parameter}
-    operators = moved = 0
     for graph in graphs:
         for value in graph.input:
             shapes[value.name] = [(tuple(tensor.dims), tensor.data_type) for tensor in value.tensor]
         for node in graph.node:
             shape = [each for item in node.attribute if item.name == "shape" for each in shapes_in(item)]
             shapes.update(dict.fromkeys(node.output, shape))
-    for graph in graphs:
-        launched = [(names.get(node.op_type.replace("REF::", ""), node.op_type), node) for node in graph.node]
-        launched = [(name, node) for name, node in launched if name not in NOT_LAUNCHED and "REF::" not in name]
-        if all(name == "Assign" for name, _ in launched):
-            # A generation's reset, once.
+    # A reference that is no primitive's calls another graph.
+    nodes = [[(names.get(node.op_type, node.op_type), node) for node in graph.node] for graph in graphs]
+    nodes = [
+        [(name, node) for name, node in graph if name not in NOT_LAUNCHED and "REF::" not in name] for graph in nodes
+    ]
+    return nodes, shapes
+
+
+def test_operators_and_bytes_are_those_of_the_exported_loop(graphs):
+    """It holds a computed step, what a reused one adds, and what comes before both, once each."""
+    operators = moved = 0
+    nodes, shapes = graphs
+    for graph in nodes:
+        if all(name == "Assign" for name, _ in graph):
+            # A generation's reset.
             continue
-        operators += len(launched)
-        for name, node in launched:
+        operators += len(graph)
+        for name, node in graph:
             written = size(shapes[node.output[0]])
             if name in COPIES:
                 moved += 2 * written
             elif name not in PRODUCTS | VIEWS:
                 moved += written + sum(size(shapes.get(value, [])) for value in node.input)
-    return operators, moved
-
-
-def test_operators_and_bytes_are_those_of_the_exported_loop(tmp_path):
-    """The loop's graph holds a computed step, what a reused one adds, and what comes before both, once each."""
-    tag = "F1B0_W0_T1O2_R0.12"
-    done = subprocess.run([sys.executable, "-c", EXPORT, tag], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    operators, moved = counted(tmp_path / "loop.mindir")
-    config, shapes = CacheConfig.from_tag(tag), Shapes(SimpleNamespace(**NARROW), 1, 1024, 512)
-    works = step(shapes, config, WHOLE_LOOP) + condition(shapes)
-    works += CacheWork(shapes, config, True).forecast(plan(config)[0])
-    assert sum(work.operators for work in works) == pytest.approx(operators, rel=0.02)
+    config, narrow = CacheConfig.from_tag(TAG), Shapes(SimpleNamespace(**NARROW), 1, 1024, 512)
+    works = step(narrow, config, WHOLE_LOOP) + condition(narrow)
+    works += CacheWork(narrow, config, True).forecast(plan(config)[0])
+    assert total(works, "operators") == pytest.approx(operators, rel=0.02)
     assert sum(work.bytes for work in works if not work.operations) == pytest.approx(moved, rel=0.05)
+
+
+def test_a_reuse_computes_the_first_blocks_text_as_the_design_says(graphs):
+    """Its MLP stands where the latents are embedded, outside of the branch."""
+    products = [[node.domain for name, node in graph if name == "Dense"] for graph in graphs[0]]
+    (always,) = (domains for domains in products if any("x_embedder" in domain for domain in domains))
+    assert any("/0-FluxTransformerBlock/ff_context" in domain for domain in always) is not WHOLE_LOOP.lean
 
 
 def total(works, field):
