@@ -218,8 +218,8 @@ class CacheConfig:
         ("model", "float32"),
         "forecast",
         "what the differences are kept in: model, the transformer's dtype, or float32, twice the memory of bfloat16; "
-        "measured, float32 improves no forecast, since they are exact or smaller than the transformer's own rounding "
-        "(FBCache_ms.eval.precision)",
+        "measured, float32 improves no forecast: bfloat16 loses far less of them than the transformer's own rounding "
+        "does (FBCache_ms.eval.precision)",
     )
     start: float = _option(
         0.0, Real, (0, 1), "schedule", "no reuse before this share of the sampling, i/N at step i of N (ComfyUI)"

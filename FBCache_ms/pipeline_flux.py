@@ -143,6 +143,11 @@ class FluxPipeline(MindoneFluxPipeline):
         return sum(len(loop.compile_cache) for loop in self._loops.values())
 
     @property
+    def cache_context(self):
+        """The last call's CacheContext, within a call its own; None before the first call."""
+        return self._loop.cache if self._loop else None
+
+    @property
     def cache_bytes(self):
         """Bytes that the last call's CacheContext takes, 0 before the first call."""
         return self._loop.cache.nbytes if self._loop else 0

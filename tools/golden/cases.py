@@ -80,6 +80,18 @@ PUBLISHED = [
 TAYLORSEER = [{"steps": 50, "interval": interval, "order": order} for interval in (4, 5, 6, 7, 8) for order in (1, 2)]
 
 
+BFLOAT16 = [
+    {"seed": seed, "change": change, "apart": apart} for seed, change in ((0, 0.1), (1, 0.3)) for apart in (1, 3)
+]
+DISTANCES = (1, 2, 5)
+
+
+def walk(case):
+    """Five tensors (64, 48) of float32, each a little further from the first."""
+    rng = np.random.default_rng(case["seed"])
+    return (rng.normal(size=(64, 48)) + np.cumsum(rng.normal(size=(5, 64, 48)) * case["change"], 0)).astype(np.float32)
+
+
 def call_arguments(case, tensor):
     """A case's keyword arguments for a pipeline; ``tensor`` makes the framework's tensor of a NumPy array."""
     arguments = {"height": 64, "width": 64, "num_inference_steps": 28, "max_sequence_length": 32, **case}
