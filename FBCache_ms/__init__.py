@@ -6,11 +6,13 @@ _HOMES = {
     "CacheConfig": "config",
     "CacheContext": "utils",
     "CacheStats": "stats",
+    "Device": "device",
     "FBCache_transformer_construct": "models.transformer_flux_withFBCache",
     "FluxDenoiseLoop": "models.denoise_loop",
     "FluxPipeline": "pipeline_flux",
     "apply_cache_on_pipe": "pipeline_flux",
-    "prepare_device": "pipeline_flux",
+    "choose_device": "device",
+    "prepare_device": "device",
     "remove_cache_from_pipe": "pipeline_flux",
 }
 __all__ = list(_HOMES)

@@ -20,6 +20,7 @@ from mindspore import nn, ops
 
 from .checkpoint import check_checkpoint, check_fit
 from .config import CacheConfig
+from .device import current_device, prepare_device
 from .flops import step_costs
 from .gates import knobs
 from .models.denoise_loop import FluxDenoiseLoop
@@ -42,14 +43,6 @@ DEFAULT = object()
 """Stands for the pipeline's own cache_config, since None means no cache."""
 
 
-def prepare_device():
-    """Makes the current device able to run Flux: installs the CPU backend's stand-ins, and does nothing elsewhere."""
-    if ms.get_context("device_target") == "CPU":
-        from .backend import cpu
-
-        cpu.install()
-
-
 def check_config(config):
     """Raises TypeError unless this is a CacheConfig or None."""
     if config is not None and not isinstance(config, CacheConfig):
@@ -67,6 +60,7 @@ class FluxPipeline(MindoneFluxPipeline):
 
     ``cache_config`` is the CacheConfig of calls that bring none of their own, or None for no cache; with
     ``use_graph_mode``, calls compile, whatever mode the process is in, and without it they run operator by operator.
+    ``device`` is the Device that says how they compile.
     After a call, ``cache_stats`` is its CacheStats and ``seconds`` its times: "compile" (of the loop), "denoise",
     "per_step", "decode" (with the autoencoder's compilation, the first time) and "total".
     """
@@ -98,15 +92,26 @@ class FluxPipeline(MindoneFluxPipeline):
         self.default_sample_size = vae.config.sample_size // self.vae_scale_factor
         self.cache_config = CacheConfig()
         self.use_graph_mode = True
+        self.device = current_device()
+        self.graphs_from_cache = 0
         self.cache_stats = None
         self.seconds = {}
         self._loops, self._loop, self._weights = {}, None, []
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path, *, cache_config=DEFAULT, use_graph_mode=True, mindspore_dtype=None, **kwargs
+        cls,
+        pretrained_model_name_or_path,
+        *,
+        cache_config=DEFAULT,
+        use_graph_mode=True,
+        device=None,
+        mindspore_dtype=None,
+        **kwargs,
     ):
-        """Loads a pipeline as mindone's from_pretrained does, with the two settings that the class names.
+        """Loads a pipeline as mindone's from_pretrained does, with the three settings that the class names.
+
+        A device, as choose_device returns it, also says the dtype, unless there is a mindspore_dtype.
 
         Raises:
             OSError: the folder or a file of it is missing or damaged.
@@ -116,6 +121,8 @@ class FluxPipeline(MindoneFluxPipeline):
         prepare_device()
         if cache_config is not DEFAULT:
             check_config(cache_config)
+        if mindspore_dtype is None and device is not None:
+            mindspore_dtype = device.mindspore_dtype
         if mindspore_dtype not in (None, ms.float32) and ms.get_context("device_target") == "CPU":
             raise ValueError(f"mindspore_dtype {mindspore_dtype} is not supported on CPU; only float32 is")
         tensors = {}
@@ -135,6 +142,8 @@ class FluxPipeline(MindoneFluxPipeline):
         if cache_config is not DEFAULT:
             pipe.cache_config = cache_config
         pipe.use_graph_mode = use_graph_mode
+        if device is not None:
+            pipe.device = device
         return pipe
 
     @property
@@ -251,6 +260,7 @@ class FluxPipeline(MindoneFluxPipeline):
                 sigmas=sigmas,
             )
             self._loops[key] = FluxDenoiseLoop(transformer, context)
+            self.device.prepare(self._loops[key], transformer)
         return self._loops[key]
 
 
@@ -333,7 +343,8 @@ class _WholeLoop:
 
         compile_begin, compiled_before = time.perf_counter(), len(loop.compile_cache)
         if pipe.use_graph_mode:
-            loop.compile(*piece(latents, prompt_embeds, 0, steps))
+            inputs = piece(latents, prompt_embeds, 0, steps)
+            pipe.graphs_from_cache += pipe.device.compile(loop, inputs, self.transformer, config.structure)
         if len(loop.compile_cache) > compiled_before:
             # A graph's first launch allocates its memory: that belongs to the compilation, not to the first image.
             loop(*piece(latents, prompt_embeds, 0, 1)).asnumpy()
@@ -520,6 +531,7 @@ class CachedTransformer:
                 sigmas=sigmas,
             )
             self.steps[key] = CachedStep(self.transformer, context)
+            current_device().prepare(self.steps[key], self.transformer)
         if key not in self.told:
             self.steps[key].cache_context.configure(self.cache_settings, steps, sigmas, progress)
             self.told.add(key)

@@ -3,20 +3,26 @@ import pytest
 import mindspore as ms
 
 from FBCache_ms.checkpoint import TINY_FLUX
-from FBCache_ms.pipeline_flux import FluxPipeline, prepare_device
-
-ms.set_device("CPU")
-prepare_device()
+from FBCache_ms.device import prepare_device
+from FBCache_ms.pipeline_flux import FluxPipeline
 
 
 def pytest_addoption(parser):
-    """The options of flux_accuracy_test.py."""
+    """The device, and the options of test_ascend_graph.py and flux_accuracy_test.py."""
+    parser.addoption("--device", default="CPU", help="that the tests run on (default: CPU)")
+    parser.addoption("--full_depth", action="store_true", help="compile every Ascend graph at FLUX.1's 57 blocks")
     group = parser.getgroup("accuracy")
     group.addoption("--ckpt", help="checkpoint that flux_accuracy_test.py draws with (default: the embedded one)")
     group.addoption("--clip", help="folder of the CLIPModel that scores its pictures")
     group.addoption("--prompts", help="file of its prompts")
     group.addoption("--limit", help="how many prompts")
     group.addoption("--accuracy_path", help="folder that keeps its pictures")
+
+
+def pytest_configure(config):
+    """Sets the device before any test file makes a tensor."""
+    ms.set_device(config.getoption("--device"))
+    prepare_device()
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,8 @@ KEYS = {
     "skipped",
     "seconds",
     "graph_compilations",
+    "graphs_from_cache",
+    "jit_level",
     "cache_bytes",
     "device",
     "mode",

@@ -6,6 +6,7 @@ import mindspore as ms
 from mindspore import mint, nn, ops
 
 from FBCache_ms.backend import cpu
+from FBCache_ms.device import prepare_device
 
 FLOATS = (np.float32, np.float16)
 RNG = np.random.default_rng(0)
@@ -289,8 +290,6 @@ def test_install_is_idempotent():
 
 
 def test_nothing_is_installed_on_another_device(monkeypatch):
-    import FBCache_ms.pipeline_flux as pipeline_flux
-
-    monkeypatch.setattr(pipeline_flux.ms, "get_context", lambda key: "Ascend")
+    monkeypatch.setattr(ms, "get_context", lambda key: "Ascend")
     monkeypatch.setattr(cpu, "install", lambda: pytest.fail("installed"))
-    pipeline_flux.prepare_device()
+    prepare_device()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from FBCache_ms.checkpoint import TINY_FLUX, block_counts, check_checkpoint, image_unit
 from FBCache_ms.config import PRESETS, CacheConfig, parse, value_text
+from FBCache_ms.eval.files import check_folder
 from FBCache_ms.schedules import MAX_STEPS, row
 
 
@@ -27,8 +28,8 @@ def one_line(error):
     return " ".join(str(error).split())
 
 
-def add_model_options(add):
-    """--ckpt, --device and --dtype."""
+def add_model_options(add, deterministic=False):
+    """--ckpt, and where and how it runs; ``deterministic`` is that option's default."""
     add(
         "--ckpt",
         type=Path,
@@ -43,6 +44,33 @@ def add_model_options(add):
         default="auto",
         help="auto: bfloat16 on Ascend, float32 on CPU",
     )
+    add(
+        "--jit_level",
+        choices=("auto", "O0", "O1"),
+        default="auto",
+        help="how far a graph is optimised: O0 launches its operators one by one, O1 fuses neighbouring ones, which "
+        "saves launches and memory traffic; auto: O1 on Ascend, MindSpore's own choice on CPU, where it gains nothing",
+    )
+    add(
+        "--lazy_inline",
+        action="store_true",
+        help="compile a block once for all its copies, which takes a fraction of the time and half the memory at "
+        "FLUX.1's 57 blocks; on Ascend alone",
+    )
+    add(
+        "--deterministic",
+        action=argparse.BooleanOptionalAction,
+        default=deterministic,
+        help="the same bits at every run: an NPU's fastest kernels sum in any order, a CPU's do not "
+        f"(default: {'yes' if deterministic else 'no'})",
+    )
+    add(
+        "--compile_cache",
+        type=Path,
+        metavar="FOLDER",
+        help="keep compiled denoise loops there, a folder for all that shapes one, so that another process starts from "
+        "them (default: none)",
+    )
 
 
 def add_picture_options(add):
@@ -53,9 +81,9 @@ def add_picture_options(add):
     add("--seed", type=int, default=0)
 
 
-def add_drawing_options(parser, limit, save_path):
-    """The options of every program that draws many prompts; ``limit`` and ``save_path`` are its defaults."""
-    add_model_options(parser.add_argument_group("model").add_argument)
+def add_drawing_options(parser, limit, save_path, deterministic=True):
+    """The options of every program that draws many prompts; the rest of the arguments are their defaults."""
+    add_model_options(parser.add_argument_group("model").add_argument, deterministic)
     add = parser.add_argument_group("pictures").add_argument
     add(
         "--prompts",
@@ -163,22 +191,18 @@ def quiet():
     warnings.simplefilter("ignore", FutureWarning)
 
 
-def choose_device(args):
-    """Sets the device and returns its name and the dtype's. Raises ValueError for what is not there or cannot be."""
-    import mindspore as ms
+def device_of(args):
+    """Sets the process to the device that the options name and returns its Device.
 
-    here = "Ascend" if ms.hal.is_available("Ascend") else "CPU"
-    device = here if args.device == "auto" else args.device
-    if device == "Ascend" and here == "CPU":
-        raise ValueError("--device Ascend: there is no Ascend NPU here; only CPU is")
-    dtype = args.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if device == "Ascend" else "float32"
-    if device == "CPU" and dtype != "float32":
-        raise ValueError(f"--dtype {dtype} is not supported on CPU; only float32 is")
-    # Under msrun, DEVICE_ID is the NPU of this rank.
-    ms.set_device(device, int(os.environ.get("DEVICE_ID", 0)) if device == "Ascend" else None)
-    return device, dtype
+    Raises ValueError for what cannot be, OSError for a --compile_cache that cannot be written to.
+    """
+    from FBCache_ms.device import choose_device
+
+    if args.compile_cache is not None:
+        check_folder(args.compile_cache)
+    return choose_device(
+        args.device, args.dtype, args.jit_level, args.lazy_inline, args.deterministic, args.compile_cache
+    )
 
 
 def reason(error):

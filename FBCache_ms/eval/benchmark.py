@@ -28,7 +28,7 @@ PYNATIVE, GRAPH = "Baseline (PyNative Mode)", "Baseline (Graph Mode)"
 def parse_arguments(argv=None):
     """The command line."""
     parser = Parser(prog="benchmark", description=__doc__, allow_abbrev=False)
-    add_drawing_options(parser, limit=5, save_path="./results/benchmark")
+    add_drawing_options(parser, limit=5, save_path="./results/benchmark", deterministic=False)
     add = parser.add_argument_group("rows").add_argument
     add("--cache", nargs="+", default=[], metavar="TAG|PRESET", help=f"rows beside the baselines and {', '.join(ROWS)}")
     add("--runs", type=int, default=5, metavar="N", help="timed runs of each row, after one to warm up (default: 5)")

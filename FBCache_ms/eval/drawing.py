@@ -9,7 +9,7 @@ from zlib import crc32
 
 from FBCache_ms.checkpoint import fingerprint, image_size, image_unit
 from FBCache_ms.config import CacheConfig
-from FBCache_ms.eval.arguments import choose_device
+from FBCache_ms.eval.arguments import device_of
 from FBCache_ms.eval.cases import UNCACHED
 from FBCache_ms.eval.files import locked
 from FBCache_ms.eval.pictures import PictureFolder
@@ -60,20 +60,17 @@ class Painter:
 
     Args:
         args: a program's arguments, with what add_drawing_options gives. The model is loaded once it is needed.
-        deterministic: whether an NPU too gives the same bytes at every drawing, which takes time there.
 
     Raises ValueError for a device or a dtype that cannot be.
     """
 
-    def __init__(self, args, deterministic=True):
+    def __init__(self, args):
         import mindone
 
         import mindspore as ms
 
         self.args = args
-        self.device, self.dtype = choose_device(args)
-        if self.device == "Ascend" and deterministic:
-            ms.set_deterministic(True)
+        self.device = device_of(args)
         self.image_size = list(args.image_size or 2 * [image_size(args.ckpt)])
         self.common = {
             "checkpoint": args.ckpt.resolve().name,
@@ -81,8 +78,10 @@ class Painter:
             "seed": args.seed,
             "image_size": self.image_size,
             "guidance_scale": args.guidance_scale,
-            "device": self.device,
-            "dtype": self.dtype,
+            "device": self.device.name,
+            "dtype": self.device.dtype,
+            "jit_level": self.device.jit_level,
+            "lazy_inline": self.device.lazy_inline,
             "mindspore": ms.__version__,
             "mindone": mindone.__version__,
             "FBCache_ms": version("FBCache_ms"),
@@ -109,12 +108,10 @@ class Painter:
         if self._pipe is None:
             from mindone.diffusers.utils import logging
 
-            import mindspore as ms
-
             from FBCache_ms import FluxPipeline
 
             logging.disable_progress_bar()
-            self._pipe = FluxPipeline.from_pretrained(str(self.args.ckpt), mindspore_dtype=getattr(ms, self.dtype))
+            self._pipe = FluxPipeline.from_pretrained(str(self.args.ckpt), device=self.device)
             self._pipe.set_progress_bar_config(disable=True)
             reason = self._pipe.why_not_cached({})
             if reason:
@@ -125,10 +122,30 @@ class Painter:
         length = min(self.pipe.tokenizer_2.model_max_length, 512)
         return self.pipe.encode_prompt(prompt, max_sequence_length=length)[:2]
 
-    def _operations(self, text_tokens):
+    @property
+    def image_tokens(self):
+        """How many tokens a picture is to the transformer."""
         unit = image_unit(self.args.ckpt)
-        image_tokens = self.image_size[0] // unit * (self.image_size[1] // unit)
-        return step_costs(self.pipe.transformer.config, 1, image_tokens, text_tokens).total
+        return self.image_size[0] // unit * (self.image_size[1] // unit)
+
+    def _operations(self, text_tokens):
+        return step_costs(self.pipe.transformer.config, 1, self.image_tokens, text_tokens).total
+
+    def arguments(self, index, prompt, steps):
+        """What any Flux pipeline with these modules is to be called with to draw prompt number ``index``."""
+        import numpy as np
+
+        embeds, pooled = self._embeds(prompt)
+        return {
+            "prompt_embeds": embeds,
+            "pooled_prompt_embeds": pooled,
+            "height": self.image_size[0],
+            "width": self.image_size[1],
+            "num_inference_steps": steps,
+            "guidance_scale": self.args.guidance_scale,
+            "generator": np.random.default_rng((self.args.seed, index)),
+            "output_type": "np",
+        }
 
     def draw(self, index, prompt, setting):
         """A picture (H, W, 3) of uint8, the facts about it and the seconds it took, warm.
@@ -146,47 +163,40 @@ class Painter:
         import numpy as np
 
         pipe = self.pipe
-        embeds, pooled = self._embeds(prompt)
+        arguments = self.arguments(index, prompt, setting.steps)
         pipe.use_graph_mode = setting.graph
-        reset_peak(self.device)
-        picture = pipe(
-            prompt_embeds=embeds,
-            pooled_prompt_embeds=pooled,
-            height=self.image_size[0],
-            width=self.image_size[1],
-            num_inference_steps=setting.steps,
-            guidance_scale=self.args.guidance_scale,
-            generator=np.random.default_rng((self.args.seed, index)),
-            output_type="np",
-            cache_config=setting.config,
-        )[0][0]
+        reset_peak(self.device.name)
+        picture = pipe(**arguments, cache_config=setting.config)[0][0]
         stats = pipe.cache_stats
         facts = {
             "reused": [bool(reused) for reused in stats.reused],
             "residual_diffs": stats.residual_diffs,
             "skipped": stats.skipped,
-            "tflops": self._operations(embeds.shape[1]) * setting.steps * (1 - stats.skipped) / 1e12,
+            "tflops": self._operations(arguments["prompt_embeds"].shape[1])
+            * setting.steps
+            * (1 - stats.skipped)
+            / 1e12,
             "cache_bytes": pipe.cache_bytes,
         }
         seconds = {name: pipe.seconds[name] for name in ("compile", "denoise", "total")}
-        return (picture * 255).round().astype(np.uint8), facts, {**seconds, "peak_bytes": peak_bytes(self.device)}
+        return (picture * 255).round().astype(np.uint8), facts, {**seconds, "peak_bytes": peak_bytes(self.device.name)}
 
 
 @contextmanager
-def session(args, deterministic=True):
+def session(args):
     """A Painter, this process's rank and how many there are, while no other run is let into --save_path."""
     ranks = rank_and_world()
     with locked(args.save_path, ranks[0]):
-        yield Painter(args, deterministic), ranks
+        yield Painter(args), ranks
 
 
 def draw_and_finish(args, prompts, settings, finish, in_turn=False, name="pictures"):
     """Draws the prompts under the settings, with all ranks, and on the first one calls ``finish(painter, folders)``.
 
     The pictures lie in the folder ``name`` of --save_path. With ``in_turn`` it is time that matters: each prompt is
-    drawn under every setting before the next one, and an NPU need not give the same bytes again.
+    drawn under every setting before the next one.
     """
-    with session(args, deterministic=not in_turn) as (painter, ranks):
+    with session(args) as (painter, ranks):
         folders = {setting: painter.folder(args.save_path / name, setting) for setting in settings}
         draw_missing(painter, folders, prompts, ranks, in_turn)
         if ranks[0] == 0:

@@ -120,7 +120,7 @@ class ClipScore:
         from mindone.transformers import CLIPModel
         from transformers import CLIPImageProcessor, CLIPTokenizer
 
-        from FBCache_ms.pipeline_flux import prepare_device
+        from FBCache_ms.device import prepare_device
 
         prepare_device()
         try:

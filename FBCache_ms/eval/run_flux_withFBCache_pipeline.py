@@ -18,7 +18,7 @@ from FBCache_ms.eval.arguments import (
     check_cache,
     check_model_and_size,
     check_range,
-    choose_device,
+    device_of,
     exit_status,
 )
 from FBCache_ms.eval.files import check_folder, json_bytes, locked, write_file
@@ -126,7 +126,7 @@ def write(save_path, pictures, report):
 
 def run(args):
     """Loads, draws, compares if asked, writes; returns run.json's content."""
-    device, dtype = choose_device(args)
+    device = device_of(args)
     import mindone
 
     import mindspore as ms
@@ -135,10 +135,7 @@ def run(args):
 
     begin = time.perf_counter()
     pipe = FluxPipeline.from_pretrained(
-        str(args.ckpt),
-        mindspore_dtype=getattr(ms, dtype),
-        cache_config=args.config,
-        use_graph_mode=args.use_graph_mode,
+        str(args.ckpt), cache_config=args.config, use_graph_mode=args.use_graph_mode, device=device
     )
     load = time.perf_counter() - begin
     reason = pipe.why_not_cached({})
@@ -158,10 +155,12 @@ def run(args):
         "skipped": stats.skipped,
         "seconds": {"load": load, **seconds, "total": load + seconds["total"]},
         "graph_compilations": pipe.graph_compilations,
+        "graphs_from_cache": pipe.graphs_from_cache,
         "cache_bytes": bytes_of_cache,
-        "device": device,
+        "device": device.name,
         "mode": "GRAPH_MODE" if args.use_graph_mode else "PYNATIVE_MODE",
-        "dtype": dtype,
+        "dtype": device.dtype,
+        "jit_level": device.jit_level,
         "mindspore": ms.__version__,
         "mindone": mindone.__version__,
     }

@@ -1,0 +1,124 @@
+"""Compiled graphs on disk, a folder each, so that another process starts from them.
+
+MindSpore's own compile cache (2.7.0) numbers a process's graphs in the order of their compilation, in one folder for
+all of them, and asks of a graph only whether source files have changed since. A program that compiles in another order,
+or with other constants, is given a wrong graph. So here every graph has a folder whose name is a checksum over all that
+shapes it, and MindSpore is shown that folder alone, while it compiles that graph alone.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import tempfile
+from atexit import register
+from functools import lru_cache
+from pathlib import Path
+from platform import python_version
+
+import mindone
+
+import mindspore as ms
+
+_SOURCES = ("utils.py", "rules.py", "gates.py", "schedules.py", "stats.py", "models/*.py", "backend/*.py")
+_NUMBERS = itertools.count()
+
+
+def graph_key(cell, inputs, transformer, **structure):
+    """All that shapes a cell's graph, as text: what is given, its layers, Parameters and inputs, and whose code it is.
+
+    Two graphs with the same text are the same graph; the weights' values are not in it, they are not in the graph.
+    """
+
+    def description(value):
+        return [list(value.shape), str(value.dtype)] if hasattr(value, "dtype") else str(value)
+
+    layers = [f"{name} {type(layer).__qualname__}" for name, layer in transformer.cells_and_names()]
+    processors = [f"{name} {type(each).__qualname__}" for name, each in transformer.attn_processors.items()]
+    parts = {
+        "cell": type(cell).__name__,
+        **structure,
+        "transformer": dict(transformer.config),
+        "layers": hashlib.sha256("\n".join(layers + processors).encode()).hexdigest(),
+        "inputs": [description(value) for value in inputs],
+        "parameters": {parameter.name: description(parameter) for parameter in cell.get_parameters()},
+        "jit_syntax_level": str(ms.get_context("jit_syntax_level")),
+        "mindspore": ms.__version__,
+        "mindone": mindone.__version__,
+        "python": python_version(),
+        "FBCache_ms": sources_checksum(),
+    }
+    return json.dumps(parts, indent=1, sort_keys=True, default=str)
+
+
+@lru_cache(maxsize=None)
+def sources_checksum():
+    """A checksum over the sources of this package that end up in a graph."""
+    digest, package = hashlib.sha256(), Path(__file__).parent
+    for pattern in _SOURCES:
+        for file in sorted(package.glob(pattern)):
+            digest.update(file.relative_to(package).as_posix().encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+class CompileCache:
+    """The folder that keeps graphs; it is made where it is missing, and processes may share it."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+
+    def path(self, key, number):
+        """The folder of a graph, by its graph_key, as the number-th one that a process compiles from here."""
+        kind = json.loads(key)["cell"]
+        return self.folder / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:24]}-{number}"
+
+    def compile(self, cell, inputs, key):
+        """Compiles a cell, or takes its graph from here; returns whether it came from here.
+
+        A graph is written beside the others and then takes its name, so that a process that is killed, or two at the
+        same time, leave none that is half written.
+        """
+        number = next(_NUMBERS)
+        kept = self.path(key, number).resolve()
+        found = kept.is_dir()
+        place = kept if found else kept.with_name(f"{kept.name}.{os.getpid()}")
+        place.mkdir(parents=True, exist_ok=True)
+        link = _link()
+        link.unlink(missing_ok=True)
+        link.symlink_to(place, target_is_directory=True)
+        variables = {
+            "MS_COMPILER_CACHE_ENABLE": "1",
+            "MS_COMPILER_CACHE_PATH": str(link),
+            # MindSpore would ask whether the program's own file has changed, which is not in the graph.
+            "MS_DEV_FORCE_USE_COMPILE_CACHE": "1",
+        }
+        environment = {name: os.environ.get(name) for name in variables}
+        files = _times(place)
+        os.environ.update(variables)
+        try:
+            cell.compile(*inputs)
+            used = found and _times(place) == files
+            if not found:
+                (place / "graph.json").write_text(key + "\n", encoding="utf-8")
+                if not kept.exists():
+                    place.rename(kept)
+        finally:
+            for name, value in environment.items():
+                os.environ.pop(name) if value is None else os.environ.update({name: value})
+            if not found:
+                shutil.rmtree(place, ignore_errors=True)
+        return used
+
+
+def _times(folder):
+    """When each file in a folder was written: MindSpore writes a graph anew that it cannot use."""
+    return {file: file.stat().st_mtime_ns for file in folder.rglob("*.mindir")}
+
+
+@lru_cache(maxsize=None)
+def _link():
+    """The one path that MindSpore remembers for the rest of the process; it points to the graph being compiled."""
+    folder = tempfile.mkdtemp(prefix="FBCache_ms_")
+    register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder) / "graph"

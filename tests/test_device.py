@@ -1,0 +1,178 @@
+"""Where Flux runs and how it is compiled there, and the folder of compiled graphs."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from narrow import WEIGHTS, make_narrow
+from safetensors.numpy import load_file, save_file
+
+import mindspore as ms
+from mindspore import nn
+
+from FBCache_ms import CacheConfig, CacheContext, Device, FluxDenoiseLoop, choose_device
+from FBCache_ms.compile_cache import CompileCache, graph_key
+from FBCache_ms.device import default_dtype, default_jit_level
+
+
+def test_a_device_and_a_dtype_of_their_own_are_found_where_nothing_is_said():
+    assert choose_device() == Device("CPU", "float32")
+    assert (default_dtype("Ascend"), default_jit_level("Ascend")) == ("bfloat16", "O1")
+
+
+@pytest.mark.parametrize(
+    "choice, message",
+    [
+        ({"name": "GPU"}, "--device must be one of auto, Ascend, CPU, not 'GPU'"),
+        ({"name": "Ascend"}, "--device Ascend: there is no Ascend NPU here"),
+        ({"dtype": "bfloat16"}, "--dtype bfloat16 is not supported on CPU"),
+        ({"dtype": "int8"}, "--dtype must be one of auto, bfloat16"),
+        ({"jit_level": "O3"}, "--jit_level must be one of auto, O0, O1, not 'O3'"),
+        ({"lazy_inline": True}, "--lazy_inline is not supported on CPU"),
+    ],
+)
+def test_what_cannot_be_is_named(choice, message):
+    with pytest.raises(ValueError, match=message):
+        choose_device(**choice)
+
+
+def test_a_compile_cache_of_mindspores_own_is_refused_beside_ours(monkeypatch, tmp_path):
+    monkeypatch.setenv("MS_COMPILER_CACHE_ENABLE", "1")
+    with pytest.raises(ValueError, match="MS_COMPILER_CACHE_ENABLE"):
+        choose_device(compile_cache=tmp_path)
+
+
+def test_deterministic_reaches_mindspore(monkeypatch):
+    seen = []
+    monkeypatch.setattr(ms, "set_deterministic", seen.append)
+    choose_device()
+    assert seen == []
+    assert choose_device(deterministic=True).deterministic and seen == [True]
+
+
+class Transformer(nn.Cell):
+    """What a graph's key looks at in a transformer."""
+
+    def __init__(self, width=4, blocks=(1, 2), processor="flux"):
+        super().__init__()
+        self.config = {"width": width}
+        self.transformer_blocks = nn.CellList([nn.Dense(width, width) for _ in range(blocks[0])])
+        self.single_transformer_blocks = nn.CellList([nn.Dense(width, width) for _ in range(blocks[1])])
+        self.attn_processors = {"0": type(processor, (), {})()}
+
+
+def key_of(tag="F1B0_W0_R0.12", transformer=None, tokens=3, dtype=ms.float32, branches=1, **compilation):
+    """The graph_key of a loop."""
+    config = CacheConfig.from_tag(tag)
+    transformer = transformer or Transformer()
+    cache = CacheContext(1, tokens, 4, branches=branches, mindspore_dtype=dtype, config=config, text_len=2, steps=8)
+    loop = FluxDenoiseLoop(transformer, cache)
+    inputs = (ms.Tensor(np.zeros((1, tokens, 4)), dtype), None)
+    options = {"device": "CPU", "jit_level": None, "lazy_inline": False, "deterministic": False, **compilation}
+    return graph_key(loop, inputs, transformer, structure=config.structure, **options)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"transformer": Transformer(width=8)},
+        {"transformer": Transformer(blocks=(2, 1))},
+        {"transformer": Transformer(blocks=(1, 3))},
+        {"transformer": Transformer(processor="fused")},
+        {"tokens": 5},
+        {"branches": 2},
+        {"dtype": ms.bfloat16},
+        {"device": "Ascend"},
+        {"jit_level": "O1"},
+        {"lazy_inline": True},
+        {"deterministic": True},
+        {"tag": "F1B0_W0_T1O1_R0.12"},
+        {"tag": "F2B0_W0_R0.12"},
+        {"tag": "F1B1_W0_R0.12"},
+        {"tag": "F1B0_W0_R0.12,span=stacks"},
+        {"tag": "F1B0_W0_R0.12,gate=fbcache_or_teacache"},
+    ],
+    ids=str,
+)
+def test_whatever_shapes_a_graph_gives_it_a_folder_of_its_own(change, tmp_path):
+    cache = CompileCache(tmp_path)
+    assert cache.path(key_of(), 0) != cache.path(key_of(**change), 0)
+    assert cache.path(key_of(**change), 0) == cache.path(key_of(**change), 0) != cache.path(key_of(**change), 1)
+
+
+@pytest.mark.parametrize("name, value", [("__version__", "2.8.0"), ("get_context", lambda name: "other")])
+def test_another_version_or_syntax_level_is_another_graph(monkeypatch, name, value):
+    before = key_of()
+    monkeypatch.setattr(ms, name, value)
+    assert key_of() != before
+
+
+NUMBERS = {"residual_diff_threshold": 0.3, "warmup_steps": 3, "max_cached_steps": 5, "start": 0.2}
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.dictionaries(st.sampled_from(list(NUMBERS)), st.none()))
+def test_numbers_share_the_graph_whose_inputs_they_are(names):
+    config = CacheConfig().changed(**{name: NUMBERS[name] for name in names})
+    assert key_of(str(config)) == key_of()
+
+
+DRAW = """
+import json, sys
+import numpy as np
+from FBCache_ms import CacheConfig, FluxPipeline, choose_device
+
+ckpt, folder, out, *tags = sys.argv[1:]
+pipe = FluxPipeline.from_pretrained(ckpt, device=choose_device(compile_cache=folder))
+pipe.set_progress_bar_config(disable=True)
+pictures, reused = [], []
+for tag in tags:
+    config = CacheConfig.from_tag(tag)
+    picture = pipe("a red circle", num_inference_steps=6, generator=np.random.default_rng(0), output_type="np",
+                   cache_config=config)[0]
+    pictures.append(picture)
+    reused.append([pipe.graphs_from_cache, pipe.cache_stats.cached_steps])
+np.save(out, pictures)
+print(json.dumps(reused))
+"""
+
+
+def draw(ckpt, folder, out, *tags):
+    """The pictures that another process draws, one a tag, and what it says of each."""
+    script = out.with_suffix(".py")
+    script.write_text(DRAW)
+    command = [sys.executable, str(script), str(ckpt), str(folder), str(out), *tags]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return np.load(out), json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_second_process_starts_from_the_folder_with_its_own_numbers_and_weights(tmp_path):
+    ckpt, folder, out = make_narrow(tmp_path / "narrow"), tmp_path / "graphs", tmp_path / "pictures.npy"
+    plain, order = "F1B0_W0_R0.9", "F1B0_W0_T1O1_R0.9"
+    first, said = draw(ckpt, folder, out, plain, order)
+    assert [number for number, _ in said] == [0, 0]
+    kept = sorted(path.name for path in folder.iterdir())
+    assert len(kept) == 2
+
+    again, said_again = draw(ckpt, folder, out, plain, order)
+    assert [number for number, _ in said_again] == [1, 2]
+    np.testing.assert_array_equal(again, first)
+
+    # The other order, an uncached threshold, and other weights: nothing of the first runs may show.
+    file = ckpt / WEIGHTS
+    tensors = load_file(file)
+    tensors["proj_out.weight"] = tensors["proj_out.weight"] * 0.5
+    file.chmod(0o644)
+    save_file(tensors, file, metadata={"format": "np"})
+    never = "F1B0_W0_R0"
+    changed, said_changed = draw(ckpt, folder, out, order, never)
+    fresh, _ = draw(ckpt, tmp_path / "others", out, order, never)
+    np.testing.assert_array_equal(changed, fresh)
+    assert np.abs(changed[0] - first[1]).max() > 0.01
+    assert said_changed[1][1] == [] and said[0][1] != []
+    assert all(path.name.endswith(("-0", "-1")) for path in folder.iterdir())
