@@ -61,22 +61,22 @@ class FluxDenoiseLoop(nn.Cell):
             for branch in range(cache.branches):
                 cache.select(branch)
                 cache.reset()
-        step = start
-        while step < stop:
+        # One loop over the calls of the transformer, two a step under true CFG: an NPU's host reads every condition.
+        call, positive = start * cache.branches, ops.zeros_like(latents)
+        while call < stop * cache.branches:
+            step, branch = call // cache.branches, call % cache.branches
+            cache.select(branch)
             timestep = timesteps[step].to(dtype).broadcast_to((batch,)) / 1000
-            branch = ops.zeros_like(start)
-            velocity = ops.zeros_like(latents)
-            positive = velocity
-            while branch < cache.branches:
-                cache.select(branch)
-                temb = embed_time(transformer, timestep, guidance, ops.gather(pooled_prompt_embeds, branch, 0), dtype)
+            temb = embed_time(transformer, timestep, guidance, ops.gather(pooled_prompt_embeds, branch, 0), dtype)
+            velocity = cached_step(transformer, cache, latents, ops.gather(contexts, branch, 0), temb, rotary)
+            if cache.branches == 1:
+                latents = euler_step(latents, velocity, sigmas[step], sigmas[step + 1])
+            else:
+                guided = velocity + true_cfg_scale.to(dtype) * (positive - velocity)
+                moved = euler_step(latents, guided, sigmas[step], sigmas[step + 1])
+                latents = ops.where(branch == 1, moved, latents)
                 positive = velocity
-                velocity = cached_step(transformer, cache, latents, ops.gather(contexts, branch, 0), temb, rotary)
-                branch = branch + 1
-            if cache.branches == 2:
-                velocity = velocity + true_cfg_scale.to(dtype) * (positive - velocity)
-            latents = euler_step(latents, velocity, sigmas[step], sigmas[step + 1])
-            step = step + 1
+            call = call + 1
         return latents
 
 
