@@ -1,67 +1,133 @@
-"""The unmodified Ascend path, bfloat16 and FlashAttentionScore, compiled without an Ascend: in a process of its own,
-since this one has the CPU's stand-ins in place."""
+"""The unmodified Ascend path, bfloat16 and FlashAttentionScore, compiled without an Ascend, in processes of their own,
+since this one has the CPU's stand-ins in place; and read back.
+
+Some structures are compiled at FLUX.1's 19 double and 38 single blocks, the others at 3 and 4; with --full_depth all.
+"""
 
 import subprocess
 import sys
+from collections import Counter
+from pathlib import Path
 
 import pytest
+from ascend_graphs import DOUBLES, GRAPHS, SINGLES
+from mindir import BFLOAT16, FLOAT64, MindIR
 
-CASES = [
-    ("loop", 1, "F1B0_W0_T1O2_R0.12"),
-    ("loop", 2, "F1B0_W0_R0.12"),
-    ("step", 2, "F1B0_W0_T1O1_R0.12"),
-    ("loop", 1, "F2B1_W0_T1O1_R0.12,gate=cg_taylor"),
-    ("loop", 1, "F1B0_W0_T1O1_R0.12,gate=dicache,forecast=dicache,batch_reduction=max,downsample_factor=2"),
-    ("loop", 1, "F1B0_W0_R0.12,span=stacks"),
-    ("loop", 1, "F1B0_W0_T1O2_R0.12,gate=fbcache_or_teacache,forecast=newton,forecast_coordinate=sigma"),
-    ("loop", 2, "F0B0_W0_T1O2_R0.12,gate=static,schedule=taylorseer,forecast=hicache,span=single"),
-]
+DOUBLE_STACK, SINGLE_STACK, SINGLE_0 = "the double stack", "the single stack", "the first single block"
+ALL = (DOUBLE_STACK, SINGLE_STACK)
+PLAIN = ((0,), ALL)
+STACKS = ((0, SINGLE_0), (0, SINGLE_STACK), (DOUBLE_STACK, SINGLE_0), ALL)
+RUNS = {
+    "loop": PLAIN,
+    "loop_no_gate": (ALL,),
+    "loop_order_1_last_blocks": ((0, 1, 2, -2, -1), ALL),
+    "loop_order_2_schnell": PLAIN,
+    "loop_order_3_batch_2": PLAIN,
+    "loop_double_gate": STACKS,
+    "loop_single_stack": ((DOUBLE_STACK,), ALL),
+    "loop_TeaCache": ((), ALL),
+    "loop_TeaCache_and_FBCache": PLAIN,
+    "loop_TeaCache_or_FBCache": ((), (0,), ALL),
+    "loop_static": ((), ALL),
+    "loop_CG_Taylor": ((0, 1, -1), ALL),
+    "loop_DiCache": PLAIN,
+    "loop_true_CFG": PLAIN,
+    "step": PLAIN,
+    "step_true_CFG_double_gate": STACKS,
+}
+"""Which blocks run on each way through a graph's gates; -1 is the last one."""
+
+PRODUCTS = {"double": 14, "single": 6}
+"""Matrix products of a block: a double one has two modulations, eight of attention, four of its MLPs; a single one a
+modulation, three of attention, two of its MLP."""
+
+TEACACHE_PROBE = "transformer_blocks.0.norm1.linear.weight"
+FULL_DEPTH = ("loop", "loop_double_gate", "loop_true_CFG")
+SHALLOW = (3, 4)
+SHARED, WRITTEN_OUT = "shared", "written out"
+CASES = [(name, SHARED) for name in RUNS] + [("loop", WRITTEN_OUT)]
+"""With lazy_inline, where equal blocks share a graph; and once without, as is the default, which takes much longer."""
+
 SCRIPT = """
 import ast, sys
-import numpy as np
-import mindspore as ms
-from mindone.diffusers import FluxTransformer2DModel
-from FBCache_ms import CacheConfig, CacheContext, FluxDenoiseLoop
-from FBCache_ms.pipeline_flux import CachedStep
-from FBCache_ms.gates import knobs
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from ascend_graphs import export
 
-ms.set_context(mode=ms.GRAPH_MODE, jit_syntax_level=ms.STRICT)
-transformer = FluxTransformer2DModel(
-    in_channels=16, num_layers=2, num_single_layers=3, attention_head_dim=32, num_attention_heads=4,
-    joint_attention_dim=64, pooled_projection_dim=64, guidance_embeds=True, axes_dims_rope=(8, 12, 12),
-).to(ms.bfloat16)
-half = lambda *shape: ms.Tensor(np.zeros(shape), ms.bfloat16)
-single = lambda value: ms.Tensor(value, ms.float32)
-whole = lambda value: ms.Tensor(value, ms.int32)
-sigmas = np.linspace(1, 0, 28)
-for index, (kind, branches, tag) in enumerate(ast.literal_eval(sys.argv[1])):
-    config = CacheConfig.from_tag(tag)
-    context = CacheContext(1, 64, 128, None, branches, ms.bfloat16, config, text_len=32, steps=28, sigmas=sigmas)
-    if kind == "loop":
-        net = FluxDenoiseLoop(transformer, context)
-        inputs = (
-            half(1, 64, 16), half(branches, 1, 32, 64), half(branches, 1, 64), half(32, 3), half(64, 3), single([3.5]),
-            single(2.0), single(np.zeros(1000)), single(np.zeros(1001)), whole(0), whole(28),
-            *map(ms.Tensor, knobs(config, 28, sigmas)),
-        )
-    else:
-        net = CachedStep(transformer, context)
-        inputs = (half(1, 64, 16), half(1, 32, 64), half(1, 64), half(1), half(64, 3), half(32, 3), single([3.5]))
-    ms.export(net, *inputs, file_name=f"{index}.mindir", file_format="MINDIR")
-assert "FBCache_ms.backend.cpu" not in sys.modules
+names, lazy_inline, doubles, singles = ast.literal_eval(sys.argv[2])
+list(export(names, Path(), lazy_inline, doubles, singles))
 """
 
 
+def depth(name, config):
+    """How many double and single blocks a structure is compiled with."""
+    return (DOUBLES, SINGLES) if name in FULL_DEPTH or config.getoption("full_depth") else SHALLOW
+
+
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    """The folder with a .mindir for each case."""
-    folder = tmp_path_factory.mktemp("mindir")
-    command = [sys.executable, "-c", SCRIPT, repr(CASES)]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return folder
+def exported(tmp_path_factory, pytestconfig):
+    """The .mindir file of each case."""
+    files, groups = {}, {}
+    for name, kind in CASES:
+        groups.setdefault((kind, *depth(name, pytestconfig)), []).append(name)
+    for (kind, *blocks), names in groups.items():
+        folder = tmp_path_factory.mktemp("mindir")
+        benchmarks = Path(__file__).parents[1] / "benchmarks"
+        command = [sys.executable, "-c", SCRIPT, str(benchmarks), repr((names, kind == SHARED, *blocks))]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        files.update({(name, kind): folder / f"{name}.mindir" for name in names})
+    return files
 
 
-@pytest.mark.parametrize("index", range(len(CASES)), ids=[" ".join(map(str, case)) for case in CASES])
-def test_loop_and_step_compile_for_ascend_with_each_block_once(exported, index):
-    assert (exported / f"{index}.mindir").read_bytes().count(b"FlashAttentionScore-op") == 2 + 3
+def numbers_of(blocks, doubles, singles):
+    """The blocks' numbers, doubles and singles counted together."""
+    stacks = {DOUBLE_STACK: range(doubles), SINGLE_STACK: range(doubles, doubles + singles), SINGLE_0: [doubles]}
+    return {
+        number
+        for block in blocks
+        for number in (stacks[block] if isinstance(block, str) else [block % (doubles + singles)])
+    }
+
+
+def block_of(weight, doubles):
+    """The number of the block that a weight belongs to, None for one of another layer."""
+    stack, _, rest = weight.partition(".")
+    first = {"transformer_blocks": 0, "single_transformer_blocks": doubles}.get(stack)
+    return None if first is None else first + int(rest.partition(".")[0])
+
+
+def test_every_structure_is_compiled():
+    assert set(RUNS) == set(GRAPHS) - {"transformer"}
+
+
+@pytest.mark.parametrize("name, kind", CASES)
+def test_each_way_through_the_graph_runs_its_blocks_once_and_no_other(exported, pytestconfig, name, kind):
+    doubles, singles = depth(name, pytestconfig)
+    net, found = MindIR(exported[name, kind]), set()
+    for path in net.paths():
+        products = Counter({weight: count for (operator, weight), count in path.items() if operator == "Dense"})
+        products = Counter({weight: count for weight, count in products.items() if weight and "weight" in weight})
+        if "x_embedder.weight" not in products:
+            continue
+        products[TEACACHE_PROBE] -= "teacache" in GRAPHS[name].tag
+        products = +products
+        assert set(products.values()) == {1}
+        of_block = Counter(block_of(weight, doubles) for weight in products)
+        del of_block[None]
+        assert of_block == {block: PRODUCTS["double" if block < doubles else "single"] for block in of_block}
+        assert sum(count for (operator, _), count in path.items() if operator == "FlashAttentionScore") == len(of_block)
+        found.add(frozenset(of_block))
+    assert found == {frozenset(numbers_of(blocks, doubles, singles)) for blocks in RUNS[name]}
+
+
+@pytest.mark.parametrize("name, kind", CASES)
+def test_the_graph_has_its_loop_and_branches_and_nothing_that_an_npu_cannot_run(exported, pytestconfig, name, kind):
+    graph, net = GRAPHS[name], MindIR(exported[name, kind])
+    assert net.operators["FlashAttentionScore"] == (2 if kind == SHARED else sum(depth(name, pytestconfig)))
+    assert len(net.loops) == {"loop": 1, "step": 0}[graph.kind]
+    assert net.operators["Switch"] >= len(RUNS[name]) - 1
+    assert {dtype for dtype, _ in net.tensors}.isdisjoint(FLOAT64)
+    assert all(size >= 0 for _, sizes in net.tensors for size in sizes)
+    assert (BFLOAT16, (graph.batch, 2, 96, 16)) in net.tensors
+    assert not [operator for operator in net.operators if operator.startswith(("Py", "Print", "TensorDump", "Host"))]
