@@ -13,9 +13,9 @@ import sys
 
 import generate_clip_score_datas
 import pytest
-from test_accuracy_data import FLOOR_ELSEWHERE, FLOORS, MOST_LOST_CLIP_SCORE, is_embedded
 
 from FBCache_ms.checkpoint import TINY_FLUX
+from FBCache_ms.eval.floors import FLOOR_ELSEWHERE, FLOORS, MOST_LOST_CLIP_SCORE, is_embedded
 
 
 def embedded(config):

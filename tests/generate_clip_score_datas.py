@@ -7,7 +7,7 @@ It goes on where it was killed, and takes msrun's ranks, as the programs of FBCa
 
 import sys
 
-from test_accuracy_data import FLOORS, PROMPTS, STEPS, config_of, sizes
+from test_accuracy_data import PROMPTS, STEPS, config_of, sizes
 
 from FBCache_ms.eval.arguments import (
     Parser,
@@ -20,6 +20,7 @@ from FBCache_ms.eval.arguments import (
 from FBCache_ms.eval.cases import UNCACHED
 from FBCache_ms.eval.drawing import Setting, draw_missing, session, wait_for_all
 from FBCache_ms.eval.files import check_folder, json_bytes, write_file
+from FBCache_ms.eval.floors import FLOORS
 from FBCache_ms.eval.measure import Judge, clip_folder
 from FBCache_ms.eval.prompts import choose_prompts
 
