@@ -1,12 +1,12 @@
 """The device that Flux runs on, and how its graphs are compiled there: chosen and prepared in this one place."""
 
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
 import mindspore as ms
+from mindspore.common import api
 
 from .compile_cache import CompileCache, graph_key
 
@@ -58,7 +58,9 @@ class Device:
         ``structure`` is what makes a graph of its own beside the transformer, the cell's Parameters and the inputs.
         """
         # An adapter's scale is a constant of the graph that no key can see; MindSpore reads the program's file.
-        unkeyed = getattr(transformer, "_hf_peft_config_loaded", False) or not os.path.isfile(sys.argv[0])
+        unkeyed = getattr(transformer, "_hf_peft_config_loaded", False) or not os.path.isfile(
+            api.entry_script_path or ""
+        )
         if self.compile_cache is None or cell.compile_cache or unkeyed:
             cell.compile(*inputs)
             return False
@@ -111,7 +113,8 @@ def choose_device(
             "one; unset the variable"
         )
     ms.set_device(name, int(os.environ.get("DEVICE_ID", 0)) if name == "Ascend" else None)
-    if deterministic:
+    # MindSpore refuses to be told twice.
+    if deterministic and ms.get_context("deterministic") == "OFF":
         ms.set_deterministic(True)
     return Device(
         name,
