@@ -339,7 +339,9 @@ class _WholeLoop:
         def piece(latents, prompt_embeds, start, stop):
             embeds = ops.stack([prompt_embeds] if negative is None else [prompt_embeds, negative])
             bounds = ms.Tensor(start, ms.int32), ms.Tensor(stop, ms.int32)
-            return (latents, embeds, pooled, *constants, *bounds, *numbers)
+            inputs = latents, embeds, pooled, *constants, *bounds, *numbers
+            # What a graph uses in its branches alone it reads as if it were no view (MindSpore 2.7.0 and 2.10.0, CPU).
+            return tuple(tensor if tensor is None else tensor.contiguous() for tensor in inputs)
 
         compile_begin, compiled_before = time.perf_counter(), len(loop.compile_cache)
         if pipe.use_graph_mode:

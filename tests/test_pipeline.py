@@ -367,6 +367,12 @@ def test_several_images_and_prompts_come_in_one_call(pipe):
     assert np.abs(images[0] - images[1]).max() > 0.01
 
 
+def test_latents_may_be_a_view_of_others(pipe):
+    many = noise(batch=3)
+    alone = draw(pipe, latents=ms.Tensor(many.asnumpy()[1:2]), num_inference_steps=2)
+    np.testing.assert_array_equal(draw(pipe, latents=many[1:2], num_inference_steps=2), alone)
+
+
 def test_results_come_as_mindones(pipe):
     pictures = pipe(PROMPT, num_inference_steps=2, generator=np.random.default_rng(0))
     assert isinstance(pictures, tuple) and isinstance(pictures[0][0], Image.Image) and pictures[0][0].size == (64, 64)
