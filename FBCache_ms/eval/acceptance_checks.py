@@ -12,7 +12,8 @@ from typing import Optional
 
 from FBCache_ms.checkpoint import TINY_FLUX, image_size
 from FBCache_ms.config import CacheConfig
-from FBCache_ms.eval import benchmark, environment, run_flux_withFBCache_pipeline
+from FBCache_ms.eval import benchmark, environment
+from FBCache_ms.eval import run_flux_withFBCache_pipeline as fbcache_flux
 from FBCache_ms.eval.cases import BASELINE, ROWS, UNCACHED, Row
 from FBCache_ms.eval.drawing import Painter, Setting, draw_missing
 from FBCache_ms.eval.floors import FLOOR_ELSEWHERE, FLOORS, MOST_LOST_CLIP_SCORE, is_embedded
@@ -54,6 +55,9 @@ STRUCTURES = (*ROWS, "F1B0_W0_T1O2_R0.12", "F1B1_W0_T1O1_R0.12", "double_gate", 
 
 MOST_EXTRA_MEMORY = 4
 """The most that a cached run may take beyond an uncached one, in caches: it also compares and forecasts in float32."""
+
+LAST_WORDS = 4000
+"""Characters of a program's stderr that are kept to tell why it failed."""
 
 
 @dataclass(frozen=True)
@@ -132,31 +136,36 @@ def check_decisions(run):
 
     On the CPU, two processes, whose differences have to be equal.
     """
-    traces = {}
-    for name, device in (("here", run.args.device), ("cpu", "CPU")):
-        folder = run.args.save_path / "decisions" / name
-        options = ["--ckpt", TINY_FLUX, "--device", device, "--dtype", "float32", "--save_path", folder]
-        run_program(run_flux_withFBCache_pipeline, options)
-        traces[name] = json.loads((folder / "run.json").read_text())
-    here, cpu = (
+
+    def options(device):
+        names = {"ckpt": TINY_FLUX, "device": device, "dtype": "float32", "save_path": run.args.save_path / "decisions"}
+        return [text for name, value in names.items() for text in (f"--{name}", str(value))]
+
+    run_program(fbcache_flux, options("CPU"))
+    reports = json.loads((run.args.save_path / "decisions" / "run.json").read_text()), fbcache_flux.run(
+        fbcache_flux.parse_arguments(options(run.args.device))
+    )
+    cpu, here = (
         {
-            "reused": [step in trace["cached_steps"] for step in range(trace["steps"])],
-            "residual_diffs": trace["residual_diffs"],
+            "reused": [step in report["cached_steps"] for step in range(report["steps"])],
+            "residual_diffs": report["residual_diffs"],
         }
-        for trace in (traces["here"], traces["cpu"])
+        for report in reports
     )
     tolerance = 0 if run.args.device == "CPU" else AGREEMENT["float32"][0]
-    passed, text = agree(cpu, here, CacheConfig().residual_diff_threshold, tolerance)
-    size = image_size(TINY_FLUX)
+    threshold, size = CacheConfig().residual_diff_threshold, image_size(TINY_FLUX)
+    passed, text = agree(cpu, here, threshold, tolerance)
+    nearest = min(abs(difference / threshold - 1) for difference in cpu["residual_diffs"] if difference is not None)
+    text += f"; the CPU's nearest difference lies {nearest:.1%} off the threshold"
     rows = [
         {
             "Step": step,
-            f"{run.args.device}": _decision(here, step),
+            run.args.device: _decision(here, step),
             "CPU, another process": _decision(cpu, step),
         }
         for step in range(len(cpu["reused"]))
     ]
-    return Finding(passed, f"{size}x{size}, float32, {traces['cpu']['config']}: {text}", markdown(rows))
+    return Finding(passed, f"{size}x{size}, float32, {reports[0]['config']}: {text}", markdown(rows))
 
 
 def _decision(trace, step):
@@ -356,12 +365,20 @@ def agree(first, second, threshold, tolerance):
 
 
 def run_program(module, options):
-    """Runs a program of this package in a process of its own. Raises RuntimeError with its last line if it fails."""
+    """Runs a program of this package in a process of its own and shows its progress.
+
+    Raises RuntimeError with its last line if it fails.
+    """
     command = [sys.executable, "-m", module.__name__, *map(str, options)]
-    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or ["no message"]
-        raise RuntimeError(f"{module.__name__} ended with status {done.returncode}: {lines[-1]}")
+    shown = ""
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        for piece in iter(process.stderr.read1, b""):
+            text = piece.decode(errors="replace")
+            sys.stderr.write(text)
+            shown = (shown + text)[-LAST_WORDS:]
+    if process.returncode:
+        lines = shown.strip().splitlines() or ["no message"]
+        raise RuntimeError(f"{module.__name__} ended with status {process.returncode}: {lines[-1]}")
 
 
 CHECKS = {

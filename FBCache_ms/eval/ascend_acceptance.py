@@ -1,6 +1,7 @@
 """Checks on an Ascend NPU, with one command, all that this package promises; without one it is a dry run on the CPU."""
 
 import argparse
+import inspect
 import sys
 import textwrap
 import traceback
