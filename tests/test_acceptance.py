@@ -71,6 +71,7 @@ def test_a_dry_run_goes_through_every_check(tmp_path, monkeypatch, capsys):
         "| Baseline (Graph Mode) | 32x32 | 4 |",
         "| mindone | 0.5.0 | ",
         "| Baseline | no cache | ",
+        "differences.\n\nOn the CPU, two processes",
     ):
         assert piece in report
     assert "2 of 4 steps reused" in next(line for line in lines if line.startswith("PASS graph"))

@@ -124,7 +124,9 @@ def report_of(run, findings):
     parts.append("".join(f"- {line_of(*item)}\n" for item in findings.items()))
     parts.append("Run with " + ", ".join(f"{name} {value}" for name, value in settings_of(run).items()) + ".\n")
     parts += [
-        f"## {name}\n\n{CHECKS[name].__doc__}\n\n{found.table}" for name, found in findings.items() if found.table
+        f"## {name}\n\n{inspect.getdoc(CHECKS[name])}\n\n{found.table}"
+        for name, found in findings.items()
+        if found.table
     ]
     return "\n".join(parts)
 
