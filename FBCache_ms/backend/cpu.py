@@ -16,6 +16,11 @@ from mindone.diffusers.models.transformers import transformer_flux
 import mindspore as ms
 from mindspore import mint, ops
 
+try:
+    from mindspore.graph._parse import parser
+except ImportError:  # MindSpore 2.7.0 has it elsewhere, and makes a new tensor of x += y by itself
+    parser = None
+
 
 def chunk(input, chunks, dim=0):
     """mint.chunk: equal pieces, the last one smaller where they do not come out even."""
@@ -242,6 +247,11 @@ STAND_INS = (
     (transformer_flux.FluxAttnProcessor, "__call__", flux_attention),
 )
 """Owner, attribute, stand-in."""
+
+if parser is not None:
+    # x += y in a graph is x = x + y: once a graph such as T5's has assigned in place, MindSpore 2.10.0 crashes where it
+    # compiles a TeaCache gate.
+    STAND_INS += ((parser, "parse_augassign_object_map", parser.parse_object_map),)
 
 
 def install():
