@@ -46,12 +46,15 @@ def test_a_compile_cache_of_mindspores_own_is_refused_beside_ours(monkeypatch, t
         choose_device(compile_cache=tmp_path)
 
 
-def test_deterministic_reaches_mindspore(monkeypatch):
+@pytest.mark.parametrize("before, told", [("OFF", [True]), ("ON", [])])
+def test_deterministic_reaches_mindspore_once_a_process(monkeypatch, before, told):
     seen = []
+    get_context = ms.get_context
+    monkeypatch.setattr(ms, "get_context", lambda key: before if key == "deterministic" else get_context(key))
     monkeypatch.setattr(ms, "set_deterministic", seen.append)
     choose_device()
     assert seen == []
-    assert choose_device(deterministic=True).deterministic and seen == [True]
+    assert choose_device(deterministic=True).deterministic and seen == told
 
 
 class Transformer(nn.Cell):
