@@ -19,7 +19,7 @@ ROTARY_BYTES = 40
 
 
 @dataclass(frozen=True)
-class Device:
+class Accelerator:
     """What a device and its host do in a second.
 
     Args:

@@ -14,8 +14,8 @@ from FBCache_ms.roofline import (
     PER_STEP,
     PYNATIVE,
     WHOLE_LOOP,
+    Accelerator,
     CacheWork,
-    Device,
     Shapes,
     Work,
     block,
@@ -27,7 +27,7 @@ from FBCache_ms.roofline import (
     work_seconds,
 )
 
-DEVICE = Device("imagined", peak=100e12, bandwidth=1e12, efficiency=0.5, turn_seconds=0.02)
+DEVICE = Accelerator("imagined", peak=100e12, bandwidth=1e12, efficiency=0.5, turn_seconds=0.02)
 PLAIN = CacheConfig.from_tag("F0B0_W0_R0.12,gate=none")
 FBCACHE = CacheConfig.from_tag("F1B0_W0_R0.12")
 LEAN = replace(WHOLE_LOOP, lean=True)

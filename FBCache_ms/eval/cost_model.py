@@ -27,7 +27,7 @@ from FBCache_ms.eval.published import (
 )
 from FBCache_ms.eval.tables import markdown, write_tables
 from FBCache_ms.gates import every_gate, knobs, plan
-from FBCache_ms.roofline import PYNATIVE, WHOLE_LOOP, Device, Shapes, seconds, step, work_seconds
+from FBCache_ms.roofline import PYNATIVE, WHOLE_LOOP, Accelerator, Shapes, seconds, step, work_seconds
 from FBCache_ms.schedules import COMPUTE, MAX_STEPS, REUSE
 
 SIZES, STEPS, BATCHES, ORDERS = (512, 768, 1024, 1536, 2048), (4, 14, 28, 50), (1, 2, 4, 8), (0, 1, 2, 3)
@@ -38,7 +38,7 @@ FIGURES = {
     "launch_seconds": ("launch_us", 1e-6, "microseconds for launching an operator of a graph"),
     "turn_seconds": ("turn_ms", 1e-3, "milliseconds of a turn of the host, once a run"),
 }
-"""A Device's fields that the user can set: the option, its unit, what it is."""
+"""An Accelerator's fields that the user can set: the option, its unit, what it is."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ class Prediction:
     Args:
         run: the Run.
         fit, fused, check: the best Fit of ATLAS, that with_fusion, and the best one of L20.
-        device: the Device that the run is predicted on.
+        device: the Accelerator that the run is predicted on.
         changes, parts, growth: as the functions of these names give them.
     """
 
@@ -176,7 +176,7 @@ class Prediction:
     fit: Fit
     fused: Fit
     check: Fit
-    device: Device
+    device: Accelerator
     changes: dict
     parts: dict
     growth: list
@@ -199,7 +199,7 @@ def prediction_of(run, figures):
 
 
 def described(device):
-    """A Device's figures in words."""
+    """An Accelerator's figures in words."""
     return (
         f"{device.name}, {device.efficiency:.0%} of {device.peak / 1e12:.1f} TFLOPS and of "
         f"{device.bandwidth / 1e9:.0f} GB/s, {1000 * device.turn_seconds:.1f} ms for a turn of the host"
@@ -382,7 +382,7 @@ def run_of(args):
 
 
 def figures_of(args):
-    """The Device's fields that the command line sets. Raises ValueError for values that no device has."""
+    """The Accelerator's fields that the command line sets. Raises ValueError for values that no device has."""
     figures = {}
     for field, (option, unit, _) in FIGURES.items():
         value = getattr(args, option)

@@ -9,7 +9,7 @@ import numpy as np
 from FBCache_ms.checkpoint import FLUX_DEV
 from FBCache_ms.config import CacheConfig
 from FBCache_ms.eval.cases import UNCACHED
-from FBCache_ms.roofline import PER_STEP, PYNATIVE, Design, Device, Shapes, decisions, run_seconds, seconds, step
+from FBCache_ms.roofline import PER_STEP, PYNATIVE, Accelerator, Design, Shapes, decisions, run_seconds, seconds, step
 
 PLAIN = CacheConfig.named(UNCACHED)
 SHAPES = Shapes(FLUX_DEV, 1, 4096, 512)
@@ -33,7 +33,7 @@ class Published:
         pynative: seconds operator by operator, None where nobody measured it.
     """
 
-    device: Device
+    device: Accelerator
     design: Design
     steps: int
     uncached: float
@@ -51,7 +51,7 @@ class Published:
 # (gitcode.com/cann/ops-math), 24 cores at 1.8 GHz with 16 x 16 x 16 multiply-adds; the 10 microseconds that a graph
 # takes to launch an operator are assumed, and hidden behind the device's work at these times' size.
 ATLAS = Published(
-    Device("Atlas 800T A2", 353.9e12, 1.6e12, launch_seconds=10e-6),
+    Accelerator("Atlas 800T A2", 353.9e12, 1.6e12, launch_seconds=10e-6),
     PER_STEP,
     28,
     12.7,
@@ -61,7 +61,7 @@ ATLAS = Published(
 )
 # Times: ParaAttention, in torch. Figures: topcpu.net; the tensor cores' rate is taken as twice that of float32.
 L20 = Published(
-    Device("NVIDIA L20", 118.7e12, 864e9),
+    Accelerator("NVIDIA L20", 118.7e12, 864e9),
     PYNATIVE,
     28,
     26.36,
@@ -81,7 +81,7 @@ class Fit:
         error: the largest difference from the published ones, as a share of them.
     """
 
-    device: Device
+    device: Accelerator
     reused: Tuple[int, ...]
     predicted: Tuple[float, ...]
     error: float
