@@ -33,6 +33,7 @@ class Buffer:
 
     def __init__(self, name, shape, initial, dtype, branch, branches):
         self.initial, self.branch, self.branches = initial, branch, branches
+        self.rows = ms.Tensor(np.arange(branches).reshape((-1,) + (1,) * len(shape)), ms.int32)
         shape = shape if branches == 1 else (branches, *shape)
         self.value = Parameter(ms.Tensor(np.full(shape, initial), dtype), name=f"cache_{name}", requires_grad=False)
 
@@ -46,8 +47,7 @@ class Buffer:
         """Replaces the active branch's part."""
         value = value.astype(self.value.dtype)
         if self.branches > 1:
-            rows = ops.arange(self.branches).reshape((-1,) + (1,) * value.ndim)
-            value = ops.where(rows == self.branch, value.expand_dims(0), self.value)
+            value = ops.where(self.rows == self.branch, value.expand_dims(0), self.value)
         ops.assign(self.value, value)
 
     def reset(self):
@@ -93,7 +93,7 @@ class Knobs:
     """The step's number and every number of the configuration: inputs of the graph, not constants of it."""
 
     def __init__(self, gates, step):
-        self.step = step
+        self.step, self.every_step = step, ms.Tensor(np.arange(MAX_STEPS), ms.int32)
         self.schedule = Parameter(ms.Tensor(np.zeros(gates * MAX_STEPS), ms.int32), "cache_schedule", False)
         self.coordinates = Parameter(ms.Tensor(np.zeros(MAX_STEPS), ms.float32), "cache_coordinates", False)
         self.numbers = Parameter(ms.Tensor(np.zeros((gates, NUMBERS)), ms.float32), "cache_numbers", False)
@@ -205,7 +205,7 @@ class Gate:
 
     def trace(self, reuse, asked, differences):
         """Writes down the decision, and the first rule's difference if the gate was asked."""
-        here = ops.arange(MAX_STEPS) == self.knobs.step.read()
+        here = self.knobs.every_step == self.knobs.step.read()
         self.reused.write(ops.where(here, reuse.astype(ms.int32), self.reused.read()))
         if len(differences) > 0:
             difference = ops.where(asked, differences[0], NOT_COMPARED)

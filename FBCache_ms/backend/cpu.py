@@ -31,12 +31,21 @@ def split(tensor, split_size_or_sections, dim=0):
     """mint.split: pieces of one size, or of the sizes listed."""
     total, sizes = tensor.shape[dim], split_size_or_sections
     if isinstance(sizes, int):
+        if total % sizes == 0:
+            return ops.Split(dim, total // sizes)(tensor)
         sizes = [min(sizes, total - start) for start in range(0, total, sizes)]
     pieces, start = (), 0
     for size in sizes:
-        pieces = pieces + (ops.narrow(tensor, dim, start, size),)
+        pieces = pieces + (piece(tensor, dim, start, size),)
         start += size
     return pieces
+
+
+def piece(tensor, dim, start, size):
+    """``size`` entries of a tensor's axis from ``start`` on."""
+    axis = dim % tensor.ndim
+    begin = (0,) * axis + (start,) + (0,) * (tensor.ndim - axis - 1)
+    return ops.Slice()(tensor, begin, tensor.shape[:axis] + (size,) + tensor.shape[axis + 1 :])
 
 
 def stack(tensors, dim=0):
@@ -58,7 +67,7 @@ def arange(start=0, end=None, step=1, *, dtype=None):
     """mint.arange."""
     if end is None:
         start, end = 0, start
-    values = ops.arange(start, end, step)
+    values = ops.Range()(start, end, step)
     return values if dtype is None else values.astype(dtype)
 
 
@@ -132,7 +141,7 @@ def get_1d_rotary_pos_embed(
     freqs_dtype=ms.float32,
 ):
     """Flux's rotary table: cosine and sine (S, dim), each frequency twice in a row, of positions (S,)."""
-    frequencies = (theta * ntk_factor) ** (-ops.arange(0, dim, 2).astype(freqs_dtype) / dim) / linear_factor
+    frequencies = (theta * ntk_factor) ** (-arange(0, dim, 2).astype(freqs_dtype) / dim) / linear_factor
     angles = outer(pos, frequencies).expand_dims(-1)
     angles = ops.concat((angles, angles), -1).reshape(-1, dim)
     return ops.cos(angles), ops.sin(angles)

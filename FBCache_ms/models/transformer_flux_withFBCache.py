@@ -129,7 +129,7 @@ def cached_step(
     blocks = len(transformer.transformer_blocks) + len(transformer.single_transformer_blocks)
     given = (temb, rotary, attention_kwargs, controlnet_residuals, controlnet_single_residuals, controlnet_repeat)
     image = transformer.x_embedder(hidden_states)
-    image, _ = run_gates(transformer, cache.gates, 0, blocks, image, context, given)
+    image = run_gates(transformer, cache.gates, 0, blocks, image, context, given)[0]
     cache.end_step()
     return transformer.proj_out(transformer.norm_out(image, temb))
 
