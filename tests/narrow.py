@@ -1,4 +1,4 @@
-"""A checkpoint that compiles and draws in no time: the embedded one with a double and a single block."""
+"""A checkpoint that compiles and draws in no time: the embedded one with its first blocks alone."""
 
 import json
 import shutil
@@ -10,12 +10,18 @@ from FBCache_ms.checkpoint import TINY_FLUX
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
 
-def make_narrow(folder):
-    """Writes it into a folder, in diffusers layout."""
+def make_narrow(folder, doubles=1, singles=1):
+    """Writes it into a folder, in diffusers layout, with so many double and single blocks."""
     shutil.copytree(TINY_FLUX, folder)
     config = folder / "transformer" / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "num_layers": 1, "num_single_layers": 1}))
+    config.write_text(
+        json.dumps({**json.loads(config.read_text()), "num_layers": doubles, "num_single_layers": singles})
+    )
     tensors = load_file(folder / WEIGHTS)
-    kept = {name: tensor for name, tensor in tensors.items() if "blocks" not in name or "blocks.0." in name}
-    save_file(kept, folder / WEIGHTS, metadata={"format": "np"})
+    for name in list(tensors):
+        stack, _, rest = name.partition("blocks.")
+        kept = {"transformer_": doubles, "single_transformer_": singles}.get(stack)
+        if kept is not None and int(rest.partition(".")[0]) >= kept:
+            del tensors[name]
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "np"})
     return folder

@@ -1,7 +1,7 @@
 """The unmodified Ascend path, bfloat16 and FlashAttentionScore, compiled without an Ascend, in processes of their own,
 since this one has the CPU's stand-ins in place; and read back.
 
-Some structures are compiled at FLUX.1's 19 double and 38 single blocks, the others at 3 and 4; with --full_depth all.
+One structure is compiled at FLUX.1's 19 double and 38 single blocks, the others at 3 and 4; with --full_depth all.
 """
 
 import subprocess
@@ -42,7 +42,7 @@ PRODUCTS = {"double": 14, "single": 6}
 modulation, three of attention, two of its MLP."""
 
 TEACACHE_PROBE = "transformer_blocks.0.norm1.linear.weight"
-FULL_DEPTH = ("loop", "loop_double_gate", "loop_true_CFG")
+FULL_DEPTH = ("loop",)
 SHALLOW = (3, 4)
 SHARED, WRITTEN_OUT = "shared", "written out"
 CASES = [(name, SHARED) for name in RUNS] + [("loop", WRITTEN_OUT)]

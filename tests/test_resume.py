@@ -18,7 +18,7 @@ from mindspore.common import api
 
 from FBCache_ms.eval import fid_mscoco
 
-KILLS = 20
+KILLS = 10
 PICTURES = 40
 VARIES = ("seconds.*.jsonl", ".lock.*", ".*.part", "fid_mscoco.*", "logs/*")
 
