@@ -14,9 +14,14 @@ DEVICES = Path("/dev")
 CANN_VARIABLES = ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME")
 """What CANN's set_env.sh sets to its folder."""
 
-PUBLISHED = {"2.7.0": ("8.2.RC1", "25.2.0")}
+PUBLISHED = {
+    "2.7.0": ("8.2.RC1", "25.2.0"),
+    "2.7.1": ("8.3.RC1", "25.3.RC1"),
+    "2.7.2": ("8.5.0", "25.5.0"),
+    "2.9.0": ("9.0.0", "26.0.RC1"),
+}
 """{MindSpore's version: (CANN's, the driver's) that it is published with}: MindSpore Transformers 1.9.0, Installation
-Guidelines. It lists no other version that is supported here."""
+Guidelines, which lists neither 2.8.0 nor 2.10.0."""
 
 
 @dataclass(frozen=True)
