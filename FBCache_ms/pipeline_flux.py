@@ -4,9 +4,9 @@ import re
 import sys
 import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from inspect import Parameter, signature
 from pathlib import Path
+from weakref import ref
 
 import numpy as np
 from mindone.diffusers import FlowMatchEulerDiscreteScheduler
@@ -16,17 +16,17 @@ from mindone.diffusers.utils import logging
 from tqdm.auto import tqdm
 
 import mindspore as ms
-from mindspore import nn, ops
+from mindspore import ops
 
+from .cached_transformer import CachedTransformer, ToldScheduler, graph_mode, refuse_stg
 from .checkpoint import check_checkpoint, check_fit
 from .config import CacheConfig
 from .device import current_device, prepare_device
 from .flops import step_costs
 from .gates import knobs
+from .kept_graphs import MOST, KeptGraphs
 from .models.denoise_loop import FluxDenoiseLoop
-from .models.transformer_flux_withFBCache import FBCache_transformer_construct
 from .schedules import MAX_STEPS, row
-from .stats import BRANCHES
 from .utils import CacheContext
 
 logger = logging.get_logger(__name__)
@@ -36,8 +36,6 @@ _DEFAULT_TEXT_LENGTH = _SIGNATURE.parameters["max_sequence_length"].default
 
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 """A model's name on a hub; any other text is a folder's."""
-
-_CALL = signature(FBCache_transformer_construct)
 
 DEFAULT = object()
 """Stands for the pipeline's own cache_config, since None means no cache."""
@@ -49,20 +47,15 @@ def check_config(config):
         raise TypeError(f"cache_config must be a CacheConfig or None, not {config!r}")
 
 
-def refuse_stg(attention_kwargs):
-    """Raises ValueError if spatiotemporal guidance is asked for: its perturbed calls would mix with the others."""
-    if any(name.startswith(("stg", "skip_layer")) for name in attention_kwargs or ()):
-        raise ValueError("STG is not supported with FBCache yet")
-
-
 class FluxPipeline(MindoneFluxPipeline):
     """mindone's FluxPipeline with First-Block Cache and TaylorSeer, its denoise loop one compiled graph.
 
     ``cache_config`` is the CacheConfig of calls that bring none of their own, or None for no cache; with
     ``use_graph_mode``, calls compile, whatever mode the process is in, and without it they run operator by operator.
-    ``device`` is the Device that says how they compile.
-    After a call, ``cache_stats`` is its CacheStats and ``seconds`` its times: "compile" (of the loop), "denoise",
-    "per_step", "decode" (with the autoencoder's compilation, the first time) and "total".
+    ``device`` is the Device that says how they compile; ``graph_compilations`` counts the denoise graphs that have been
+    compiled so far, ``graphs_from_cache`` those of them that came from the compile cache. After a call, ``cache_stats``
+    is its CacheStats and ``seconds`` its times: "compile" (of the loop), "denoise", "per_step", "decode" (with the
+    autoencoder's compilation, the first time) and "total".
     """
 
     def __init__(
@@ -93,10 +86,10 @@ class FluxPipeline(MindoneFluxPipeline):
         self.cache_config = CacheConfig()
         self.use_graph_mode = True
         self.device = current_device()
-        self.graphs_from_cache = 0
+        self.graph_compilations = self.graphs_from_cache = 0
         self.cache_stats = None
         self.seconds = {}
-        self._loops, self._loop, self._weights = {}, None, []
+        self._loops, self._loop = KeptGraphs(), None
 
     @classmethod
     def from_pretrained(
@@ -145,11 +138,6 @@ class FluxPipeline(MindoneFluxPipeline):
         if device is not None:
             pipe.device = device
         return pipe
-
-    @property
-    def graph_compilations(self):
-        """How many denoise graphs this pipeline has compiled so far."""
-        return sum(len(loop.compile_cache) for loop in self._loops.values())
 
     @property
     def cache_context(self):
@@ -204,7 +192,7 @@ class FluxPipeline(MindoneFluxPipeline):
         config.check_blocks(layers.num_layers, layers.num_single_layers)
         row(config, steps, 1.0)
         begin = time.perf_counter()
-        with _mode(self.use_graph_mode):
+        with graph_mode(self.use_graph_mode):
             reason = self.why_not_cached(arguments)
             if reason:
                 logger.warning(f"{reason}: this call runs without the cache, step by step")
@@ -240,14 +228,10 @@ class FluxPipeline(MindoneFluxPipeline):
         return None
 
     def _loop_for(self, transformer, config, latents, text_len, branches, steps, sigmas):
-        """The denoise loop for a shape and a structure; its compiled graphs live as long as the pipeline."""
-        weights = list(transformer.get_parameters())
-        if len(weights) != len(self._weights) or any(new is not old for new, old in zip(weights, self._weights)):
-            # A compiled graph does not see that the transformer, or a layer of it, is another one now.
-            self._loops, self._weights = {}, weights
+        """The denoise loop for a shape and a structure."""
         batch_size, seq_len, _ = latents.shape
-        key = (batch_size, seq_len, text_len, branches, latents.dtype, config.structure)
-        if key not in self._loops:
+
+        def make():
             context = CacheContext(
                 batch_size,
                 seq_len,
@@ -259,9 +243,12 @@ class FluxPipeline(MindoneFluxPipeline):
                 steps=steps,
                 sigmas=sigmas,
             )
-            self._loops[key] = FluxDenoiseLoop(transformer, context)
-            self.device.prepare(self._loops[key], transformer)
-        return self._loops[key]
+            loop = FluxDenoiseLoop(transformer, context)
+            self.device.prepare(loop, transformer)
+            return loop
+
+        key = (batch_size, seq_len, text_len, branches, latents.dtype, config.structure)
+        return self._loops.get(transformer, key, make)
 
 
 class _WholeLoop:
@@ -348,6 +335,7 @@ class _WholeLoop:
             inputs = piece(latents, prompt_embeds, 0, steps)
             pipe.graphs_from_cache += pipe.device.compile(loop, inputs, self.transformer, config.structure)
         if len(loop.compile_cache) > compiled_before:
+            pipe.graph_compilations += 1
             # A graph's first launch allocates its memory: that belongs to the compilation, not to the first image.
             loop(*piece(latents, prompt_embeds, 0, 1)).asnumpy()
         denoise_begin = time.perf_counter()
@@ -363,6 +351,7 @@ class _WholeLoop:
                     latents, prompt_embeds = self.call_back(step, latents, prompt_embeds)
                     bar.update()
         latents.asnumpy()
+        pipe._loops.settle()
         end = time.perf_counter()
         batch_size, seq_len, _ = latents.shape
         costs = step_costs(self.transformer.config, batch_size, seq_len, text_len)
@@ -424,7 +413,7 @@ class _OneTurn:
         return (model_output,)
 
 
-def apply_cache_on_pipe(pipe, config=None):
+def apply_cache_on_pipe(pipe, config=None, kept_shapes=MOST):
     """Puts the cache into any mindone Flux pipeline (ControlNet, Fill, Kontext, ...), step by step, and returns it.
 
     Each call of the transformer is one compiled graph, the same for every prompt, seed and step count at one shape;
@@ -434,157 +423,53 @@ def apply_cache_on_pipe(pipe, config=None):
 
     Args:
         pipe: a pipeline whose ``transformer`` is mindone's FluxTransformer2DModel.
-        config: a CacheConfig; None for the default. Applying again replaces it, and compiles anew.
+        config: a CacheConfig; None for the default. Applying again replaces it, and compiles only what is another
+            structure.
+        kept_shapes: for how many shapes (batch, size, text length, dtype) graph and buffers are kept, 1 or more; the
+            one that was not used for longest goes first.
 
-    Raises TypeError for another config, ValueError for a pipeline of another model.
+    Raises TypeError for another config, ValueError for a pipeline of another model or no kept shape.
     """
     check_config(config)
     config = config or CacheConfig()
+    if kept_shapes < 1:
+        raise ValueError(f"kept_shapes must be 1 or more, not {kept_shapes}")
     if isinstance(pipe, FluxPipeline):
-        pipe.cache_config = config
+        pipe.cache_config, pipe._loops.most = config, kept_shapes
         return pipe
-    remove_cache_from_pipe(pipe)
     transformer = getattr(pipe, "transformer", None)
     if not isinstance(transformer, FluxTransformer2DModel):
-        raise ValueError(f"Unsupported model {type(transformer).__name__}; the cache is for FluxTransformer2DModel")
+        name = type(pipe if transformer is None else transformer).__name__
+        raise ValueError(f"Unsupported model {name}; the cache is for mindone's FluxTransformer2DModel")
     config.check_blocks(transformer.config.num_layers, transformer.config.num_single_layers)
+    if type(transformer) is CachedTransformer:
+        transformer.cache_settings, transformer.steps.most = config, kept_shapes
+        transformer.begin_generation()
+        return pipe
     prepare_device()
-    cached = CachedTransformer(transformer, config, pipe.scheduler)
+    here = ref(pipe)
+
+    def scheduler(cached):
+        """The pipeline's scheduler; one that the user has put there since is told of the cache."""
+        told = here().scheduler
+        if type(told) is not ToldScheduler:
+            told = here().__dict__["scheduler"] = ToldScheduler(told, cached)
+            cached.begin_generation()
+        return told
+
     # Past DiffusionPipeline.__setattr__, which would write the stand-ins' classes into model_index.json.
-    pipe.__dict__.update(transformer=cached, scheduler=_ToldScheduler(pipe.scheduler, cached))
+    pipe.__dict__["transformer"] = CachedTransformer(transformer, config, scheduler, kept_shapes)
+    scheduler(pipe.transformer)
     return pipe
 
 
 def remove_cache_from_pipe(pipe):
-    """Takes the cache out of a pipeline again; one that has none stays as it is."""
+    """Takes the cache out of a pipeline again, which is then what it was; one that has none stays as it is."""
     if isinstance(pipe, FluxPipeline):
         pipe.cache_config = None
-    elif isinstance(getattr(pipe, "transformer", None), CachedTransformer):
-        pipe.__dict__.update(transformer=pipe.transformer.transformer, scheduler=pipe.scheduler.scheduler)
-
-
-class CachedTransformer:
-    """What stands in for a pipeline's transformer: for each latents' shape a cached copy that shares its weights."""
-
-    def __init__(self, transformer, config, scheduler):
-        self.transformer, self.cache_settings, self.scheduler = transformer, config, scheduler
-        self.steps, self.active = {}, None
-        self.branch, self.calls, self.told = None, 0, set()
-
-    def __getattr__(self, name):
-        return getattr(self.transformer, name)
-
-    @property
-    def cache_stats(self):
-        """The CacheStats of the last generation, None before the first."""
-        if self.active is None:
-            return None
-        stats = self.active.cache_context.stats(self.costs)
-        return stats if stats.uncond.reused else replace(stats, uncond=None)
-
-    def begin_generation(self):
-        """The scheduler's word that a new generation begins."""
-        self.calls, self.told = 0, set()
-        for step in self.steps.values():
-            step.cache_context.forget()
-
-    def end_step(self):
-        """The scheduler's word that a step is done."""
-        self.calls = 0
-
-    @contextmanager
-    def cache_context(self, name):
-        """mindone's name for a guidance branch, "cond" or "uncond"; where none is given, the order of calls tells."""
-        self.branch = name
-        try:
-            yield
-        finally:
-            self.branch = None
-
-    def __call__(self, hidden_states, *args, **kwargs):
-        if self.calls == len(BRANCHES):
-            raise ValueError(f"Invalid cache state: more than {len(BRANCHES)} calls of the transformer in one step")
-        branch = self.branch or BRANCHES[self.calls]
-        self.calls += 1
-        given = _CALL.bind(None, hidden_states, *args, **kwargs).arguments
-        refuse_stg(given.get("joint_attention_kwargs"))
-        text_len = given["encoder_hidden_states"].shape[1]
-        self.active = self.step_for(hidden_states, text_len)
-        with _mode(True), self.active.cache_context(branch):
-            return self.active(hidden_states, *args, **kwargs)
-
-    def step_for(self, latents, text_len):
-        """The cached step for these shapes, told of the generation's steps at its first call."""
-        batch_size, seq_len, _ = latents.shape
-        key = (batch_size, seq_len, text_len, latents.dtype)
-        begin, whole = self.scheduler.begin_index or 0, len(self.scheduler.timesteps)
-        steps, sigmas = whole - begin, self.scheduler.sigmas.asnumpy()[begin:]
-        progress = np.arange(begin, whole) / whole
-        if key not in self.steps:
-            context = CacheContext(
-                batch_size,
-                seq_len,
-                self.transformer.inner_dim,
-                branches=len(BRANCHES),
-                mindspore_dtype=latents.dtype,
-                config=self.cache_settings,
-                text_len=text_len,
-                steps=steps,
-                sigmas=sigmas,
-            )
-            self.steps[key] = CachedStep(self.transformer, context)
-            current_device().prepare(self.steps[key], self.transformer)
-        if key not in self.told:
-            self.steps[key].cache_context.configure(self.cache_settings, steps, sigmas, progress)
-            self.told.add(key)
-        self.costs = step_costs(self.transformer.config, batch_size, seq_len, text_len)
-        return self.steps[key]
-
-
-class _ToldScheduler:
-    """A pipeline's scheduler that tells the cache of generations and of steps."""
-
-    def __init__(self, scheduler, cached):
-        self.scheduler, self.cached = scheduler, cached
-
-    def __getattr__(self, name):
-        return getattr(self.scheduler, name)
-
-    @property
-    def set_timesteps(self):
-        # The scheduler's own method, since mindone's retrieve_timesteps reads its signature.
-        self.cached.begin_generation()
-        return self.scheduler.set_timesteps
-
-    def step(self, *args, **kwargs):
-        self.cached.end_step()
-        return self.scheduler.step(*args, **kwargs)
-
-
-class CachedStep(nn.Cell):
-    """A transformer's own layers under FBCache_transformer_construct, with a CacheContext for one shape."""
-
-    construct = FBCache_transformer_construct
-
-    def __init__(self, transformer, cache_context):
-        super().__init__(auto_prefix=False)
-        self.inner_dim = transformer.inner_dim
-        for name, cell in transformer.name_cells().items():
-            self.insert_child_to_cell(name, cell)
-        self.cache_context = cache_context
-        for parameter in cache_context.parameters():
-            self.insert_param_to_cell(parameter.name, parameter)
-
-
-@contextmanager
-def _mode(use_graph_mode):
-    """GRAPH_MODE or PYNATIVE_MODE for a while."""
-    before = ms.get_context("mode")
-    ms.set_context(mode=ms.GRAPH_MODE if use_graph_mode else ms.PYNATIVE_MODE)
-    try:
-        yield
-    finally:
-        ms.set_context(mode=before)
+    for name, kind in {"transformer": CachedTransformer, "scheduler": ToldScheduler}.items():
+        if type(getattr(pipe, name, None)) is kind:
+            pipe.__dict__[name] = getattr(pipe, name).stood_for
 
 
 def watched(pipe):

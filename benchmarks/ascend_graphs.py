@@ -100,8 +100,8 @@ def build(graph, model):
     import mindspore as ms
 
     from FBCache_ms import CacheConfig, CacheContext, FluxDenoiseLoop
+    from FBCache_ms.cached_transformer import CachedStep
     from FBCache_ms.gates import knobs
-    from FBCache_ms.pipeline_flux import CachedStep
 
     def half(*shape):
         return ms.Tensor(np.zeros(shape), ms.bfloat16)

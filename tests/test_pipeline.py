@@ -19,10 +19,11 @@ from FBCache_ms import (
     apply_cache_on_pipe,
     remove_cache_from_pipe,
 )
+from FBCache_ms.cached_transformer import CachedStep
 from FBCache_ms.checkpoint import TINY_FLUX
 from FBCache_ms.gates import knobs
 from FBCache_ms.models.transformer_flux_withFBCache import FBCache_transformer_construct, embed_condition, embed_time
-from FBCache_ms.pipeline_flux import CachedStep, watched
+from FBCache_ms.pipeline_flux import watched
 
 PROMPT = "a big red circle in the center, blue background"
 OTHER = "a small green square on the left, black background"

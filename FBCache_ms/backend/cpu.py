@@ -231,7 +231,14 @@ def flux_attention(self, attn, hidden_states, encoder_hidden_states=None, attent
     return attn.to_out[1](attn.to_out[0](attended[:, text:])), attn.to_add_out(attended[:, :text])
 
 
+def repeat(self, *repeats):
+    """Tensor.repeat: so many copies along each axis, after new axes in front."""
+    repeats = tuple(repeats[0]) if len(repeats) == 1 and isinstance(repeats[0], (list, tuple)) else repeats
+    return ops.tile(self, repeats)
+
+
 STAND_INS = (
+    (ms.Tensor, "repeat", repeat),
     (mint, "chunk", chunk),
     (mint, "split", split),
     (mint, "stack", stack),

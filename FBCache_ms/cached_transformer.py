@@ -1,0 +1,200 @@
+"""What apply_cache_on_pipe puts in the places of a pipeline's transformer and scheduler: a cached step, one graph."""
+
+from contextlib import contextmanager
+from dataclasses import replace
+from inspect import signature
+
+import numpy as np
+
+import mindspore as ms
+from mindspore import nn
+
+from .device import current_device
+from .flops import step_costs
+from .kept_graphs import KeptGraphs
+from .models.transformer_flux_withFBCache import FBCache_transformer_construct
+from .stats import BRANCHES
+from .utils import CacheContext
+
+_CALL = signature(FBCache_transformer_construct)
+
+
+class StandIn:
+    """What takes an object's place: it gives and takes all attributes that are not its own as that object's."""
+
+    def __init__(self, stood_for, **own):
+        self.__dict__.update(own, stood_for=stood_for)
+
+    def __getattr__(self, name):
+        return getattr(self.stood_for, name)
+
+    def __setattr__(self, name, value):
+        if name in self.__dict__:
+            self.__dict__[name] = value
+        else:
+            setattr(self.stood_for, name, value)
+
+    @property
+    def __class__(self):
+        # mindone asks so for a component's kind, where it loads adapters or saves.
+        return type(self.stood_for)
+
+
+class CachedTransformer(StandIn):
+    """A transformer whose calls go through the cache: for each shape a cached step that shares its weights.
+
+    Args:
+        transformer: mindone's FluxTransformer2DModel.
+        config: the CacheConfig; another one may take its place between generations.
+        scheduler: a function that gives the pipeline's scheduler of the moment.
+        most: how many shapes' graphs and buffers are kept.
+    """
+
+    def __init__(self, transformer, config, scheduler, most):
+        super().__init__(
+            transformer,
+            cache_settings=config,
+            scheduler=scheduler,
+            steps=KeptGraphs(most),
+            chosen={},
+            active=None,
+            branch=None,
+            calls=0,
+            costs=None,
+        )
+
+    @property
+    def cache_stats(self):
+        """The CacheStats of the last generation, None before the first."""
+        if self.active is None:
+            return None
+        stats = self.active.cache_context.stats(self.costs)
+        return stats if stats.uncond.reused else replace(stats, uncond=None)
+
+    def begin_generation(self):
+        """The scheduler's word that a new generation begins."""
+        self.calls, self.chosen = 0, {}
+
+    def end_step(self):
+        """The scheduler's word that a step is done."""
+        self.calls = 0
+
+    @contextmanager
+    def cache_context(self, name):
+        """mindone's name for a guidance branch, "cond" or "uncond"; where none is given, the order of calls tells."""
+        self.branch = name
+        try:
+            yield
+        finally:
+            self.branch = None
+
+    def __call__(self, hidden_states, *args, **kwargs):
+        scheduler = self.scheduler(self)
+        if self.calls == len(BRANCHES):
+            raise ValueError(f"Invalid cache state: more than {len(BRANCHES)} calls of the transformer in one step")
+        branch = self.branch or BRANCHES[self.calls]
+        self.calls += 1
+        given = _CALL.bind(None, hidden_states, *args, **kwargs).arguments
+        del given["self"]
+        refuse_stg(given.get("joint_attention_kwargs"))
+        self.active = self.step_for(hidden_states, given["encoder_hidden_states"].shape[1], scheduler)
+        with graph_mode(True), self.active.cache_context(branch):
+            output = self.active(**{name: graph_input(value) for name, value in given.items()})
+        self.steps.settle()
+        return output
+
+    def step_for(self, latents, text_len, scheduler):
+        """The cached step for these shapes: the generation's own after its first call for them, which resets it."""
+        batch_size, seq_len, _ = latents.shape
+        key = (batch_size, seq_len, text_len, latents.dtype)
+        if key in self.chosen:
+            return self.chosen[key]
+        begin, whole = scheduler.begin_index or 0, len(scheduler.timesteps)
+        steps, sigmas = whole - begin, scheduler.sigmas.asnumpy()[begin:]
+        settings, transformer = self.cache_settings, self.stood_for
+
+        def make():
+            context = CacheContext(
+                batch_size,
+                seq_len,
+                transformer.inner_dim,
+                branches=len(BRANCHES),
+                mindspore_dtype=latents.dtype,
+                config=settings,
+                text_len=text_len,
+                steps=steps,
+                sigmas=sigmas,
+            )
+            step = CachedStep(transformer, context)
+            current_device().prepare(step, transformer)
+            return step
+
+        step = self.steps.get(transformer, (*key, settings.structure), make)
+        step.cache_context.forget()
+        step.cache_context.configure(settings, steps, sigmas, np.arange(begin, whole) / whole)
+        self.costs = step_costs(transformer.config, batch_size, seq_len, text_len)
+        self.chosen[key] = step
+        return step
+
+
+class ToldScheduler(StandIn):
+    """A pipeline's scheduler that tells the cache of generations and of steps."""
+
+    def __init__(self, scheduler, cached):
+        super().__init__(scheduler, cached=cached)
+
+    @property
+    def set_timesteps(self):
+        # The scheduler's own method, since mindone's retrieve_timesteps reads its signature.
+        self.cached.begin_generation()
+        return self.stood_for.set_timesteps
+
+    def step(self, *args, **kwargs):
+        self.cached.end_step()
+        return self.stood_for.step(*args, **kwargs)
+
+
+class CachedStep(nn.Cell):
+    """A transformer's own layers under FBCache_transformer_construct, with a CacheContext for one shape."""
+
+    construct = FBCache_transformer_construct
+
+    def __init__(self, transformer, cache_context):
+        super().__init__(auto_prefix=False)
+        self.inner_dim = transformer.inner_dim
+        for name, cell in transformer.name_cells().items():
+            self.insert_child_to_cell(name, cell)
+        self.cache_context = cache_context
+        for parameter in cache_context.parameters():
+            self.insert_param_to_cell(parameter.name, parameter)
+
+
+def graph_input(value):
+    """A value of a call as a graph has to be given it: tensors whole and as inputs, not constants, wherever they are.
+
+    What a graph uses in its branches alone it reads as if it were no view (MindSpore 2.7.0 and 2.10.0, CPU).
+    """
+    if isinstance(value, ms.Tensor):
+        return value.contiguous()
+    if isinstance(value, (list, tuple)) and any(isinstance(each, ms.Tensor) for each in value):
+        return ms.mutable(tuple(map(graph_input, value)))
+    if isinstance(value, dict) and value:
+        return {name: graph_input(each) for name, each in value.items()}
+    return value
+
+
+def refuse_stg(attention_kwargs):
+    """Raises ValueError if spatiotemporal guidance is asked for: its perturbed calls would mix with the others."""
+    if any(name.startswith(("stg", "skip_layer")) for name in attention_kwargs or ()):
+        raise ValueError("STG is not supported with FBCache yet")
+
+
+@contextmanager
+def graph_mode(use_graph_mode):
+    """GRAPH_MODE or PYNATIVE_MODE for a while."""
+    before = ms.get_context("mode")
+    ms.set_context(mode=ms.GRAPH_MODE if use_graph_mode else ms.PYNATIVE_MODE)
+    try:
+        yield
+    finally:
+        ms.set_context(mode=before)

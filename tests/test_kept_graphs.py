@@ -1,0 +1,104 @@
+"""Compiled graphs are used for as long as they are right, and no longer."""
+
+import mindone.diffusers
+import numpy as np
+import pytest
+from narrow import make_narrow
+
+import mindspore as ms
+
+from FBCache_ms import CacheConfig, FluxPipeline, apply_cache_on_pipe
+
+CONFIG = CacheConfig(0.6)
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """The pipeline that the others take their components from, and a prompt's embeddings."""
+    pipe = FluxPipeline.from_pretrained(str(make_narrow(tmp_path_factory.mktemp("kept") / "narrow")))
+    pipe.prompt = pipe.encode_prompt("a red circle", max_sequence_length=32)[:2]
+    return pipe
+
+
+def whole_loop(first):
+    """Our own pipeline on the first one's components, with nothing compiled."""
+    pipe = FluxPipeline(**first.components)
+    pipe.cache_config = CONFIG
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def cached_step(first):
+    """mindone's pipeline with the cache on it."""
+    pipe = mindone.diffusers.FluxPipeline(**first.components)
+    pipe.set_progress_bar_config(disable=True)
+    return apply_cache_on_pipe(pipe, CONFIG)
+
+
+def draw(pipe, first, width=64, steps=6):
+    embeds, pooled = first.prompt
+    settings = {"height": 64, "width": width, "num_inference_steps": steps, "output_type": "latent"}
+    generator = np.random.default_rng(0)
+    return pipe(prompt_embeds=embeds, pooled_prompt_embeds=pooled, generator=generator, **settings)[0].asnumpy()
+
+
+def lora(seed):
+    """A LoRA's state dict for two layers of the first block, strong enough to be seen."""
+    rng, tensors = np.random.default_rng(seed), {}
+    for layer, outputs in {"attn.to_q": 128, "ff.net.0.proj": 512}.items():
+        for part, shape in {"lora_A": (4, 128), "lora_B": (outputs, 4)}.items():
+            name = f"transformer.transformer_blocks.0.{layer}.{part}.weight"
+            tensors[name] = ms.Parameter(ms.Tensor(rng.normal(0, 0.3, shape), ms.float32), name=name)
+    return tensors
+
+
+def test_adapters_and_weights_are_seen(first):
+    """In each state the picture is that of a pipeline that has compiled nothing before."""
+    pipe, stepwise, pictures = whole_loop(first), cached_step(first), []
+    weight = first.transformer.single_transformer_blocks[0].attn.to_v.weight
+    old = weight.asnumpy().copy()
+    states = {
+        "as it was": lambda: None,
+        "one adapter": lambda: pipe.load_lora_weights(lora(0), adapter_name="one"),
+        "at half its strength": lambda: pipe.set_adapters(["one"], [0.5]),
+        "another adapter": lambda: (pipe.load_lora_weights(lora(1), adapter_name="two"), pipe.set_adapters(["two"])),
+        "none of them": lambda: pipe.unload_lora_weights(),
+        "another weight": lambda: weight.set_data(ms.Tensor(old * 2)),
+    }
+    try:
+        for name, change in states.items():
+            change()
+            pictures.append(draw(pipe, first))
+            np.testing.assert_array_equal(pictures[-1], draw(whole_loop(first), first), err_msg=name)
+            np.testing.assert_array_equal(pictures[-1], draw(stepwise, first), err_msg=name)
+    finally:
+        weight.set_data(ms.Tensor(old))
+    np.testing.assert_array_equal(pictures[4], pictures[0])
+    for index in (1, 2, 3, 5):
+        assert all(np.abs(pictures[index] - other).max() > 1e-3 for other in pictures[:index])
+
+
+def test_a_shape_finds_its_graph_again_until_another_takes_its_place(first):
+    pipe = apply_cache_on_pipe(cached_step(first), CONFIG, kept_shapes=2)
+    pictures = {width: draw(pipe, first, width, steps=2) for width in (32, 64)}
+    kept = list(pipe.transformer.steps)
+    for width in (64, 32):
+        np.testing.assert_array_equal(draw(pipe, first, width, steps=2), pictures[width])
+    assert set(pipe.transformer.steps) == set(kept) and len(kept) == 2
+    draw(pipe, first, 96, steps=2)
+    assert len(pipe.transformer.steps) == 2 and kept[0] in list(pipe.transformer.steps)
+    np.testing.assert_array_equal(draw(pipe, first, 64, steps=2), pictures[64])
+
+
+def test_another_scheduler_tells_the_cache_too(first):
+    pipe = cached_step(first)
+    draw(pipe, first, steps=3)
+    pipe.scheduler = type(first.scheduler).from_config(first.scheduler.config, shift=1.0)
+    for steps in (4, 5):
+        draw(pipe, first, steps=steps)
+        assert len(pipe.transformer.cache_stats.reused) == steps
+
+
+def test_no_kept_shape_is_refused_by_name(first):
+    with pytest.raises(ValueError, match="kept_shapes must be 1 or more, not 0"):
+        apply_cache_on_pipe(whole_loop(first), CONFIG, kept_shapes=0)
