@@ -6,7 +6,11 @@ from pathlib import Path
 from typing import Optional
 
 import mindspore as ms
-from mindspore.common import api
+
+try:
+    from mindspore.graph import api  # where MindSpore 2.10.0 has it
+except ImportError:
+    from mindspore.common import api
 
 from .compile_cache import CompileCache, graph_key
 

@@ -13,6 +13,8 @@ import pytest
 from ascend_graphs import DOUBLES, GRAPHS, SINGLES
 from mindir import BFLOAT16, FLOAT64, MindIR
 
+import mindspore as ms
+
 DOUBLE_STACK, SINGLE_STACK, SINGLE_0 = "the double stack", "the single stack", "the first single block"
 ALL = (DOUBLE_STACK, SINGLE_STACK)
 PLAIN = ((0,), ALL)
@@ -69,8 +71,10 @@ def exported(tmp_path_factory, pytestconfig):
     """The .mindir file of each case."""
     files, groups = {}, {}
     for name, kind in CASES:
-        groups.setdefault((kind, *depth(name, pytestconfig)), []).append(name)
-    for (kind, *blocks), names in groups.items():
+        # MindSpore 2.10.0 crashes where it compiles a TeaCache gate after any other graph.
+        alone = name if "teacache" in GRAPHS[name].tag and not ms.__version__.startswith("2.7.") else None
+        groups.setdefault((alone, kind, *depth(name, pytestconfig)), []).append(name)
+    for (_, kind, *blocks), names in groups.items():
         folder = tmp_path_factory.mktemp("mindir")
         benchmarks = Path(__file__).parents[1] / "benchmarks"
         command = [sys.executable, "-c", SCRIPT, str(benchmarks), repr((names, kind == SHARED, *blocks))]

@@ -14,8 +14,7 @@ import pytest
 from make_coco import make_coco
 from narrow import make_narrow
 
-from mindspore.common import api
-
+from FBCache_ms.device import api
 from FBCache_ms.eval import fid_mscoco
 
 KILLS = 10
