@@ -1,0 +1,73 @@
+"""The cache on and off each of mindone's Flux pipelines."""
+
+import mindone.diffusers
+import numpy as np
+import pytest
+from make_family import make
+from narrow import make_narrow
+
+import mindspore as ms
+
+from FBCache_ms import CacheConfig, apply_cache_on_pipe, remove_cache_from_pipe
+from FBCache_ms.eval.family import OTHER, PIPELINES, break_off, draw, load, uncached
+from FBCache_ms.eval.metrics import psnr
+
+OFF, ON = CacheConfig(0.0), CacheConfig(0.4)
+STEPS = {"num_inference_steps": 10}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def graph_mode():
+    before = ms.get_context("mode")
+    ms.set_context(mode=ms.GRAPH_MODE)
+    yield
+    ms.set_context(mode=before)
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory):
+    """Gives a pipeline by its name; those of one layout share all their components, and all share the encoders."""
+    folder, made, shared = tmp_path_factory.mktemp("family"), {}, {}
+    narrow = make_narrow(folder / "narrow", 1, 1)
+
+    def pipeline(name):
+        layout = PIPELINES[name].layout
+        if layout not in made:
+            first = load(name, make(folder / layout, layout, narrow), **shared)
+            optional = ("image_encoder", "feature_extractor")
+            made[layout] = {part: each for part, each in first.components.items() if part not in optional}
+            shared.update({part: first.components[part] for part in ("vae", "text_encoder", "text_encoder_2")})
+        kind = getattr(mindone.diffusers, name)
+        pipe = kind(**made[layout])
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return pipeline
+
+
+def test_every_pipeline_with_a_flux_transformer_is_here():
+    names = [name for name in dir(mindone.diffusers) if name.startswith("Flux") and name.endswith("Pipeline")]
+    others = {"FluxPriorReduxPipeline", "Flux2Pipeline", "FluxModularPipeline"}
+    assert set(names) - others == set(PIPELINES)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_off_it_is_mindones_on_it_is_near_removed_it_is_gone(family, name):
+    pipe = family(name)
+    transformer, scheduler = pipe.transformer, pipe.scheduler
+    plain = uncached(pipe, **STEPS)
+    apply_cache_on_pipe(pipe, OFF)
+    np.testing.assert_allclose(draw(pipe, **STEPS), plain, atol=1e-4)
+    assert not any(pipe.transformer.cache_stats.reused)
+
+    apply_cache_on_pipe(pipe, ON)
+    cached = draw(pipe, **STEPS)
+    assert pipe.transformer.cache_stats.cached_steps
+    assert 20 < psnr(plain, cached) < 60
+    draw(pipe, OTHER, seed=1, **STEPS, callback_on_step_end=break_off)
+    np.testing.assert_array_equal(draw(pipe, **STEPS), cached)
+    assert len(pipe.transformer.steps) == 1
+
+    remove_cache_from_pipe(pipe)
+    assert pipe.transformer is transformer and pipe.scheduler is scheduler
+    np.testing.assert_array_equal(uncached(pipe, **STEPS), plain)
