@@ -5,6 +5,8 @@ from dataclasses import replace
 from inspect import signature
 
 import numpy as np
+from mindone.diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor as ImagePromptAttention
+from mindone.diffusers.utils import logging
 
 import mindspore as ms
 from mindspore import nn
@@ -16,7 +18,12 @@ from .models.transformer_flux_withFBCache import FBCache_transformer_construct
 from .stats import BRANCHES
 from .utils import CacheContext
 
+logger = logging.get_logger(__name__)
+
 _CALL = signature(FBCache_transformer_construct)
+
+ATTENTION_INPUTS = ("attention_mask", "ip_hidden_states", "ip_adapter_masks")
+"""What mindone's FluxAttention takes of joint_attention_kwargs."""
 
 
 class StandIn:
@@ -97,6 +104,7 @@ class CachedTransformer(StandIn):
         given = _CALL.bind(None, hidden_states, *args, **kwargs).arguments
         del given["self"]
         refuse_stg(given.get("joint_attention_kwargs"))
+        given["joint_attention_kwargs"] = attention_inputs(self.stood_for, given.get("joint_attention_kwargs"))
         self.active = self.step_for(hidden_states, given["encoder_hidden_states"].shape[1], scheduler)
         with graph_mode(True), self.active.cache_context(branch):
             output = self.active(**{name: graph_input(value) for name, value in given.items()})
@@ -111,20 +119,10 @@ class CachedTransformer(StandIn):
             return self.chosen[key]
         begin, whole = scheduler.begin_index or 0, len(scheduler.timesteps)
         steps, sigmas = whole - begin, scheduler.sigmas.asnumpy()[begin:]
-        settings, transformer = self.cache_settings, self.stood_for
+        settings, transformer = for_steps(self.cache_settings, steps), self.stood_for
 
         def make():
-            context = CacheContext(
-                batch_size,
-                seq_len,
-                transformer.inner_dim,
-                branches=len(BRANCHES),
-                mindspore_dtype=latents.dtype,
-                config=settings,
-                text_len=text_len,
-                steps=steps,
-                sigmas=sigmas,
-            )
+            context = context_for(transformer, settings, latents, text_len, len(BRANCHES), steps, sigmas)
             step = CachedStep(transformer, context)
             current_device().prepare(step, transformer)
             return step
@@ -169,6 +167,54 @@ class CachedStep(nn.Cell):
             self.insert_param_to_cell(parameter.name, parameter)
 
 
+def for_steps(config, steps):
+    """The CacheConfig for a generation of so many steps: where they are few, switched off, with a warning."""
+    if not config.leaves_alone(steps):
+        return config
+    logger.warning(f"cache off: {steps} steps are few; warmup_steps of 1 or more, or a schedule, put it on ({config})")
+    return config.switched_off()
+
+
+def context_for(transformer, config, latents, text_len, branches, steps, sigmas):
+    """The CacheContext of a generation that begins with these latents, (B, S, C)."""
+    batch_size, seq_len, _ = latents.shape
+    return CacheContext(
+        batch_size,
+        seq_len,
+        transformer.inner_dim,
+        branches=branches,
+        mindspore_dtype=latents.dtype,
+        config=config,
+        text_len=text_len,
+        steps=steps,
+        sigmas=sigmas,
+    )
+
+
+def attention_inputs(transformer, attention_kwargs):
+    """joint_attention_kwargs as the blocks take them, IP adapters' image embeddings projected; None for none.
+
+    Those that mindone's FluxAttention would ignore with a warning are left out with one. Raises ValueError where an IP
+    adapter is loaded and given no image, which mindone stumbles over.
+    """
+    taken = dict(attention_kwargs or {})
+    image_prompted = [each for each in transformer.attn_processors.values() if isinstance(each, ImagePromptAttention)]
+    if image_prompted and "ip_adapter_image_embeds" not in taken and "ip_hidden_states" not in taken:
+        raise ValueError(
+            "an IP adapter is loaded and no image is given for it; give ip_adapter_image or ip_adapter_image_embeds"
+        )
+    if "ip_adapter_image_embeds" in taken:
+        with graph_mode(False):
+            taken["ip_hidden_states"] = transformer.encoder_hid_proj(list(taken.pop("ip_adapter_image_embeds")))
+    ignored = [name for name in taken if name not in ATTENTION_INPUTS]
+    if ignored:
+        logger.warning(f"joint_attention_kwargs {', '.join(ignored)} are not known to Flux's attention: ignored")
+    for processor in image_prompted:
+        # mindone's has a __call__ alone, where a graph looks for construct.
+        processor.construct = processor.__call__
+    return {name: taken[name] for name in ATTENTION_INPUTS if name in taken} or None
+
+
 def graph_input(value):
     """A value of a call as a graph has to be given it: tensors whole and as inputs, not constants, wherever they are.
 
@@ -179,7 +225,7 @@ def graph_input(value):
     if isinstance(value, (list, tuple)) and any(isinstance(each, ms.Tensor) for each in value):
         return ms.mutable(tuple(map(graph_input, value)))
     if isinstance(value, dict) and value:
-        return {name: graph_input(each) for name, each in value.items()}
+        return ms.mutable({name: graph_input(each) for name, each in value.items()})
     return value
 
 

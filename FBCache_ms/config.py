@@ -18,6 +18,9 @@ ASKED = (*WITH_FBCACHE, "teacache")
 GATES = (*ASKED, "static", "none")
 BEFORE_ANY_BLOCK = ("teacache", "static", "none")
 
+FEW_STEPS = 4
+"""FLUX.1-schnell's number of steps, for which it was distilled."""
+
 _TAG = re.compile(
     r"F(?P<Fn>\d+)B(?P<Bn>\d+)_W(?P<W>\d+)(?:I(?P<I>\d+))?(?:M(?P<M>\d+))?(?:MC(?P<MC>\d+))?"
     r"(?:_T(?P<T>[01])(?:O(?P<O>\d+))?)?_R(?P<R>\d+(?:\.\d+)?(?:e-?\d+)?)(?P<more>(?:,\w+=[^,]+)*)"
@@ -81,8 +84,9 @@ class CacheConfig:
         Integral,
         (0, None),
         "schedule",
-        "W: of so many steps at the start every warmup_interval-th is computed; the very first one always is "
-        "(ParaAttention, cache-dit)",
+        "W: of so many steps at the start every warmup_interval-th is computed; the very first one always is; a "
+        f"generation of {FEW_STEPS} steps or fewer needs 1 or more here, or a schedule, to be cached at all "
+        "(ParaAttention, cache-dit; the last part FBCache_ms)",
     )
     warmup_interval: int = _option(
         1, Integral, (1, None), "schedule", "I: distance, in steps, of the warm-up's computed steps (cache-dit)"
@@ -356,6 +360,16 @@ class CacheConfig:
         """A configuration of the same structure that computes every step."""
         structure = dict(zip(_STRUCTURE, self.structure))
         return CacheConfig(**structure, warmup_steps=MAX_STEPS, schedule="fora" if self.gate == "static" else None)
+
+    def leaves_alone(self, steps):
+        """Whether a generation of so many steps is left uncached although a gate would be asked.
+
+        Where FEW_STEPS or fewer do a distilled model's whole work, a gate may reuse nothing unless warmup_steps, of 1
+        or more, or a schedule says which steps are computed first.
+        """
+        said = self.warmup_steps or self.schedule or self.steps_computation_mask
+        asked = self.gate in ASKED and (self.residual_diff_threshold > 0 or self.gate in WITH_TEACACHE)
+        return steps <= FEW_STEPS and asked and not said
 
     @property
     def depends_on_steps(self):

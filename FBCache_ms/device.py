@@ -62,9 +62,8 @@ class Device:
         ``structure`` is what makes a graph of its own beside the transformer, the cell's Parameters and the inputs.
         """
         # An adapter's scale is a constant of the graph that no key can see; MindSpore reads the program's file.
-        unkeyed = getattr(transformer, "_hf_peft_config_loaded", False) or not os.path.isfile(
-            api.entry_script_path or ""
-        )
+        adapters = any(getattr(transformer, name, None) for name in ("_hf_peft_config_loaded", "encoder_hid_proj"))
+        unkeyed = adapters or not os.path.isfile(api.entry_script_path or "")
         if self.compile_cache is None or cell.compile_cache or unkeyed:
             cell.compile(*inputs)
             return False

@@ -18,7 +18,16 @@ from tqdm.auto import tqdm
 import mindspore as ms
 from mindspore import ops
 
-from .cached_transformer import CachedTransformer, ToldScheduler, graph_mode, refuse_stg
+from .cached_transformer import (
+    CachedTransformer,
+    ToldScheduler,
+    attention_inputs,
+    context_for,
+    for_steps,
+    graph_input,
+    graph_mode,
+    refuse_stg,
+)
 from .checkpoint import check_checkpoint, check_fit
 from .config import CacheConfig
 from .device import current_device, prepare_device
@@ -27,7 +36,6 @@ from .gates import knobs
 from .kept_graphs import MOST, KeptGraphs
 from .models.denoise_loop import FluxDenoiseLoop
 from .schedules import MAX_STEPS, row
-from .utils import CacheContext
 
 logger = logging.get_logger(__name__)
 
@@ -191,9 +199,10 @@ class FluxPipeline(MindoneFluxPipeline):
         layers = self.transformer.config
         config.check_blocks(layers.num_layers, layers.num_single_layers)
         row(config, steps, 1.0)
+        config = for_steps(config, steps)
         begin = time.perf_counter()
         with graph_mode(self.use_graph_mode):
-            reason = self.why_not_cached(arguments)
+            reason = self.why_not_cached()
             if reason:
                 logger.warning(f"{reason}: this call runs without the cache, step by step")
                 self.cache_stats, self.seconds = None, {}
@@ -212,42 +221,23 @@ class FluxPipeline(MindoneFluxPipeline):
         ]
     )
 
-    def why_not_cached(self, arguments):
-        """What keeps a call with these arguments from the cached loop, in words; None if nothing does."""
+    def why_not_cached(self):
+        """What keeps calls from the cached loop, in words; None if nothing does."""
         config = self.scheduler.config
         if not isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler) or config.stochastic_sampling:
             return f"scheduler {type(self.scheduler).__name__} is no deterministic FlowMatchEulerDiscreteScheduler"
-        for name in arguments:
-            if (
-                "ip_adapter" in name
-                and arguments[name] is not None
-                or name == "joint_attention_kwargs"
-                and arguments[name]
-            ):
-                return f"{name} is given"
         return None
 
     def _loop_for(self, transformer, config, latents, text_len, branches, steps, sigmas):
         """The denoise loop for a shape and a structure."""
-        batch_size, seq_len, _ = latents.shape
 
         def make():
-            context = CacheContext(
-                batch_size,
-                seq_len,
-                transformer.inner_dim,
-                branches=branches,
-                mindspore_dtype=latents.dtype,
-                config=config,
-                text_len=text_len,
-                steps=steps,
-                sigmas=sigmas,
-            )
+            context = context_for(transformer, config, latents, text_len, branches, steps, sigmas)
             loop = FluxDenoiseLoop(transformer, context)
             self.device.prepare(loop, transformer)
             return loop
 
-        key = (batch_size, seq_len, text_len, branches, latents.dtype, config.structure)
+        key = (*latents.shape[:2], text_len, branches, latents.dtype, config.structure)
         return self._loops.get(transformer, key, make)
 
 
@@ -266,6 +256,7 @@ class _WholeLoop:
         self.true_cfg_scale = arguments.pop("true_cfg_scale")
         self.callback = arguments.pop("callback_on_step_end")
         self.arguments = arguments
+        self.image_embeds = []
 
     def __getattr__(self, name):
         return getattr(self.transformer, name)
@@ -278,6 +269,7 @@ class _WholeLoop:
             "transformer": self,
             "scheduler": _OneTurn(self.scheduler),
             "progress_bar": lambda total: tqdm(total=total, disable=True),
+            "prepare_ip_adapter_image_embeds": self.prepare_ip_adapter_image_embeds,
         }
         self.begin = time.perf_counter()
         pipe.__dict__.update(mine)
@@ -285,7 +277,13 @@ class _WholeLoop:
             yield
         finally:
             pipe.__dict__.update(transformer=self.transformer, scheduler=self.scheduler)
-            del pipe.__dict__["progress_bar"]
+            del pipe.__dict__["progress_bar"], pipe.__dict__["prepare_ip_adapter_image_embeds"]
+
+    def prepare_ip_adapter_image_embeds(self, *args, **kwargs):
+        """mindone's, which it calls for the image prompts and then for the negative ones."""
+        embeds = type(self.pipe).prepare_ip_adapter_image_embeds(self.pipe, *args, **kwargs)
+        self.image_embeds.append(embeds)
+        return embeds
 
     def cache_context(self, name):
         return nullcontext()
@@ -299,6 +297,7 @@ class _WholeLoop:
         encoder_hidden_states,
         txt_ids,
         img_ids,
+        joint_attention_kwargs=None,
         **kwargs,
     ):
         """The latents after all steps, in the place of a velocity."""
@@ -321,14 +320,14 @@ class _WholeLoop:
         unshifted = self.arguments["sigmas"]
         progress = None if unshifted is None else 1 - np.asarray(unshifted)
         numbers = tuple(map(ms.Tensor, knobs(config, steps, sigmas, progress)))
+        attention = self.attention_inputs(joint_attention_kwargs, branches)
         pooled = ops.stack([pooled] if negative is None else [pooled, negative_pooled])
 
         def piece(latents, prompt_embeds, start, stop):
             embeds = ops.stack([prompt_embeds] if negative is None else [prompt_embeds, negative])
             bounds = ms.Tensor(start, ms.int32), ms.Tensor(stop, ms.int32)
             inputs = latents, embeds, pooled, *constants, *bounds, *numbers
-            # What a graph uses in its branches alone it reads as if it were no view (MindSpore 2.7.0 and 2.10.0, CPU).
-            return tuple(tensor if tensor is None else tensor.contiguous() for tensor in inputs)
+            return tuple(map(graph_input, (*inputs, attention)))
 
         compile_begin, compiled_before = time.perf_counter(), len(loop.compile_cache)
         if pipe.use_graph_mode:
@@ -385,6 +384,14 @@ class _WholeLoop:
         if embeds.shape != prompt_embeds.shape:
             raise ValueError(f"negative_prompt's embeddings are {embeds.shape}, the prompt's {prompt_embeds.shape}")
         return embeds, pooled_embeds
+
+    def attention_inputs(self, attention_kwargs, branches):
+        """What attention gets beside the streams, stacked by branch; image prompts have negative ones."""
+        given = [dict(attention_kwargs or {}) for _ in range(branches)]
+        for each, embeds in zip(given, self.image_embeds):
+            each["ip_adapter_image_embeds"] = embeds
+        given = [attention_inputs(self.transformer, each) for each in given]
+        return given[0] and {name: by_branch([each[name] for each in given]) for name in given[0]}
 
     def call_back(self, step, latents, prompt_embeds):
         """Hands a finished step to the user's callback_on_step_end, who may replace latents and prompt_embeds."""
@@ -476,6 +483,11 @@ def watched(pipe):
     """Whether a person sees the progress bar: unless told by set_progress_bar_config, if stderr is a terminal."""
     disable = getattr(pipe, "_progress_bar_config", {}).get("disable")
     return sys.stderr.isatty() if disable is None else not disable
+
+
+def by_branch(values):
+    """Tensors, or tuples of them, one for each branch, stacked on a leading axis."""
+    return ops.stack(values) if isinstance(values[0], ms.Tensor) else tuple(map(ops.stack, zip(*values)))
 
 
 def padded(values, length):

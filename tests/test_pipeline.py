@@ -302,7 +302,7 @@ def test_an_applied_cache_knows_the_steps_of_the_generation(mindone_pipe, pipe, 
 
 def test_an_applied_cache_forgets_a_generation_that_was_broken_off(mindone_pipe, graph_mode):
     """The next one starts at the timestep where the last one stopped, so only set_timesteps can tell."""
-    apply_cache_on_pipe(mindone_pipe, CacheConfig(1.0))
+    apply_cache_on_pipe(mindone_pipe, CacheConfig(1.0, warmup_steps=1))
     sigmas = [1.0, 0.8, 0.6]
 
     def stop(pipe, step, timestep, tensors):
@@ -386,6 +386,18 @@ def test_several_images_and_prompts_come_in_one_call(pipe):
     assert np.abs(images[0] - images[1]).max() > 0.01
 
 
+@pytest.mark.parametrize("reduction", ["mean", "max"])
+def test_a_batch_of_equals_is_the_single_one(pipe, reduction):
+    config, one = CONFIG.changed(batch_reduction=reduction), noise()
+    alone = draw(pipe, latents=one, cache_config=config)
+    stats = pipe.cache_stats
+    assert stats.cached_steps
+    for prompts, images in ([PROMPT, PROMPT], 1), (PROMPT, 2):
+        pair = draw(pipe, prompts, num_images_per_prompt=images, latents=one.tile((2, 1, 1)), cache_config=config)
+        assert pipe.cache_stats.reused == stats.reused
+        np.testing.assert_allclose(pair, np.concatenate([alone, alone]), atol=1e-4)
+
+
 def test_latents_may_be_a_view_of_others(pipe):
     many = noise(batch=3)
     alone = draw(pipe, latents=ms.Tensor(many.asnumpy()[1:2]), num_inference_steps=2)
@@ -422,10 +434,10 @@ def test_a_model_without_guidance_embedding_runs(pipe, mindone_pipe, graph_mode)
 
 
 def test_operator_by_operator_gives_the_graphs_picture(pipe):
-    graph = draw(pipe, num_inference_steps=3, cache_config=CacheConfig(0.9))
+    graph = draw(pipe, num_inference_steps=3, cache_config=CacheConfig(0.9, warmup_steps=1))
     stats = pipe.cache_stats
     pipe.use_graph_mode = False
-    eager = draw(pipe, num_inference_steps=3, cache_config=CacheConfig(0.9))
+    eager = draw(pipe, num_inference_steps=3, cache_config=CacheConfig(0.9, warmup_steps=1))
     pipe.use_graph_mode = True
     assert pipe.cache_stats.reused == stats.reused and any(stats.reused)
     np.testing.assert_allclose(eager, graph, atol=1e-4)

@@ -231,6 +231,28 @@ def flux_attention(self, attn, hidden_states, encoder_hidden_states=None, attent
     return attn.to_out[1](attn.to_out[0](attended[:, text:])), attn.to_add_out(attended[:, :text])
 
 
+def flux_ip_adapter_attention(
+    self,
+    attn,
+    hidden_states,
+    encoder_hidden_states=None,
+    attention_mask=None,
+    image_rotary_emb=None,
+    ip_hidden_states=None,
+    ip_adapter_masks=None,
+):
+    """FluxIPAdapterAttnProcessor.__call__: a double block's attention, and what the image tokens see of each image."""
+    image, text = flux_attention(self, attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+    heads = (image.shape[0], -1, attn.heads, attn.head_dim)
+    query = attn.norm_q(attn.to_q(hidden_states).reshape(heads)).swapaxes(1, 2)
+    seen = ops.zeros_like(image)
+    for prompt, scale, to_k_ip, to_v_ip in zip(ip_hidden_states, self.scale, self.to_k_ip, self.to_v_ip):
+        key, value = to_k_ip(prompt).reshape(heads).swapaxes(1, 2), to_v_ip(prompt).reshape(heads).swapaxes(1, 2)
+        attended = scaled_dot_product_attention(query, key, value).swapaxes(1, 2)
+        seen = seen + scale * attended.reshape(image.shape)
+    return image, text, seen
+
+
 def repeat(self, *repeats):
     """Tensor.repeat: so many copies along each axis, after new axes in front."""
     repeats = tuple(repeats[0]) if len(repeats) == 1 and isinstance(repeats[0], (list, tuple)) else repeats
@@ -261,6 +283,7 @@ STAND_INS = (
     (attention_processor.Attention, "scaled_dot_product_attention", attention_cell_scaled_dot_product),
     (transformer_flux, "get_1d_rotary_pos_embed", get_1d_rotary_pos_embed),
     (transformer_flux.FluxAttnProcessor, "__call__", flux_attention),
+    (transformer_flux.FluxIPAdapterAttnProcessor, "__call__", flux_ip_adapter_attention),
 )
 """Owner, attribute, stand-in."""
 

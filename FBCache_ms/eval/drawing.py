@@ -113,7 +113,7 @@ class Painter:
             logging.disable_progress_bar()
             self._pipe = FluxPipeline.from_pretrained(str(self.args.ckpt), device=self.device)
             self._pipe.set_progress_bar_config(disable=True)
-            reason = self._pipe.why_not_cached({})
+            reason = self._pipe.why_not_cached()
             if reason:
                 raise ValueError(f"checkpoint {self.args.ckpt} cannot run with the cache: {reason}")
         return self._pipe

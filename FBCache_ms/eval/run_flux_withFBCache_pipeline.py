@@ -138,7 +138,7 @@ def run(args):
         str(args.ckpt), cache_config=args.config, use_graph_mode=args.use_graph_mode, device=device
     )
     load = time.perf_counter() - begin
-    reason = pipe.why_not_cached({})
+    reason = pipe.why_not_cached()
     if reason:
         raise ValueError(f"checkpoint {args.ckpt} cannot run with the cache: {reason}")
     pictures = generate(pipe, args, args.config)

@@ -1,5 +1,6 @@
 """The whole denoise loop of Flux as one graph."""
 
+import mindspore as ms
 from mindspore import nn, ops
 
 from .transformer_flux_withFBCache import cached_step, embed_condition, embed_time
@@ -37,6 +38,7 @@ class FluxDenoiseLoop(nn.Cell):
         schedule,
         coordinates,
         numbers,
+        attention_kwargs=None,
     ):
         """The latents after steps start to stop - 1.
 
@@ -49,6 +51,8 @@ class FluxDenoiseLoop(nn.Cell):
             timesteps, sigmas: (N,) in [0, 1000] and (N + 1,) in [0, 1], padded to any fixed length.
             start, stop: int32 scalars; a start of 0 begins a generation, any other goes on with the last.
             schedule, coordinates, numbers: what gates.knobs makes of a CacheConfig.
+            attention_kwargs: what attention gets beside the streams, tensors and tuples of them by name, a branch each
+                on a leading axis; None for nothing.
         """
         transformer, cache = self.transformer, self.cache
         batch, dtype = latents.shape[0], latents.dtype
@@ -68,7 +72,10 @@ class FluxDenoiseLoop(nn.Cell):
             cache.select(branch)
             timestep = timesteps[step].to(dtype).broadcast_to((batch,)) / 1000
             temb = embed_time(transformer, timestep, guidance, ops.gather(pooled_prompt_embeds, branch, 0), dtype)
-            velocity = cached_step(transformer, cache, latents, ops.gather(contexts, branch, 0), temb, rotary)
+            context, chosen = ops.gather(contexts, branch, 0), None
+            if attention_kwargs is not None:
+                chosen = {name: of_branch(value, branch) for name, value in attention_kwargs.items()}
+            velocity = cached_step(transformer, cache, latents, context, temb, rotary, chosen)
             if cache.branches == 1:
                 latents = euler_step(latents, velocity, sigmas[step], sigmas[step + 1])
             else:
@@ -78,6 +85,13 @@ class FluxDenoiseLoop(nn.Cell):
                 positive = velocity
             call = call + 1
         return latents
+
+
+def of_branch(stacked, branch):
+    """A branch's part of a tensor, or of each tensor of a tuple."""
+    if isinstance(stacked, ms.Tensor):
+        return ops.gather(stacked, branch, 0)
+    return tuple([ops.gather(each, branch, 0) for each in stacked])
 
 
 def euler_step(latents, velocity, sigma, next_sigma):

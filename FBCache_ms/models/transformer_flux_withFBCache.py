@@ -171,8 +171,9 @@ def FBCache_transformer_construct(
     if joint_attention_kwargs is not None and "scale" in joint_attention_kwargs:
         raise RuntimeError("set the LoRA scale with scale_lora_layers before the call, not in joint_attention_kwargs")
     if joint_attention_kwargs is not None and "ip_adapter_image_embeds" in joint_attention_kwargs:
-        image_embeds = joint_attention_kwargs.pop("ip_adapter_image_embeds")
-        joint_attention_kwargs.update({"ip_hidden_states": self.encoder_hid_proj(image_embeds)})
+        joint_attention_kwargs = {
+            "ip_hidden_states": self.encoder_hid_proj(joint_attention_kwargs["ip_adapter_image_embeds"])
+        }
     cache.begin_step(timestep[0])
     context, rotary = embed_condition(self, encoder_hidden_states, txt_ids, img_ids)
     temb = embed_time(self, timestep, guidance, pooled_projections, hidden_states.dtype)
