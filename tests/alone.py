@@ -18,7 +18,7 @@ REQUESTS = {
     ),
     "a wider batch": (
         CacheConfig(0.6, taylorseer_derivative=1),
-        {"prompt": [SQUARE, CIRCLE], "width": 96, "num_inference_steps": 7},
+        {"prompt": [SQUARE, CIRCLE], "width": 96, "max_sequence_length": 24, "num_inference_steps": 7},
     ),
 }
 """By name, what is set and what is given."""

@@ -71,3 +71,15 @@ def test_off_it_is_mindones_on_it_is_near_removed_it_is_gone(family, name):
     remove_cache_from_pipe(pipe)
     assert pipe.transformer is transformer and pipe.scheduler is scheduler
     np.testing.assert_array_equal(uncached(pipe, **STEPS), plain)
+
+
+def test_an_xlabs_controlnets_residuals_are_taken_in_turn(tmp_path):
+    folder = make(tmp_path / "xlabs", "controlnet_xlabs", make_narrow(tmp_path / "narrow", 3, 1))
+    pipe = load("FluxControlNetPipeline", folder)
+    plain = uncached(pipe, **STEPS)
+    assert np.abs(uncached(pipe, **STEPS, controlnet_conditioning_scale=0.0) - plain).max() > 0.01
+    apply_cache_on_pipe(pipe, OFF)
+    np.testing.assert_allclose(draw(pipe, **STEPS), plain, atol=1e-4)
+    apply_cache_on_pipe(pipe, ON)
+    assert 20 < psnr(plain, draw(pipe, **STEPS)) < 60
+    assert pipe.transformer.cache_stats.cached_steps
