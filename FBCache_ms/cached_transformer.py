@@ -14,13 +14,14 @@ from mindspore import nn
 from .device import current_device
 from .flops import step_costs
 from .kept_graphs import KeptGraphs
-from .models.transformer_flux_withFBCache import FBCache_transformer_construct
+from .models.transformer_flux_withFBCache import cached_forward
 from .stats import BRANCHES
 from .utils import CacheContext
 
 logger = logging.get_logger(__name__)
 
-_CALL = signature(FBCache_transformer_construct)
+_CALL = signature(cached_forward)
+
 
 ATTENTION_INPUTS = ("attention_mask", "ip_hidden_states", "ip_adapter_masks")
 """What mindone's FluxAttention takes of joint_attention_kwargs."""
@@ -101,8 +102,8 @@ class CachedTransformer(StandIn):
             raise ValueError(f"Invalid cache state: more than {len(BRANCHES)} calls of the transformer in one step")
         branch = self.branch or BRANCHES[self.calls]
         self.calls += 1
-        given = _CALL.bind(None, hidden_states, *args, **kwargs).arguments
-        del given["self"]
+        given = _CALL.bind(None, None, hidden_states, *args, **kwargs).arguments
+        del given["transformer"], given["cache"]
         refuse_stg(given.get("joint_attention_kwargs"))
         given["joint_attention_kwargs"] = attention_inputs(self.stood_for, given.get("joint_attention_kwargs"))
         self.active = self.step_for(hidden_states, given["encoder_hidden_states"].shape[1], scheduler)
@@ -127,7 +128,7 @@ class CachedTransformer(StandIn):
             current_device().prepare(step, transformer)
             return step
 
-        step = self.steps.get(transformer, (*key, settings.structure), make)
+        step = self.steps.get(transformer, (*key, settings.structure), make, in_use=len(self.chosen))
         step.cache_context.forget()
         step.cache_context.configure(settings, steps, sigmas, np.arange(begin, whole) / whole)
         self.costs = step_costs(transformer.config, batch_size, seq_len, text_len)
@@ -153,18 +154,21 @@ class ToldScheduler(StandIn):
 
 
 class CachedStep(nn.Cell):
-    """A transformer's own layers under FBCache_transformer_construct, with a CacheContext for one shape."""
-
-    construct = FBCache_transformer_construct
+    """A transformer under cached_forward, with a CacheContext for one shape."""
 
     def __init__(self, transformer, cache_context):
         super().__init__(auto_prefix=False)
-        self.inner_dim = transformer.inner_dim
-        for name, cell in transformer.name_cells().items():
-            self.insert_child_to_cell(name, cell)
-        self.cache_context = cache_context
+        self.transformer, self.cache_context = transformer, cache_context
         for parameter in cache_context.parameters():
             self.insert_param_to_cell(parameter.name, parameter)
+
+    def construct(self, *args, **kwargs):
+        # Not FBCache_transformer_construct: a cell that is passed on, as self is there, MindSpore keeps for good.
+        return cached_forward(self.transformer, self.cache_context, *args, **kwargs)
+
+    def release(self):
+        """Gives the cache's memory back."""
+        self.cache_context.release()
 
 
 def for_steps(config, steps):

@@ -15,6 +15,8 @@ class KeptGraphs:
     and after Parameter.set_data it computes with neither the old weights nor the new ones (MindSpore 2.7.0 and 2.10.0,
     CPU). So a cell is found again only under the layers and scales that it was made with, and none where weights have
     moved in memory.
+
+    A cell that has to go is told so by its release().
     """
 
     def __init__(self, most=MOST):
@@ -26,20 +28,28 @@ class KeptGraphs:
     def __iter__(self):
         return (cell for cell, _ in self._cells.values())
 
-    def get(self, transformer, key, make):
-        """The cell for this transformer as it is and this key; make() makes one. The oldest has to go for a new one."""
+    def get(self, transformer, key, make, in_use=0):
+        """The cell for this transformer as it is and this key; make() makes one.
+
+        The oldest has to go for a new one, but for the last ``in_use``.
+        """
         parameters = list(transformer.get_parameters())
         key = (key, tuple(map(id, parameters)), constants(transformer))
         if any(parameter.data_ptr() != address for parameter, address in self._addresses):
-            self._cells.clear()
+            self._drop(len(self._cells))
         self._addresses = []
         if key not in self._cells:
             # With its Parameters, so that no other takes the place of one of them and its id.
             self._cells[key] = make(), parameters
         self._cells.move_to_end(key)
-        while len(self._cells) > self.most:
-            self._cells.popitem(last=False)
+        self._drop(len(self._cells) - max(self.most, in_use + 1))
         return self._cells[key][0]
+
+    def _drop(self, count):
+        """Lets so many cells go, the oldest first."""
+        for _ in range(count):
+            _, (cell, _) = self._cells.popitem(last=False)
+            cell.release()
 
     def settle(self):
         """To be called when a cell has run: only then weights have their addresses."""

@@ -402,6 +402,12 @@ class CacheContext:
         settings = (self.branch, self.knobs.schedule, self.knobs.coordinates, self.knobs.numbers)
         return [buffer.value for buffer in self.buffers] + list(settings)
 
+    def release(self):
+        """Gives the memory of every buffer and setting back; nothing may run with them after that."""
+        # MindSpore holds the Parameters of a graph for good, even when the graph's cell is gone.
+        for parameter in self.parameters():
+            parameter.set_data(ms.Tensor(0, parameter.dtype), slice_shape=True)
+
     @property
     def nbytes(self):
         """Bytes that all of it takes; memory.cache_bytes tells them beforehand."""

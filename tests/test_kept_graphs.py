@@ -78,6 +78,38 @@ def test_adapters_and_weights_are_seen(first):
         assert all(np.abs(pictures[index] - other).max() > 1e-3 for other in pictures[:index])
 
 
+def test_fused_adapters_are_seen(first, tmp_path):
+    """In a transformer of its own: mindone's unfuse_lora leaves the weights fused."""
+    transformer = type(first.transformer).from_pretrained(str(make_narrow(tmp_path / "narrow") / "transformer"))
+    parts = FluxPipeline(**{**first.components, "transformer": transformer})
+    parts.prompt = first.prompt
+    pipe, stepwise = whole_loop(parts), cached_step(parts)
+    plain = draw(pipe, first)
+    np.testing.assert_array_equal(draw(stepwise, first), plain)
+    pipe.load_lora_weights(lora(0), adapter_name="one")
+    pipe.fuse_lora()
+    fused = draw(pipe, first)
+    assert np.abs(fused - plain).max() > 1e-3
+    np.testing.assert_array_equal(fused, draw(whole_loop(parts), first))
+    np.testing.assert_array_equal(fused, draw(stepwise, first))
+
+
+def test_pipelines_with_one_transformer_do_not_see_each_other(first):
+    kind = type(first.transformer)
+    construct, plain, off = kind.construct, mindone.diffusers.FluxPipeline(**first.components), cached_step(first)
+    plain.set_progress_bar_config(disable=True)
+    apply_cache_on_pipe(off, CacheConfig(0.0))
+    before, uncached = draw(plain, first), draw(off, first)
+    pipe = cached_step(first)
+    cached = draw(pipe, first)
+    assert pipe.transformer.cache_stats.cached_steps and not off.transformer.cache_stats.cached_steps
+    np.testing.assert_array_equal(draw(plain, first), before)
+    np.testing.assert_array_equal(draw(off, first), uncached)
+    np.testing.assert_array_equal(draw(pipe, first), cached)
+    assert plain.transformer is first.transformer and kind.construct is construct
+    assert "construct" not in vars(first.transformer)
+
+
 def test_a_shape_finds_its_graph_again_until_another_takes_its_place(first):
     pipe = apply_cache_on_pipe(cached_step(first), CONFIG, kept_shapes=2)
     pictures = {width: draw(pipe, first, width, steps=2) for width in (32, 64)}
@@ -87,7 +119,23 @@ def test_a_shape_finds_its_graph_again_until_another_takes_its_place(first):
     assert set(pipe.transformer.steps) == set(kept) and len(kept) == 2
     draw(pipe, first, 96, steps=2)
     assert len(pipe.transformer.steps) == 2 and kept[0] in list(pipe.transformer.steps)
+    # MindSpore never lets go of what remains of it.
+    assert kept[1].cache_context.nbytes < 100 < kept[0].cache_context.nbytes
     np.testing.assert_array_equal(draw(pipe, first, 64, steps=2), pictures[64])
+
+
+def test_a_generation_keeps_all_its_shapes(first):
+    """A negative prompt of another length has a graph of its own, and both go on to the end."""
+    embeds, pooled = first.prompt
+    negative = {"negative_prompt_embeds": embeds[:, :20] * 0.5, "negative_pooled_prompt_embeds": pooled * 0.5}
+    settings = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled, **negative, "true_cfg_scale": 2.0}
+    pictures = []
+    for most in (1, 2):
+        pipe = apply_cache_on_pipe(cached_step(first), CONFIG, kept_shapes=most)
+        size = {"height": 64, "width": 64, "num_inference_steps": 6, "output_type": "latent"}
+        pictures.append(pipe(**settings, **size, generator=np.random.default_rng(0))[0].asnumpy())
+        assert len(pipe.transformer.steps) == 2
+    np.testing.assert_array_equal(*pictures)
 
 
 def test_another_scheduler_tells_the_cache_too(first):

@@ -86,6 +86,10 @@ class FluxDenoiseLoop(nn.Cell):
             call = call + 1
         return latents
 
+    def release(self):
+        """Gives the cache's memory back."""
+        self.cache.release()
+
 
 def of_branch(stacked, branch):
     """A branch's part of a tensor, or of each tensor of a tuple."""

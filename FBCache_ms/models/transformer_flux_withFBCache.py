@@ -134,6 +134,59 @@ def cached_step(
     return transformer.proj_out(transformer.norm_out(image, temb))
 
 
+def cached_forward(
+    transformer,
+    cache,
+    hidden_states,
+    encoder_hidden_states=None,
+    pooled_projections=None,
+    timestep=None,
+    img_ids=None,
+    txt_ids=None,
+    guidance=None,
+    joint_attention_kwargs=None,
+    controlnet_block_samples=None,
+    controlnet_single_block_samples=None,
+    return_dict=False,
+    controlnet_blocks_repeat=False,
+):
+    """FluxTransformer2DModel.construct of a transformer with a CacheContext in it.
+
+    Raises:
+        ValueError: the latents' shape is not the CacheContext's.
+        RuntimeError: joint_attention_kwargs carries a LoRA "scale", which has to be set before.
+    """
+    if (hidden_states.shape[0], hidden_states.shape[1], transformer.inner_dim) != cache.shape:
+        raise ValueError(
+            f"Invalid cache state: the latents are {hidden_states.shape[0]} x {hidden_states.shape[1]} tokens of width "
+            f"{transformer.inner_dim}, the CacheContext is for {cache.shape}"
+        )
+    if joint_attention_kwargs is not None and "scale" in joint_attention_kwargs:
+        raise RuntimeError("set the LoRA scale with scale_lora_layers before the call, not in joint_attention_kwargs")
+    if joint_attention_kwargs is not None and "ip_adapter_image_embeds" in joint_attention_kwargs:
+        joint_attention_kwargs = {
+            "ip_hidden_states": transformer.encoder_hid_proj(joint_attention_kwargs["ip_adapter_image_embeds"])
+        }
+    cache.begin_step(timestep[0])
+    context, rotary = embed_condition(transformer, encoder_hidden_states, txt_ids, img_ids)
+    temb = embed_time(transformer, timestep, guidance, pooled_projections, hidden_states.dtype)
+    output = cached_step(
+        transformer,
+        cache,
+        hidden_states,
+        context,
+        temb,
+        rotary,
+        joint_attention_kwargs,
+        controlnet_block_samples,
+        controlnet_single_block_samples,
+        controlnet_blocks_repeat,
+    )
+    if not return_dict:
+        return (output,)
+    return Transformer2DModelOutput(sample=output)
+
+
 def FBCache_transformer_construct(
     self,
     hidden_states: ms.Tensor,
@@ -158,37 +211,21 @@ def FBCache_transformer_construct(
     true CFG has to enter ``transformer.cache_context("cond")`` and ``("uncond")`` around its calls, as mindone's
     FluxPipeline does.
 
-    Raises:
-        ValueError: the latents' shape is not the CacheContext's.
-        RuntimeError: joint_attention_kwargs carries a LoRA "scale", which has to be set before.
+    Raises ValueError and RuntimeError as cached_forward does.
     """
-    cache = self.cache_context
-    if (hidden_states.shape[0], hidden_states.shape[1], self.inner_dim) != cache.shape:
-        raise ValueError(
-            f"Invalid cache state: the latents are {hidden_states.shape[0]} x {hidden_states.shape[1]} tokens of width "
-            f"{self.inner_dim}, the CacheContext is for {cache.shape}"
-        )
-    if joint_attention_kwargs is not None and "scale" in joint_attention_kwargs:
-        raise RuntimeError("set the LoRA scale with scale_lora_layers before the call, not in joint_attention_kwargs")
-    if joint_attention_kwargs is not None and "ip_adapter_image_embeds" in joint_attention_kwargs:
-        joint_attention_kwargs = {
-            "ip_hidden_states": self.encoder_hid_proj(joint_attention_kwargs["ip_adapter_image_embeds"])
-        }
-    cache.begin_step(timestep[0])
-    context, rotary = embed_condition(self, encoder_hidden_states, txt_ids, img_ids)
-    temb = embed_time(self, timestep, guidance, pooled_projections, hidden_states.dtype)
-    output = cached_step(
+    return cached_forward(
         self,
-        cache,
+        self.cache_context,
         hidden_states,
-        context,
-        temb,
-        rotary,
+        encoder_hidden_states,
+        pooled_projections,
+        timestep,
+        img_ids,
+        txt_ids,
+        guidance,
         joint_attention_kwargs,
         controlnet_block_samples,
         controlnet_single_block_samples,
+        return_dict,
         controlnet_blocks_repeat,
     )
-    if not return_dict:
-        return (output,)
-    return Transformer2DModelOutput(sample=output)

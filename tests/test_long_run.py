@@ -1,0 +1,28 @@
+"""Many generations in one process; benchmarks/long_run.py makes it 500."""
+
+import pytest
+from long_run import growth, run, table
+from narrow import make_narrow
+
+import mindspore as ms
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    before = ms.get_context("mode")
+    yield make_narrow(tmp_path_factory.mktemp("long_run") / "narrow")
+    ms.set_context(mode=before)
+
+
+def test_a_known_shape_is_not_compiled_again_and_answers_stay_the_same(checkpoint):
+    record = run(checkpoint, generations=40, different=8, kept_shapes=16)
+    assert record["compilations"] == record["graphs"] == record["alive"] > 4
+    assert record["repeated"] > 20 and record["wrong"] == 0
+    assert len(record["resident_MB"]) == 40 and min(record["resident_MB"]) > 100
+    assert f"| {record['graphs']} |" in table(record) and f"{growth(record):.2f}" in table(record)
+
+
+def test_graphs_beyond_the_bound_are_freed_and_answers_stay_the_same(checkpoint):
+    record = run(checkpoint, generations=12, different=6, kept_shapes=1, seed=1)
+    assert record["alive"] == 2 < record["graphs"] < record["compilations"]
+    assert record["repeated"] > 2 and record["wrong"] == 0
