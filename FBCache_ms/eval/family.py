@@ -107,32 +107,44 @@ def break_off(pipe, step, timestep, tensors):
     return {}
 
 
-def seconds(pipe, runs, **settings):
-    """The median time of a call up to its latents."""
-    times = []
+def seconds_in_turn(pipe, configs, runs, **settings):
+    """The median time of a call up to its latents, under each CacheConfig."""
+    from FBCache_ms import apply_cache_on_pipe
+
+    times = [[] for _ in configs]
     for _ in range(runs):
-        begin = time.perf_counter()
-        draw(pipe, output_type="latent", **settings).asnumpy()
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times)
+        for config, taken in zip(configs, times):
+            apply_cache_on_pipe(pipe, config)
+            begin = time.perf_counter()
+            draw(pipe, output_type="latent", **settings).asnumpy()
+            taken.append(time.perf_counter() - begin)
+    return [statistics.median(taken) for taken in times]
+
+
+ENCODERS = ("vae", "text_encoder", "text_encoder_2", "tokenizer_2")
+MODELS = ("transformer", "controlnet")
 
 
 def measure(name, folder, config, steps, runs, components):
-    """One pipeline's row, {column: value}."""
+    """One pipeline's row, {column: value}.
+
+    ``components`` keeps the encoders for every pipeline and the models for those of their layout, as they compile long.
+    """
     from FBCache_ms import apply_cache_on_pipe, remove_cache_from_pipe
     from FBCache_ms.eval.metrics import psnr
 
-    pipe = load(name, folder, **components)
-    components.update({part: getattr(pipe, part) for part in ("vae", "text_encoder", "text_encoder_2", "tokenizer_2")})
+    pipe = load(name, folder, **components.get("", {}), **components.get(folder.name, {}))
+    for key, parts in {"": ENCODERS, folder.name: MODELS}.items():
+        components[key] = {part: getattr(pipe, part) for part in parts if hasattr(pipe, part)}
     before = {part: getattr(pipe, part) for part in ("transformer", "scheduler")}
     plain = uncached(pipe, num_inference_steps=steps)
-    apply_cache_on_pipe(pipe, config.changed(residual_diff_threshold=0.0))
+    never = config.changed(residual_diff_threshold=0.0)
+    apply_cache_on_pipe(pipe, never)
     off = draw(pipe, num_inference_steps=steps)
-    whole = seconds(pipe, runs, num_inference_steps=steps)
     apply_cache_on_pipe(pipe, config)
     on = draw(pipe, num_inference_steps=steps)
     stats = pipe.transformer.cache_stats
-    cached = seconds(pipe, runs, num_inference_steps=steps)
+    whole, cached = seconds_in_turn(pipe, (never, config), runs, num_inference_steps=steps)
     draw(pipe, OTHER, width=96, seed=1, num_inference_steps=steps // 2)
     draw(pipe, OTHER, seed=2, num_inference_steps=steps, callback_on_step_end=break_off)
     again = draw(pipe, num_inference_steps=steps)
