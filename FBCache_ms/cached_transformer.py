@@ -162,9 +162,39 @@ class CachedStep(nn.Cell):
         for parameter in cache_context.parameters():
             self.insert_param_to_cell(parameter.name, parameter)
 
-    def construct(self, *args, **kwargs):
-        # Not FBCache_transformer_construct: a cell that is passed on, as self is there, MindSpore keeps for good.
-        return cached_forward(self.transformer, self.cache_context, *args, **kwargs)
+    def construct(
+        self,
+        hidden_states,
+        encoder_hidden_states,
+        pooled_projections,
+        timestep,
+        img_ids,
+        txt_ids,
+        guidance=None,
+        joint_attention_kwargs=None,
+        controlnet_block_samples=None,
+        controlnet_single_block_samples=None,
+        return_dict=False,
+        controlnet_blocks_repeat=False,
+    ):
+        # Not FBCache_transformer_construct: a cell that is passed on, as self is there, MindSpore keeps for good; nor
+        # *args and **kwargs, of which a graph takes no tuples.
+        return cached_forward(
+            self.transformer,
+            self.cache_context,
+            hidden_states,
+            encoder_hidden_states,
+            pooled_projections,
+            timestep,
+            img_ids,
+            txt_ids,
+            guidance,
+            joint_attention_kwargs,
+            controlnet_block_samples,
+            controlnet_single_block_samples,
+            return_dict,
+            controlnet_blocks_repeat,
+        )
 
     def release(self):
         """Gives the cache's memory back."""
