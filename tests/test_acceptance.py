@@ -65,7 +65,7 @@ def test_a_dry_run_goes_through_every_check(tmp_path, monkeypatch, capsys):
         "64x64, float32, F1B0_W0M0MC0_T0O0_R0.12: decisions equal, 14 of 28 steps reused, differences too",
         "FBCache(0.12) + Graph Mode is ",
         "9 caches take exactly what the formula says",
-        "4 steps, F1B0_W0MC1_R1: ",
+        "4 steps, F1B0_W1MC1_R1: ",
         "in pieces of one step the picture is the same to the last bit",
         "2 prompts: FBCache(0.08) ",
         "| Baseline (Graph Mode) | 32x32 | 4 |",

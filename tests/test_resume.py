@@ -67,7 +67,7 @@ def undisturbed(tmp_path_factory):
     make_coco(folder / "coco", PICTURES)
     ckpt = make_narrow(folder / "narrow")
     options = ["--ckpt", str(ckpt), "--coco_root", str(folder / "coco"), "--image_size", "32", "32"]
-    options += ["--num_inference_steps", "2", "--cache", "F1B0_W0_R1", "--limit", str(PICTURES)]
+    options += ["--num_inference_steps", "2", "--cache", "F1B0_W1_R1", "--limit", str(PICTURES)]
     # Later starts take their graphs from there; a kill may meet one that is being written, too.
     options += ["--compile_cache", str(folder / "graphs")]
     (process,) = start([*options, "--save_path", str(folder / "out")], 1)

@@ -53,7 +53,7 @@ def test_a_sweep_measures_what_it_draws_and_goes_on_where_it_was(options, tmp_pa
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- rules -->\nold\n<!-- end of rules -->\nafter\n")
     arguments = [*options, "--save_path", str(tmp_path / "out"), "--cases", "fbcache", "--thresholds", "0", "1"]
-    arguments += ["--cache", "F1B0_W0M1_R1", "--into", str(page), "rules"]
+    arguments += ["--cache", "F1B0_W0M1_R1", "--into", str(page), "rules", "--num_inference_steps", "5"]
     assert sweep.main(arguments) == 0
     table = capsys.readouterr().out
     assert page.read_text() == f"before\n<!-- rules -->\n{table}<!-- end of rules -->\nafter\n"
@@ -61,12 +61,12 @@ def test_a_sweep_measures_what_it_draws_and_goes_on_where_it_was(options, tmp_pa
     report = json.loads((tmp_path / "out" / "sweep.json").read_text())
     assert report["prompts"] == PROMPTS
     uncached, never, always, once = report["cells"]
-    assert [cell["computed_steps"] for cell in report["cells"]] == [4, 4, 1, 3]
+    assert [cell["computed_steps"] for cell in report["cells"]] == [5, 5, 1, 4]
     assert (uncached["psnr"], uncached["skipped"], never["psnr"]) == (None, 0, None)
     assert 10 < always["psnr"] < once["psnr"] < 99 and 0 < once["skipped"] < always["skipped"] < 1
     assert once["tflops"] == pytest.approx(uncached["tflops"] * (1 - once["skipped"]))
     assert once["speedup"] == pytest.approx(once["uncached_seconds"] / once["seconds"])
-    assert always["pictures"][1]["reused"] == [False, True, True, True]
+    assert always["pictures"][1]["reused"] == [False, True, True, True, True]
     assert (tmp_path / "out" / always["folder"] / "00001.png").is_file()
     with open(tmp_path / "out" / "sweep.csv") as stream:
         assert [row["name"] for row in csv.DictReader(stream)] == [cell["name"] for cell in report["cells"]]

@@ -44,7 +44,7 @@ alone moves a difference by up to 1.4 % (the README's table on precision); every
 Pictures of other noise are 12 dB apart. Nobody has measured these on an NPU.
 """
 
-FEW_STEPS, ALTERNATING = 4, "F1B0_W0MC1_R1"
+FEW_STEPS, ALTERNATING = 4, "F1B0_W1MC1_R1"
 """Graph and PyNative draw so many steps, and reuse every other one whatever the model: both branches are compared."""
 
 LEAST_SPEEDUP = 1
