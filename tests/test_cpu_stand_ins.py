@@ -287,7 +287,14 @@ class SeeImages(nn.Cell):
 def test_flux_ip_adapter_attention(batch, tokens, scales):
     heads, text, length, width, seen = 3, 3, 8, 12, 0
     cell = cpu.transformer_flux.FluxAttention(
-        query_dim=width, dim_head=4, heads=heads, out_dim=width, added_kv_proj_dim=width, context_pre_only=False
+        query_dim=width,
+        dim_head=4,
+        heads=heads,
+        out_dim=width,
+        added_kv_proj_dim=width,
+        context_pre_only=False,
+        bias=True,
+        eps=1e-6,
     )
     processor = cpu.transformer_flux.FluxIPAdapterAttnProcessor(width, 5, num_tokens=tokens, scale=scales)
     for each in (cell, processor):
