@@ -165,7 +165,7 @@ def table(record):
                 "Different Requests": record["requests"],
                 "Repeated": record["repeated"],
                 "Other Bits": record["wrong"],
-                "Graphs": record["graphs"],
+                "Shapes and Settings of Graphs": record["graphs"],
                 "Compilations": record["compilations"],
                 "Last New Graph": f"generation {record['last_new']}",
                 "Memory Then (MB)": round(memory[record["last_new"]]),
