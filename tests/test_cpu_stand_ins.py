@@ -5,7 +5,7 @@ from scipy.special import erf
 import mindspore as ms
 from mindspore import mint, nn, ops
 
-from FBCache_ms.backend import cpu
+from FBCache_ms.backend import cpu, cpu_kernels
 from FBCache_ms.device import prepare_device
 
 FLOATS = (np.float32, np.float16)
@@ -14,6 +14,19 @@ RNG = np.random.default_rng(0)
 
 def random(*shape, dtype=np.float32):
     return RNG.normal(size=shape).astype(dtype)
+
+
+@pytest.fixture(params=["plain", "fused"])
+def installed(request, monkeypatch):
+    """Either kind of the stand-ins that there are two of."""
+    if request.param == "plain":
+        monkeypatch.setattr(cpu_kernels, "LIBRARY", None)
+    elif cpu_kernels.LIBRARY is None:
+        pytest.skip("no C++ compiler")
+    cpu.install()
+    yield
+    monkeypatch.undo()
+    cpu.install()
 
 
 def check(stand_in, expected, *arguments, **settings):
@@ -92,11 +105,12 @@ def test_randn_like(dtype):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("shape", [(7,), (2, 3, 8)])
-def test_gelu(shape, dtype):
+def test_gelu(shape, dtype, installed):
     x = random(*shape) * 3
+    x.flat[:2] = -200, 200
     tanh_form = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
-    check(cpu.gelu, tanh_form.astype(dtype), x.astype(dtype), approximate="tanh")
-    check(cpu.gelu, (0.5 * x * (1 + erf(x / np.sqrt(2)))).astype(dtype), x.astype(dtype))
+    check(mint.nn.functional.gelu, tanh_form.astype(dtype), x.astype(dtype), approximate="tanh")
+    check(mint.nn.functional.gelu, (0.5 * x * (1 + erf(x / np.sqrt(2)))).astype(dtype), x.astype(dtype))
 
 
 @pytest.mark.parametrize("shape, axes", [((2, 8), 1), ((2, 3, 5), 1), ((2, 3, 5), 2)])
@@ -164,7 +178,7 @@ def with_random_weights(cell):
 
 
 @pytest.mark.parametrize("shape", [(3, 8), (2, 4, 8)])
-def test_norm_cells(shape):
+def test_norm_cells(shape, installed):
     x = random(*shape)
     expected = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
     cell = with_random_weights(mint.nn.LayerNorm(8, eps=1e-6))
@@ -173,6 +187,13 @@ def test_norm_cells(shape):
     check_cell(cpu.normalization.RMSNorm(8, eps=1e-6, elementwise_affine=False), expected, x)
     cell = with_random_weights(cpu.normalization.RMSNorm(8, eps=1e-6, bias=True))
     check_cell(cell, expected * cell.weight.asnumpy() + cell.bias.asnumpy(), x)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(8,), (3, 8), (2, 4, 8)])
+def test_linear_cell(shape, bias):
+    cell, x = with_random_weights(mint.nn.Linear(8, 5, bias=bias)), random(*shape)
+    check_cell(cell, x @ cell.weight.asnumpy().T + (cell.bias.asnumpy() if bias else 0), x)
 
 
 @pytest.mark.parametrize("shape", [(4,), (2, 3)])
@@ -204,7 +225,7 @@ class Parts(nn.Cell):
 
 
 @pytest.mark.parametrize("kind, parts", [("AdaLayerNormZero", 6), ("AdaLayerNormZeroSingle", 3)])
-def test_ada_layer_norm_cells(kind, parts):
+def test_ada_layer_norm_cells(kind, parts, installed):
     cell = getattr(cpu.normalization, kind)(8)
     x, emb = random(2, 4, 8), random(2, 8)
     linear = (emb / (1 + np.exp(-emb))) @ cell.linear.weight.asnumpy().T + cell.linear.bias.asnumpy()
@@ -244,7 +265,7 @@ class Attend(nn.Cell):
 
 @pytest.mark.parametrize("text", [0, 3], ids=["single", "double"])
 @pytest.mark.parametrize("batch, heads", [(1, 2), (2, 3)])
-def test_flux_attention(batch, heads, text):
+def test_flux_attention(batch, heads, text, installed):
     width, length = heads * 4, 8
     settings = {"added_kv_proj_dim": width, "context_pre_only": False} if text else {"pre_only": True}
     cell = cpu.transformer_flux.FluxAttention(
@@ -332,6 +353,30 @@ def test_the_autoencoders_attention(height, width):
     )
     attended = (softmax(query @ key.swapaxes(-1, -2) / 2) @ value).swapaxes(1, 2).reshape(2, -1, 8)
     check_cell(cell, linear(cell.to_out[0], attended).swapaxes(1, 2).reshape(x.shape) + x, x)
+
+
+def test_many_elements_are_shared_among_threads(installed):
+    x = random(3, 100, 256)
+    expected = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+    check_cell(mint.nn.LayerNorm(256), expected, x)
+
+
+def test_what_is_no_number_stays_none(installed):
+    x = np.full((2, 8), np.nan, np.float32)
+    check_cell(mint.nn.LayerNorm(8), x, x)
+    check(mint.nn.functional.gelu, x, x, approximate="tanh")
+
+
+@pytest.mark.parametrize("compiler", ["false", "no-such-compiler"])
+def test_without_a_compiler_that_works_there_are_no_kernels(compiler, tmp_path):
+    assert cpu_kernels.compiled(compiler, tmp_path / "cache") is None
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.skipif(cpu_kernels.COMPILER is None, reason="no C++ compiler")
+def test_the_kernels_are_compiled_once(tmp_path):
+    library = cpu_kernels.compiled(cpu_kernels.COMPILER, tmp_path)
+    assert cpu_kernels.compiled("false", tmp_path) == library and list(tmp_path.iterdir()) == [library]
 
 
 def test_install_is_idempotent():

@@ -4,17 +4,20 @@ install() puts them in the places of mint's functions and of mindone's cells. No
 anything, and on Ascend this module is never imported. A cell is replaced where it calls a Tensor method, such as
 x.chunk, that graph mode resolves out of Python's reach.
 
-GELU and the normalisations, which take the time, were chosen by timing the 28-step loop with each candidate
-(benchmarks/cpu_stand_ins.py), not by name.
+What takes the time was chosen by timing the 28-step loop with each candidate (benchmarks/cpu_stand_ins.py), not by
+name. The fused stand-ins, of one kernel each, take the places of others where there is a C++ compiler.
 """
 
 import math
 
+import numpy as np
 from mindone.diffusers.models import attention_dispatch, attention_processor, normalization
 from mindone.diffusers.models.transformers import transformer_flux
 
 import mindspore as ms
 from mindspore import mint, ops
+
+from . import cpu_kernels as kernels
 
 try:
     from mindspore.graph._parse import parser
@@ -123,11 +126,15 @@ def scaled_dot_product_attention(
         keep = ops.tril(ops.ones((query.shape[-2], key.shape[-2]), ms.float32)) > 0
         scores = ops.masked_fill(scores, ops.logical_not(keep), float("-inf"))
     if attn_mask is not None:
-        if attn_mask.dtype == ms.bool_:
-            scores = ops.masked_fill(scores, ops.logical_not(attn_mask), float("-inf"))
-        else:
-            scores = scores + attn_mask
+        scores = masked(scores, attn_mask)
     return ops.BatchMatMul()(ops.softmax(scores, -1), value)
+
+
+def masked(scores, mask):
+    """Attention's scores with a mask added, or, where it is bool, kept where it is true."""
+    if mask.dtype == ms.bool_:
+        return ops.masked_fill(scores, ops.logical_not(mask), float("-inf"))
+    return scores + mask
 
 
 def get_1d_rotary_pos_embed(
@@ -145,6 +152,30 @@ def get_1d_rotary_pos_embed(
     angles = outer(pos, frequencies).expand_dims(-1)
     angles = ops.concat((angles, angles), -1).reshape(-1, dim)
     return ops.cos(angles), ops.sin(angles)
+
+
+def apply_rotary_emb(x, freqs_cis, use_real=True, use_real_unbind_dim=-1, sequence_dim=2):
+    """mindone's apply_rotary_emb for Flux: (B, L, H, d), or (B, H, L, d), turned by cosine and sine, both (L, d)."""
+    cos, sin = freqs_cis
+    if sequence_dim == 1:
+        cos, sin = cos.expand_dims(1), sin.expand_dims(1)
+    # One product in the place of taking the pairs apart and putting them together again.
+    turned = ops.MatMul()(x.reshape(-1, x.shape[-1]), quarter_turn(x.shape[-1])).reshape(x.shape)
+    return x * cos + turned * sin
+
+
+@ms.constexpr
+def quarter_turn(width):
+    """The matrix that makes (-x1, x0) of each pair (x0, x1) of a row."""
+    return ms.Tensor(np.kron(np.eye(width // 2), [[0, 1], [-1, 0]]), ms.float32)
+
+
+def linear_cell(self, input):
+    """mint.nn.Linear.construct."""
+    output = ops.MatMul(transpose_b=True)(input.reshape(-1, input.shape[-1]), self.weight)
+    if self.bias is not None:
+        output = ops.BiasAdd()(output, self.bias)
+    return output.reshape(input.shape[:-1] + output.shape[-1:])
 
 
 def layer_norm_cell(self, input):
@@ -259,6 +290,80 @@ def repeat(self, *repeats):
     return ops.tile(self, repeats)
 
 
+def fused_gelu(input, *, approximate="none"):
+    """mint.nn.functional.gelu."""
+    if approximate != "tanh" or input.dtype != ms.float32:
+        return gelu(input, approximate=approximate)
+    return kernels.GELU_TANH(input)
+
+
+def fused_layer_norm_cell(self, input):
+    """mint.nn.LayerNorm.construct."""
+    if len(self.normalized_shape) > 1 or input.dtype != ms.float32:
+        return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+    normed = kernels.LAYER_NORM(input, number(self.eps))
+    if self.weight is not None:
+        normed = normed * self.weight
+    if self.bias is not None:
+        normed = normed + self.bias
+    return normed
+
+
+def fused_ada_layer_norm_zero_cell(self, x, timestep=None, class_labels=None, hidden_dtype=None, emb=None):
+    """mindone's AdaLayerNormZero.construct."""
+    if self.emb is not None:
+        emb = self.emb(timestep, class_labels, hidden_dtype=hidden_dtype)
+    shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = chunk(self.linear(self.silu(emb)), 6, 1)
+    return kernels.LAYER_NORM_MODULATE(x, scale, shift, number(self.norm.eps)), gate, mlp_shift, mlp_scale, mlp_gate
+
+
+def fused_ada_layer_norm_zero_single_cell(self, x, emb=None):
+    """mindone's AdaLayerNormZeroSingle.construct."""
+    shift, scale, gate = chunk(self.linear(self.silu(emb)), 3, 1)
+    return kernels.LAYER_NORM_MODULATE(x, scale, shift, number(self.norm.eps)), gate
+
+
+def fused_flux_attention(
+    self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None
+):
+    """FluxAttnProcessor.__call__."""
+    if image_rotary_emb is None:
+        return flux_attention(self, attn, hidden_states, encoder_hidden_states, attention_mask)
+    query, key, value, text_query, text_key, text_value = transformer_flux._get_qkv_projections(
+        attn, hidden_states, encoder_hidden_states
+    )
+    batch, _, width = query.shape
+    heads, scale = (batch, -1, attn.heads, width // attn.heads), math.sqrt(attn.heads / width)
+    text = 0 if encoder_hidden_states is None else encoder_hidden_states.shape[1]
+    cos, sin = image_rotary_emb
+    query = rms_norm_rotate(attn.norm_q, query.reshape(heads), cos[text:], sin[text:], scale)
+    key = rms_norm_rotate(attn.norm_k, key.reshape(heads), cos[text:], sin[text:], 1)
+    if encoder_hidden_states is not None:
+        text_query = rms_norm_rotate(attn.norm_added_q, text_query.reshape(heads), cos[:text], sin[:text], scale)
+        text_key = rms_norm_rotate(attn.norm_added_k, text_key.reshape(heads), cos[:text], sin[:text], 1)
+        query, key = ops.concat((text_query, query), 2), ops.concat((text_key, key), 2)
+        value = ops.concat((text_value, value), 1)
+    scores = ops.BatchMatMul(transpose_b=True)(query, key)
+    if attention_mask is not None:
+        scores = masked(scores, attention_mask)
+    attended = ops.BatchMatMul()(ops.softmax(scores, -1), value.reshape(heads).swapaxes(1, 2))
+    attended = attended.swapaxes(1, 2).reshape(batch, -1, width)
+    if encoder_hidden_states is None:
+        return attended
+    return attn.to_out[1](attn.to_out[0](attended[:, text:])), attn.to_add_out(attended[:, :text])
+
+
+def rms_norm_rotate(norm, x, cos, sin, scale):
+    """Heads (B, L, H, d), normed, turned by the rotary table, both (L, d), and scaled: (B, H, L, d)."""
+    return kernels.RMS_NORM_ROTATE(x, norm.weight, cos, sin, number(norm.eps), number(scale))
+
+
+@ms.constexpr
+def number(value):
+    """A kernel's scalar."""
+    return ms.Tensor(value, ms.float32)
+
+
 STAND_INS = (
     (ms.Tensor, "repeat", repeat),
     (mint, "chunk", chunk),
@@ -273,6 +378,7 @@ STAND_INS = (
     (mint, "randn_like", randn_like),
     (mint.nn.functional, "gelu", gelu),
     (mint.nn.functional, "layer_norm", layer_norm),
+    (mint.nn.Linear, "construct", linear_cell),
     (mint.nn.LayerNorm, "construct", layer_norm_cell),
     (mint.nn.Embedding, "construct", embedding_cell),
     (mint.nn.Conv2d, "construct", conv2d_cell),
@@ -282,10 +388,20 @@ STAND_INS = (
     (attention_dispatch, "scaled_dot_product_attention", scaled_dot_product_attention),
     (attention_processor.Attention, "scaled_dot_product_attention", attention_cell_scaled_dot_product),
     (transformer_flux, "get_1d_rotary_pos_embed", get_1d_rotary_pos_embed),
+    (transformer_flux, "apply_rotary_emb", apply_rotary_emb),
     (transformer_flux.FluxAttnProcessor, "__call__", flux_attention),
     (transformer_flux.FluxIPAdapterAttnProcessor, "__call__", flux_ip_adapter_attention),
 )
 """Owner, attribute, stand-in."""
+
+FUSED_STAND_INS = (
+    (mint.nn.functional, "gelu", fused_gelu),
+    (mint.nn.LayerNorm, "construct", fused_layer_norm_cell),
+    (normalization.AdaLayerNormZero, "construct", fused_ada_layer_norm_zero_cell),
+    (normalization.AdaLayerNormZeroSingle, "construct", fused_ada_layer_norm_zero_single_cell),
+    (transformer_flux.FluxAttnProcessor, "__call__", fused_flux_attention),
+)
+"""Those of one compiled kernel each, in the places of others."""
 
 if parser is not None:
     # x += y in a graph is x = x + y: once a graph such as T5's has assigned in place, MindSpore 2.10.0 crashes where it
@@ -295,7 +411,7 @@ if parser is not None:
 
 def install():
     """Puts every stand-in in its place; to do so again changes nothing."""
-    for owner, name, stand_in in STAND_INS:
+    for owner, name, stand_in in STAND_INS + (FUSED_STAND_INS if kernels.LIBRARY else ()):
         # MindSpore's parser looks some methods up again by the function's own name.
         stand_in.__name__ = name
         setattr(owner, name, stand_in)

@@ -1,0 +1,65 @@
+"""Compiles cpu_kernels.cc where there is a C++ compiler, and gives its kernels as MindSpore's operators.
+
+On a CPU a small Flux takes as long for handing out kernels as for running them, so what makes it fast is one kernel in
+the place of ten. Every operator here is None where nothing could be compiled.
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from mindone.diffusers.utils import logging
+
+from mindspore import ops
+
+logger = logging.get_logger(__name__)
+
+SOURCE = Path(__file__).with_suffix(".cc")
+# Not -ffast-math: it switches denormals off for the whole process, and what is no number has to stay none.
+FLAGS = (
+    *("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
+    *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"),
+)
+
+
+def cache_folder():
+    """The user's folder for what is compiled once."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "FBCache_ms"
+
+
+def compiled(compiler, folder):
+    """The kernels' library in a folder, compiled unless it is there; None, with a warning, where that fails."""
+    # -march=native is for this processor, and a home folder may be shared with others.
+    processor = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "")
+    key = hashlib.sha256("\n".join((SOURCE.read_text(), *FLAGS, processor)).encode()).hexdigest()[:16]
+    library = folder / f"cpu_kernels_{key}.so"
+    if library.is_file():
+        return library
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder) as fresh:
+            made = Path(fresh) / library.name
+            subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(made)], check=True, capture_output=True)
+            made.replace(library)
+    except (OSError, subprocess.CalledProcessError) as error:
+        logger.warning(f"cpu_kernels.cc cannot be compiled ({error}): MindSpore's own kernels take longer")
+        return None
+    return library
+
+
+COMPILER = shutil.which("g++")
+LIBRARY = COMPILER and compiled(COMPILER, cache_folder())
+
+
+def kernel(name, shape=lambda first, *others: first):
+    """A kernel as an operator of float32 tensors; ``shape`` gives its output's shape from its inputs'."""
+    return LIBRARY and ops.Custom(f"{LIBRARY}:{name}", shape, lambda first, *others: first, func_type="aot")
+
+
+GELU_TANH = kernel("gelu_tanh")
+LAYER_NORM = kernel("layer_norm")
+LAYER_NORM_MODULATE = kernel("layer_norm_modulate")
+RMS_NORM_ROTATE = kernel("rms_norm_rotate", lambda x, *others: [x[0], x[2], x[1], x[3]])
