@@ -158,7 +158,7 @@ def test_get_1d_rotary_pos_embed(dim, length):
 
 def test_stand_ins_bear_the_names_of_what_they_stand_for():
     # MindSpore's parser finds a method by its function's name where other graphs were compiled before.
-    assert all(getattr(owner, name).__name__ == name for owner, name, _ in cpu.STAND_INS)
+    assert all(getattr(owner, name).__name__ == name for owner, name, each in cpu.STAND_INS if callable(each))
 
 
 def check_cell(cell, expected, *arguments):
