@@ -80,7 +80,9 @@ def test_a_sweep_measures_what_it_draws_and_goes_on_where_it_was(options, tmp_pa
     assert [cell["psnr"] for cell in again["cells"]] == [cell["psnr"] for cell in report["cells"]]
 
 
-def test_a_sweep_compiles_once_a_structure(options, tmp_path, strict_graph_mode):
+def test_a_sweep_compiles_and_warms_up_once_a_structure(options, tmp_path, strict_graph_mode, monkeypatch):
+    drawn, draw = [], Painter._draw
+    monkeypatch.setattr(Painter, "_draw", lambda self, *asked: drawn.append(asked[2]) or draw(self, *asked))
     arguments = [*options, "--save_path", str(tmp_path), "--cases", "fbcache", "--thresholds", "0", "0.5", "1"]
     arguments += ["--limit", "1"]
     assert sweep.main(arguments) == 0
@@ -89,6 +91,8 @@ def test_a_sweep_compiles_once_a_structure(options, tmp_path, strict_graph_mode)
         json.loads((tmp_path / cell["folder"] / "seconds.0.jsonl").read_text())["compile"] for cell in cells
     ]
     assert [seconds > 0.1 for seconds in compile_seconds] == [True, True, False, False]
+    uncached, *cached = [Setting.named(cell["cache"], cell["steps"]) for cell in cells]
+    assert drawn == [uncached] * 2 + [cached[0]] * 2 + [uncached, cached[1], uncached, cached[2], uncached]
 
 
 def test_the_speed_table_has_the_fields_of_the_field(options, tmp_path, capsys):

@@ -17,7 +17,7 @@ from FBCache_ms.eval.ranks import rank_and_world, wait_until_empty
 from FBCache_ms.flops import step_costs
 
 UNCACHED_EVERY = 4
-"""The uncached run is timed beside every so many-th picture of a setting."""
+"""The uncached run is timed beside every so many-th picture of another setting."""
 
 KEPT_PROMPTS = 64
 """How many prompts' embeddings are kept; those of FLUX.1-dev take 4 MB each."""
@@ -150,11 +150,12 @@ class Painter:
     def draw(self, index, prompt, setting):
         """A picture (H, W, 3) of uint8, the facts about it and the seconds it took, warm.
 
-        The setting's first drawing in this process is done twice, and "compile" tells the first one's compilation.
+        A graph's first drawing in this process is done twice, and "compile" tells the first one's compilation.
         """
-        if setting in self._warm:
+        graph = setting.config.structure, setting.graph
+        if graph in self._warm:
             return self._draw(index, prompt, setting)
-        self._warm.add(setting)
+        self._warm.add(graph)
         compilation = self._draw(index, prompt, setting)[2].get("compile", 0.0)
         picture, facts, seconds = self._draw(index, prompt, setting)
         return picture, facts, {**seconds, "compile": compilation}
@@ -229,7 +230,7 @@ def draw_missing(painter, folders, prompts, ranks=(0, 1), in_turn=False):
     for setting, index in tqdm(work, desc=name, initial=done, total=done + len(work), disable=not work):
         picture, facts, seconds = painter.draw(index, prompts[index], setting)
         uncached = Setting.named(UNCACHED, painter.args.num_inference_steps)
-        if not in_turn and index % UNCACHED_EVERY == 0:
+        if not in_turn and setting != uncached and index % UNCACHED_EVERY == 0:
             seconds["uncached"] = painter.draw(index, prompts[index], uncached)[2]["denoise"]
         folders[setting].add(index, prompts[index], picture, facts, seconds, rank)
 
