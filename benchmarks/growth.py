@@ -8,8 +8,8 @@ whose last two are reused, which gives the time of a computed and of a reused st
 greatest, compilation included.
 
 Each quantity is fitted twice: as a power of what varies, n, by least squares in logarithms; and as a sum of terms that
-say where it comes from, a + b n, for tokens a + b n + c n^2, none below 0, by least squares of the relative error. The
-table has the power, its R^2, and each term's share at the largest n.
+say where it comes from, a + b n, with c n^2 where attention is in it, none below 0, by least squares of the relative
+error. The table has the power, its R^2, and each term's share at the largest n.
 """
 
 import argparse
@@ -60,13 +60,13 @@ TERMS = {
     "tokens": {
         "computed": ("calls of operators", "projections and MLP", "attention"),
         "reused": ("calls of operators", "projections and MLP", "first block's attention"),
-        "cache_bytes": ("trace and settings", "buffers a token", "-"),
+        "cache_bytes": ("trace and settings", "each token's buffers"),
         "peak_bytes": ("program, weights, graph", "activations", "attention's scores"),
     },
     "blocks": {
         "computed": ("embedding, Euler step", "blocks"),
         "reused": ("embedding, first block, forecast", "skipped blocks"),
-        "cache_bytes": ("all of the cache", "-"),
+        "cache_bytes": ("all of the cache",),
         "peak_bytes": ("program", "weights and graph"),
     },
     "order": {
@@ -193,13 +193,15 @@ def measure_alone(point, runs):
 
 
 def power(n, values):
-    """The exponent of c n^a that fits best in logarithms, and its R^2 there."""
+    """The exponent of c n^a that fits best in logarithms, and its R^2 there; 0 and 1 where nothing grows."""
     import numpy as np
 
+    if len(set(values)) == 1:
+        return 0.0, 1.0
     x, y = np.log(n), np.log(values)
     exponent, constant = np.polyfit(x, y, 1)
     left, whole = ((y - constant - exponent * x) ** 2).sum(), ((y - y.mean()) ** 2).sum()
-    return exponent, 1 - left / whole if whole else 1.0
+    return exponent, 1 - left / whole
 
 
 def terms(n, values, degree):

@@ -1,4 +1,4 @@
-"""Sweeps: how long 50 settings take in one process, against the sum of their denoise times.
+"""Sweeps: how long many settings take in one process, against the sum of their denoise times.
 
     .venv/bin/python benchmarks/sweep_time.py
 
@@ -14,7 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 
 from machine import machine
@@ -42,6 +42,7 @@ def parse_arguments(argv=None):
     """The command line."""
     parser = Parser(prog="sweep_time", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=28, metavar="N", help="(default: 28)")
+    parser.add_argument("--settings", type=int, default=50, metavar="N", help="at most 50 (default: 50)")
     parser.add_argument(
         "--structures", type=int, default=1, metavar="N", help="structures, an order of the forecast each (default: 1)"
     )
@@ -51,7 +52,8 @@ def parse_arguments(argv=None):
     args = parser.parse_args(argv)
     try:
         check_range("steps", args.steps, 5, MAX_STEPS)
-        check_range("structures", args.structures, 1, len(THRESHOLDS) * len(LIMITS))
+        check_range("settings", args.settings, 1, len(THRESHOLDS) * len(LIMITS))
+        check_range("structures", args.structures, 1, args.settings)
         check_range("runs", args.runs, 1)
         check_folder(args.save_path)
         check_into(args.into)
@@ -60,9 +62,9 @@ def parse_arguments(argv=None):
     return args
 
 
-def configs(structures):
-    """The 50 CacheConfigs, the orders 0 to structures - 1 in turn."""
-    chosen = enumerate(product(LIMITS, THRESHOLDS))
+def configs(settings, structures):
+    """So many CacheConfigs, the orders 0 to structures - 1 in turn."""
+    chosen = enumerate(islice(product(LIMITS, THRESHOLDS), settings))
     return [CacheConfig(threshold, number % structures, **limits) for number, (limits, threshold) in chosen]
 
 
@@ -199,7 +201,7 @@ def main(argv=None):
 
         options = ["--num_inference_steps", str(args.steps), "--limit", "1", "--save_path", str(args.save_path)]
         program_args = sweep.parse_arguments(options)
-        chosen = configs(args.structures)
+        chosen = configs(args.settings, args.structures)
         pipes = {name: load(program_args) for name in WAYS}
         records = {name: [] for name in WAYS}
         for _ in tqdm(range(args.runs + 1), desc="sweeps of each way"):

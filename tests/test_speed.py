@@ -40,7 +40,7 @@ def test_the_excess_is_divided_between_computed_and_reused_steps():
 
 @pytest.mark.parametrize("structures", [1, 2, 4])
 def test_a_sweep_has_50_settings_of_so_many_structures(structures):
-    chosen = configs(structures)
+    chosen = configs(50, structures)
     assert len(set(chosen)) == 50 and len({config.structure for config in chosen}) == structures
     assert all(isinstance(config, CacheConfig) for config in chosen)
 
