@@ -1,7 +1,7 @@
 // Operators of Flux that MindSpore's CPU backend has as chains of small kernels only, each in one pass, in float32.
 //
-// The interface is that of MindSpore's ahead-of-time Custom operators: the inputs, then the output. Shapes are the
-// caller's to check.
+// The interface is that of MindSpore's ahead-of-time Custom operators: the inputs, then the output; beside each kernel
+// the shape and type of its output. Shapes are the caller's to check.
 
 #include <omp.h>
 
@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 namespace {
 
@@ -67,6 +68,9 @@ int64_t product(const int64_t *shape, int first, int last) {
 
 }  // namespace
 
+#define INFER_SHAPE(name) extern "C" std::vector<int64_t> name##InferShape(int *ranks, int64_t **shapes, void *extra)
+#define INFER_TYPE(name) \
+  extern "C" int name##InferType(std::vector<int> types, void *extra) { return types[0]; }
 #define KERNEL(name)                                                                                          \
   extern "C" int name(int count, void **tensors, int *ranks, int64_t **shapes, const char **types, void *stream, \
                       void *extra)
@@ -74,6 +78,8 @@ int64_t product(const int64_t *shape, int first, int last) {
 #define OUTPUT static_cast<float *>(tensors[count - 1])
 
 // x / (1 + e^-2u), u = sqrt(2 / pi) (x + 0.044715 x^3): GELU with tanh. x of any shape.
+INFER_TYPE(gelu_tanh)
+INFER_SHAPE(gelu_tanh) { return {shapes[0], shapes[0] + ranks[0]}; }
 KERNEL(gelu_tanh) {
   const float *x = TENSOR(0);
   float *y = OUTPUT;
@@ -88,6 +94,8 @@ KERNEL(gelu_tanh) {
 }
 
 // norm(x) (1 + scale) + shift over the last axis: x (B, L, D), scale and shift (B, D), epsilon a scalar.
+INFER_TYPE(layer_norm_modulate)
+INFER_SHAPE(layer_norm_modulate) { return {shapes[0], shapes[0] + ranks[0]}; }
 KERNEL(layer_norm_modulate) {
   const float *x = TENSOR(0), *scale = TENSOR(1), *shift = TENSOR(2);
   const float epsilon = *TENSOR(3);
@@ -107,6 +115,8 @@ KERNEL(layer_norm_modulate) {
 }
 
 // norm(x) over the last axis of x (..., D), epsilon a scalar.
+INFER_TYPE(layer_norm)
+INFER_SHAPE(layer_norm) { return {shapes[0], shapes[0] + ranks[0]}; }
 KERNEL(layer_norm) {
   const float *x = TENSOR(0);
   const float epsilon = *TENSOR(1);
@@ -127,6 +137,8 @@ KERNEL(layer_norm) {
 
 // RMSNorm of each head times a scale, turned by the rotary table, heads first: x (B, L, H, d), weight (d), cosine and
 // sine (L, d), epsilon and scale scalars; y (B, H, L, d).
+INFER_TYPE(rms_norm_rotate)
+INFER_SHAPE(rms_norm_rotate) { return {shapes[0][0], shapes[0][2], shapes[0][1], shapes[0][3]}; }
 KERNEL(rms_norm_rotate) {
   const float *x = TENSOR(0), *weight = TENSOR(1), *cosine = TENSOR(2), *sine = TENSOR(3);
   const float epsilon = *TENSOR(4), scale = *TENSOR(5);

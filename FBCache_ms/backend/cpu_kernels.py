@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from mindone.diffusers.utils import logging
 
 from mindspore import ops
+from mindspore.ops import CustomRegOp, DataType
 
 logger = logging.get_logger(__name__)
 
@@ -54,12 +55,19 @@ COMPILER = shutil.which("g++")
 LIBRARY = COMPILER and compiled(COMPILER, cache_folder())
 
 
-def kernel(name, shape=lambda first, *others: first):
-    """A kernel as an operator of float32 tensors; ``shape`` gives its output's shape from its inputs'."""
-    return LIBRARY and ops.Custom(f"{LIBRARY}:{name}", shape, lambda first, *others: first, func_type="aot")
+def kernel(name, inputs):
+    """A kernel of so many float32 tensors as an operator, None where there is no library."""
+    if LIBRARY is None:
+        return None
+    # The library tells the output's shape: a graph that is compiled while it runs cannot ask Python.
+    info = CustomRegOp(name).target("CPU").output(0, "output")
+    for index in range(inputs):
+        info.input(index, f"input{index}")
+    info.dtype_format(*[DataType.F32_Default] * (inputs + 1))
+    return ops.Custom(f"{LIBRARY}:{name}", func_type="aot", reg_info=info.get_op_info())
 
 
-GELU_TANH = kernel("gelu_tanh")
-LAYER_NORM = kernel("layer_norm")
-LAYER_NORM_MODULATE = kernel("layer_norm_modulate")
-RMS_NORM_ROTATE = kernel("rms_norm_rotate", lambda x, *others: [x[0], x[2], x[1], x[3]])
+GELU_TANH = kernel("gelu_tanh", 1)
+LAYER_NORM = kernel("layer_norm", 2)
+LAYER_NORM_MODULATE = kernel("layer_norm_modulate", 4)
+RMS_NORM_ROTATE = kernel("rms_norm_rotate", 6)
