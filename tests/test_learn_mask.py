@@ -1,5 +1,6 @@
 import json
 import math
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ from narrow import make_narrow
 
 from FBCache_ms.config import CacheConfig
 from FBCache_ms.eval import learn_mask
-from FBCache_ms.eval.learn_mask import Estimate, anneal, interpolation, starts, with_mask
+from FBCache_ms.eval.learn_mask import POWER, Estimate, anneal, lagrange, starts, with_mask
 
 
 @pytest.mark.parametrize("steps, computed", [(28, 2), (28, 8), (50, 12), (5, 4)])
@@ -33,24 +34,40 @@ def test_annealing_survives_errors_that_run_away_and_stops_where_no_mask_is_left
     assert len(errors) == math.comb(4, 2)
 
 
-def test_interpolation_is_exact_on_polynomials_from_their_order_on():
-    mask, steps = (1, 1, 0, 1, 0, 0), np.arange(6)
-    for coordinates in (steps, np.sqrt(1 - steps / 6)):
-        weights = interpolation(mask, coordinates, 2)
-        values = 1 + 2 * coordinates + 3 * coordinates**2
-        np.testing.assert_allclose((weights @ values)[3:], values[3:])
-        np.testing.assert_allclose(weights.sum(1), 1)
-    np.testing.assert_array_equal(interpolation(mask, steps, 0) @ steps, [0, 1, 1, 3, 3, 3])
+def test_lagrange_weights_are_exact_on_polynomials():
+    nodes, x = [0.0, 1.0, 3.0], 4.5
+    values = [1 + 2 * node + 3 * node**2 for node in nodes]
+    assert np.dot(lagrange(nodes, x), values) == pytest.approx(1 + 2 * x + 3 * x**2)
+    assert lagrange([2.0], x) == [1]
 
 
-def test_the_estimate_is_the_weighted_error_of_the_velocities():
-    sigmas, rng = np.array([1, 0.7, 0.3, 0]), np.random.default_rng(0)
-    path = rng.standard_normal((4, 2, 3))
+@pytest.fixture
+def uncached_run():
+    """The latents of a run of nine steps, and its noise levels."""
+    return np.random.default_rng(0).standard_normal((10, 2, 3)).cumsum(0), np.linspace(1, 0, 10) ** 0.8
+
+
+def test_the_estimate_is_the_weighted_sum_of_what_each_step_is_off_by(uncached_run):
+    path, sigmas = uncached_run
     velocities = np.diff(path, axis=0) / np.diff(sigmas)[:, None, None]
-    # Steps 1 and 2 reuse the first velocity; their deviations count by their strides and by 1 - sigma behind them.
-    deviation = -0.4 * 0.7 * (velocities[0] - velocities[1]) - 0.3 * 1 * (velocities[0] - velocities[2])
-    assert Estimate(path, sigmas, 0)((1, 0, 0)) == pytest.approx((deviation**2).mean())
-    assert Estimate(path, sigmas, 0)((1, 1, 1)) == 1e-30
+    costs = Estimate(path, sigmas, 0).costs((6,))
+    weights = (sigmas[:-1] - sigmas[1:]) * (1 - sigmas[1:]) ** POWER
+    norms = [np.sqrt(((velocities[6] - velocities[step]) ** 2).mean()) for step in (7, 8)]
+    assert costs == pytest.approx([0, weights[7] * norms[0], weights[7] * norms[0] + weights[8] * norms[1]])
+
+
+@pytest.mark.parametrize("order, by_sigma", [(0, False), (1, True), (2, False)])
+def test_dynamic_programming_finds_the_least_estimate_of_all_masks(order, by_sigma, uncached_run):
+    estimate = Estimate(*uncached_run, order, by_sigma)
+
+    def total(places):
+        bounds = zip(places, (*places[1:], 9))
+        runs = [(places[max(0, index - order) : index + 1], stop) for index, (_, stop) in enumerate(bounds)]
+        return sum(estimate.costs(nodes)[stop - nodes[-1] - 1] for nodes, stop in runs)
+
+    best = tuple(np.flatnonzero(estimate.best(4)))
+    everything = [(0, *rest) for rest in combinations(range(1, 9), 3)]
+    assert total(best) == pytest.approx(min(map(total, everything)))
 
 
 def test_a_mask_keeps_the_forecast_and_the_span_alone():
@@ -61,8 +78,7 @@ def test_a_mask_keeps_the_forecast_and_the_span_alone():
         with_mask(CacheConfig.preset("dicache"), (1, 0, 1))
 
 
-def test_learnt_masks_are_preset_files_that_cache_takes(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(learn_mask, "ESTIMATES", 10)
+def test_learnt_masks_are_preset_files_that_cache_takes(tmp_path, capsys):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat\ntwo dogs\nthree birds")
     options = ["--ckpt", str(make_narrow(tmp_path / "narrow")), "--image_size", "32", "32", "--prompts", str(prompts)]
