@@ -46,6 +46,10 @@ PRESETS = {
     "mask_medium": "F0B0_W0M0MC0_T0O0_R0.12,gate=static,schedule=mask_medium",
     "mask_fast": "F0B0_W0M0MC0_T0O0_R0.12,gate=static,schedule=mask_fast",
     "mask_ultra": "F0B0_W0M0MC0_T0O0_R0.12,gate=static,schedule=mask_ultra",
+    "learnt_6": "F0B0_W0M0MC0_T1O1_R0.12,gate=static,schedule=learnt_6",
+    "learnt_8": "F0B0_W0M0MC0_T1O1_R0.12,gate=static,schedule=learnt_8",
+    "learnt_10": "F0B0_W0M0MC0_T1O1_R0.12,gate=static,schedule=learnt_10",
+    "learnt_12": "F0B0_W0M0MC0_T1O1_R0.12,gate=static,schedule=learnt_12",
 }
 """Tags by name. slow to ultra and the four masks are cache-dit 1.5.3's, double_gate has Nunchaku's defaults."""
 
@@ -235,7 +239,8 @@ class CacheConfig:
         tuple(SCHEDULES),
         "schedule",
         "steps that are computed: taylorseer, the first three and every N-th from there; fora, every N-th; magcache; "
-        "cache-dit's four masks. At the others the gate decides, or with the static gate they are reused",
+        "cache-dit's four masks; learnt_N, N steps in all, learnt on the embedded checkpoint. At the others the gate "
+        "decides, or with the static gate they are reused",
     )
     schedule_interval: int = _option(
         5,

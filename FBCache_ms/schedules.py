@@ -26,6 +26,26 @@ MASKS = {
 }
 """Run lengths of computed and of reused steps in 28 (cache-dit 1.5.3, steps_mask)."""
 
+LEARNT = {
+    "learnt_6": {
+        28: (0, 8, 12, 16, 23, 26),
+        50: (0, 16, 23, 32, 43, 48),
+    },
+    "learnt_8": {
+        28: (0, 6, 9, 13, 17, 22, 25, 27),
+        50: (0, 11, 17, 23, 31, 40, 45, 48),
+    },
+    "learnt_10": {
+        28: (0, 4, 7, 10, 13, 16, 20, 23, 25, 27),
+        50: (0, 8, 14, 19, 23, 31, 37, 42, 46, 48),
+    },
+    "learnt_12": {
+        28: (0, 3, 6, 8, 10, 13, 16, 20, 23, 25, 26, 27),
+        50: (0, 7, 11, 16, 20, 25, 31, 37, 42, 46, 48, 49),
+    },
+}
+"""{steps: those computed}, learnt with eval/learn_mask.py on the embedded checkpoint for a linear forecast."""
+
 
 def taylorseer(steps, interval):
     """The first three steps, then each interval-th after the last computed one (TaylorSeer's cal_type)."""
@@ -65,6 +85,19 @@ def run_lengths(computed, reused):
     return np.array(mask)
 
 
+def learnt(steps, tables):
+    """Computes the steps of the table for the nearest number of steps, at the same shares of the way to the last one.
+
+    Args:
+        steps: N.
+        tables: {number of steps: those computed}.
+
+    Where N has a table of its own these are its steps; where N is small two of them may fall together.
+    """
+    of = min(tables, key=lambda number: abs(number - steps))
+    return np.isin(np.arange(steps), np.round(np.array(tables[of]) * (steps - 1) / (of - 1))).astype(int)
+
+
 def nearest(values, steps):
     """The values at ``steps`` places spread evenly over them, each the nearest one."""
     places = np.linspace(0, len(values) - 1, steps)
@@ -82,6 +115,7 @@ SCHEDULES = {
         config.magcache_retention,
     ),
     **{name: lambda config, steps, runs=runs: nearest(run_lengths(*runs), steps) for name, runs in MASKS.items()},
+    **{name: lambda config, steps, tables=tables: learnt(steps, tables) for name, tables in LEARNT.items()},
 }
 
 

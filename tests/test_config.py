@@ -7,7 +7,20 @@ from hypothesis import strategies as st
 
 from FBCache_ms import CacheConfig
 from FBCache_ms.config import PRESETS
-from FBCache_ms.schedules import ASK, COMPUTE, MASKS, REUSE, fora, magcache, nearest, row, run_lengths, taylorseer
+from FBCache_ms.schedules import (
+    ASK,
+    COMPUTE,
+    LEARNT,
+    MASKS,
+    REUSE,
+    fora,
+    learnt,
+    magcache,
+    nearest,
+    row,
+    run_lengths,
+    taylorseer,
+)
 
 
 @pytest.mark.parametrize(
@@ -232,6 +245,15 @@ def test_the_projects_own_presets(name, threshold):
 def test_an_unknown_preset_is_refused_by_name():
     with pytest.raises(ValueError, match="turbo"):
         CacheConfig.preset("turbo")
+
+
+@pytest.mark.parametrize("name", LEARNT)
+def test_a_learnt_schedule_computes_its_own_steps_and_elsewhere_as_many(name):
+    for steps, computed in LEARNT[name].items():
+        assert tuple(learnt(steps, LEARNT[name]).nonzero()[0]) == computed
+        assert len(computed) == int(name.partition("_")[2])
+    assert learnt(36, LEARNT[name]).sum() == learnt(100, LEARNT[name]).sum() == len(computed)
+    assert [list(learnt(steps, LEARNT[name])[:1]) for steps in (1, 4, 20)] == [[1]] * 3
 
 
 @pytest.mark.parametrize("interval, number", [(4, 14), (5, 12), (6, 10), (7, 9), (8, 8)])

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Optional
 
+from FBCache_ms.schedules import LEARNT, MASKS
+
 UNCACHED = "F0B0_W0_R0.12,gate=none"
 """The tag of the graph that has no gate at all: what a speed-up is a speed-up over."""
 
@@ -112,7 +114,7 @@ def dbcache():
 
 def masks():
     """Schedules that are known before the loop."""
-    names = ("mask_slow", "mask_medium", "mask_fast", "mask_ultra", "magcache", "fora", "taylorseer", "hicache")
+    names = (*MASKS, "magcache", "fora", "taylorseer", "hicache", *LEARNT)
     return tuple(Row("static", name, name) for name in names)
 
 
@@ -169,6 +171,7 @@ def rules():
         Row("DiCache", "DiCache", "dicache"),
         Row("DiCache", "DiCache's gate, reuse", "F1B0_W6_R0.4,gate=dicache"),
         Row("here", "decision by the worst sample", "F1B0_W0_R0.12,batch_reduction=max"),
+        *(Row("here", "learnt mask", name) for name in LEARNT),
     )
 
 

@@ -1,0 +1,297 @@
+"""Speed against nearness to the uncached pictures, over all that FBCache_ms offers: the Pareto front, and who leads.
+
+    .venv/bin/python benchmarks/frontier.py
+
+The prompts are drawn under every setting, and the uncached run is timed beside every fourth picture of each. Plain
+First-Block Cache's speed-up as a function of PSNR is a line through its thresholds; a setting's lead is its own
+speed-up over the line's at the same PSNR. The family that leads by --lead or more over the widest range of PSNR wins;
+fewer steps without a cache are shown as the control, and are no candidate.
+
+A killed run goes on where it was. Each number of steps has a folder of its own, of which FBCache_ms.eval.report makes a
+page with the front.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import sys
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+
+from FBCache_ms.config import PRESETS, CacheConfig
+from FBCache_ms.eval.arguments import (
+    Parser,
+    add_clip_option,
+    add_drawing_options,
+    add_into_option,
+    check_cache,
+    check_model_and_size,
+    check_range,
+    exit_status,
+    reason,
+)
+from FBCache_ms.eval.cases import BASELINE, UNCACHED, Row
+from FBCache_ms.eval.drawing import Setting, draw_and_finish
+from FBCache_ms.eval.files import check_folder, check_into, put_into
+from FBCache_ms.eval.measure import Judge, cell_of, clip_folder, write_sweep
+from FBCache_ms.eval.prompts import choose_prompts
+from FBCache_ms.eval.scenes import held_out_captions
+from FBCache_ms.eval.tables import markdown, spread, write_tables
+from FBCache_ms.eval.tune import FAMILIES, INTERVALS, THRESHOLDS
+from FBCache_ms.schedules import LEARNT
+
+PLAIN, CONTROL = "FBCache", "fewer steps"
+
+PLAIN_THRESHOLDS = (0.05, 0.06, 0.07, 0.08, 0.09, 0.1, 0.11, 0.12, 0.13, 0.15, 0.17, 0.2, 0.25, 0.3, 0.4, 0.6)
+"""Close together, since every other setting is held against the line through them."""
+
+SHARES = (0.18, 0.22, 0.25, 0.29, 0.36, 0.5, 0.7)
+"""Of the steps, for the control."""
+
+STATIC = "F0B0_W0_T1O2_R0.12,gate=static,schedule=taylorseer,schedule_interval={:d},forecast=newton"
+
+OTHERS = {
+    "FBCache + Newton": ("F1B0_W0_T1O2_R{:g},forecast=newton", THRESHOLDS),
+    "FBCache + HiCache": ("F1B0_W0_T1O2_R{:g},forecast=hicache", THRESHOLDS),
+    "FBCache or TeaCache": ("F1B0_W0_R{:g},gate=fbcache_or_teacache,teacache_threshold=0.25", THRESHOLDS),
+    "DiCache": ("F1B0_W6_T1O1_R{:g},gate=dicache,probe=hidden,forecast=dicache,end=0.95", THRESHOLDS),
+    "Newton": (STATIC, INTERVALS),
+    "Newton in sigma": (STATIC + ",forecast_coordinate=sigma", INTERVALS),
+    "MagCache": ("F0B0_W0_R0.12,gate=static,schedule=magcache,magcache_threshold={:g}", (0.06, 0.12, 0.24, 0.48)),
+    "learnt": ("{}", tuple(LEARNT)),
+}
+"""Tags with one number left open, and its values, as in FAMILIES."""
+
+EVERY = {PLAIN: 1, "learnt": 1}
+"""Every so many-th value of a family is drawn; of others every third."""
+
+LEARNT_FROM = 6
+"""The learnt schedules have seen so many of the first captions of seed 0."""
+
+
+def parse_arguments(argv=None):
+    """The command line; ``args.runs`` has the arguments of each number of steps."""
+    parser = Parser(prog="frontier", description=__doc__, allow_abbrev=False, conflict_handler="resolve")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add_drawing_options(parser, limit=50, save_path="./results/frontier")
+    add = parser.add_argument
+    add("--num_inference_steps", type=int, nargs="+", default=[28, 50], metavar="N", help="(default: 28 50)")
+    add("--cache", nargs="+", default=[], metavar="TAG|FILE", help="further settings, such as masks of learn_mask's")
+    names = [*families(), CONTROL, "preset"]
+    add("--families", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)} (default: all)")
+    add(
+        "--lead", type=float, default=1.5, metavar="X", help="over plain First-Block Cache at equal PSNR (default: 1.5)"
+    )
+    add_clip_option(parser)
+    add_into_option(parser)
+    # Other noise than that of the prompts which the masks were learnt from.
+    parser.set_defaults(seed=1)
+    args = parser.parse_args(argv)
+    try:
+        check_into(args.into)
+        check_range("lead", args.lead, 1)
+        args.prompts = unseen_prompts(args)
+        args.clip = clip_folder(args)
+        args.runs = [run_of(args, steps) for steps in args.num_inference_steps]
+    except (OSError, TypeError, ValueError) as error:
+        parser.error(reason(error))
+    return args
+
+
+def families():
+    """{family: (tag, values)} of all that is compared."""
+    return {**FAMILIES, PLAIN: (FAMILIES[PLAIN][0], PLAIN_THRESHOLDS), **OTHERS}
+
+
+def rows_of(args, steps):
+    """The rows for a number of steps, the uncached one first; a mask for another number of steps is left out."""
+    names = args.families or [*families(), CONTROL, "preset"]
+    rows = [BASELINE]
+    for family, (tag, values) in families().items():
+        if family in names:
+            rows += [Row(family, f"{family} {value}", tag.format(value)) for value in values[:: EVERY.get(family, 3)]]
+    if CONTROL in names:
+        rows += [Row(CONTROL, f"{share:.0%} of the steps", UNCACHED, share) for share in SHARES]
+    if "preset" in names:
+        drawn = {CacheConfig.named(row.cache) for row in rows}
+        rows += [Row(f"preset {name}", name, name) for name in PRESETS if CacheConfig.preset(name) not in drawn]
+    for cache in args.cache:
+        mask = CacheConfig.named(cache).steps_computation_mask
+        if mask is None or len(mask) == steps:
+            rows.append(Row("--cache", Path(cache).stem if cache.endswith(".json") else cache, cache))
+    return rows
+
+
+def run_of(args, steps):
+    """The arguments for one number of steps: its rows, and a folder of its own.
+
+    Raises OSError or ValueError for what cannot be.
+    """
+    run = argparse.Namespace(**vars(args))
+    run.num_inference_steps, run.save_path = steps, args.save_path / f"{steps}_steps"
+    check_model_and_size(run)
+    run.rows = rows_of(args, steps)
+    for row in run.rows:
+        check_cache(CacheConfig.named(row.cache), args.ckpt, row.steps_of(steps))
+    check_folder(run.save_path)
+    return run
+
+
+def unseen_prompts(args):
+    """The prompts without those that a mask was learnt from."""
+    seen = set(held_out_captions(LEARNT_FROM))
+    for cache in args.cache:
+        if cache.endswith(".json"):
+            preset = json.loads(Path(cache).read_text(encoding="utf-8"))
+            seen.update(preset.get("search", {}).get("prompts", ()))
+    more = argparse.Namespace(**{**vars(args), "limit": args.limit + len(seen)})
+    prompts = [prompt for prompt in choose_prompts(more) if prompt not in seen]
+    return prompts[: args.limit]
+
+
+def line_of(cells):
+    """Plain First-Block Cache's (PSNR, speed-up) in rising PSNR; thresholds that changed no picture are left out."""
+    return sorted((cell["psnr"], cell["speedup"]) for cell in cells if cell["case"] == PLAIN and finite(cell))
+
+
+def finite(cell):
+    """Whether any picture differs from the uncached one."""
+    return math.isfinite(cell["psnr"])
+
+
+def lead(cell, line):
+    """A speed-up over that of the line at the same PSNR; None beyond the line's ends."""
+    if not line or not line[0][0] <= cell["psnr"] <= line[-1][0]:
+        return None
+    psnrs, speedups = zip(*line)
+    return cell["speedup"] / float(np.interp(cell["psnr"], psnrs, speedups))
+
+
+def front(cells):
+    """Those of the cells that no other surpasses in both speed-up and PSNR, the fastest first."""
+    best = []
+    for cell in sorted(cells, key=lambda cell: (-cell["speedup"], -cell["psnr"])):
+        if not best or cell["psnr"] > best[-1]["psnr"]:
+            best.append(cell)
+    return best
+
+
+def longest_lead(cells, wanted):
+    """Those of a family's cells, neighbours in PSNR, that lead by ``wanted`` over the widest range of it."""
+    by_psnr = sorted(filter(finite, cells), key=lambda cell: cell["psnr"])
+    groups = groupby(by_psnr, lambda cell: (cell["lead"] or 0) >= wanted)
+    runs = [list(group) for leads, group in groups if leads]
+    return max(runs, key=lambda run: run[-1]["psnr"] - run[0]["psnr"], default=[])
+
+
+def leaders(cells, wanted):
+    """{family: its cells of the longest lead}, the widest range of PSNR first; the control is no candidate."""
+    names = dict.fromkeys(cell["case"] for cell in cells if cell["case"] not in (BASELINE.case, CONTROL))
+    runs = {name: longest_lead([cell for cell in cells if cell["case"] == name], wanted) for name in names}
+    found = {name: run for name, run in runs.items() if run}
+    return dict(sorted(found.items(), key=lambda item: item[1][0]["psnr"] - item[1][-1]["psnr"]))
+
+
+def add_leads(cells):
+    """Writes into each cell its lead and whether it is on the front."""
+    line, best = line_of(cells), front(cells)
+    for cell in cells:
+        cell["lead"] = lead(cell, line)
+        cell["front"] = any(cell is other for other in best)
+
+
+def table_of(cells):
+    """The cells as rows of text, the fastest first."""
+    return [
+        {
+            "Family": cell["case"],
+            "Setting": cell["name"],
+            "`--cache`": f"`{cell['cache']}`",
+            "Computed": f"{cell['computed_steps']:.1f} of {cell['steps']}",
+            "Time (s)": spread([entry["seconds"] for entry in cell["pictures"]]),
+            "Speedup": f"{cell['speedup']:.2f}x",
+            "PSNR": f"{cell['psnr']:.1f}" if finite(cell) else "equal",
+            "Lead": "-" if cell["lead"] is None else f"{cell['lead']:.2f}x",
+            "Front": "yes" if cell["front"] else "",
+        }
+        for cell in sorted(cells, key=lambda cell: -cell["speedup"])
+    ]
+
+
+def leaders_table(found):
+    """Who leads where, as rows of text."""
+    return [
+        {
+            "Family": name,
+            "PSNR": f"{run[0]['psnr']:.1f} to {run[-1]['psnr']:.1f}",
+            "Speedup": f"{run[-1]['speedup']:.2f}x to {run[0]['speedup']:.2f}x",
+            "Lead": f"{min(cell['lead'] for cell in run):.2f}x to {max(cell['lead'] for cell in run):.2f}x",
+            "Settings": ", ".join(cell["name"] for cell in run),
+        }
+        for name, run in found.items()
+    ]
+
+
+def text_of(args, steps, cells, found):
+    """The text for one number of steps."""
+    title = f"{steps} steps, {len(args.prompts)} prompts, {len(cells)} settings"
+    if not found:
+        return f"{title}: none leads by {args.lead:g}x\n\n{markdown(table_of(cells))}"
+    return (
+        f"{title}; who leads by {args.lead:g}x or more, the winner first:\n\n{markdown(leaders_table(found))}\n"
+        f"{markdown(table_of(cells))}"
+    )
+
+
+def machine():
+    """The processor's model and the number of its cores."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {"model": models[0] if models else platform.processor(), "cores": os.cpu_count()}
+
+
+def measure(run):
+    """Draws what is missing for one number of steps; the cells with their leads, and what the pictures depend on."""
+    steps, cells, common = run.num_inference_steps, [], {}
+    settings = {row: Setting.named(row.cache, row.steps_of(steps)) for row in run.rows}
+
+    def finish(painter, folders):
+        common.update(painter.common)
+        judge = Judge(run.prompts, folders[settings[BASELINE]], run.clip)
+        cells.extend(cell_of(row, each, folders[each], run.save_path, judge) for row, each in settings.items())
+        write_sweep(run.save_path, {**common, "steps": steps}, run.prompts, cells)
+
+    draw_and_finish(run, run.prompts, dict.fromkeys(settings.values()), finish)
+    add_leads(cells)
+    return cells, common
+
+
+def work(args):
+    """All numbers of steps; writes frontier.md, frontier.csv and frontier.json."""
+    texts, table, data = [], [], {"machine": machine(), "prompts": args.prompts, "runs": []}
+    for run in args.runs:
+        steps = run.num_inference_steps
+        cells, common = measure(run)
+        found = leaders(cells, args.lead)
+        texts.append(text_of(args, steps, cells, found))
+        table += table_of(cells)
+        names = {family: [cell["name"] for cell in leading] for family, leading in found.items()}
+        data["runs"].append({"settings": {**common, "steps": steps}, "leaders": names, "cells": cells})
+    text = "\n".join(texts)
+    write_tables(args.save_path, "frontier", text, table, data)
+    put_into(args.into, text)
+    print(text, end="")
+
+
+def main(argv=None):
+    """The program; returns its exit status."""
+    args = parse_arguments(argv)
+    return exit_status("frontier", lambda: work(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+import json
+import math
+
+import frontier
+import pytest
+from frontier import add_leads, front, lead, leaders, line_of
+from narrow import make_narrow
+
+
+def cell(case, psnr, speedup, name=""):
+    return {"case": case, "name": name or f"{case} {psnr}", "psnr": psnr, "speedup": speedup}
+
+
+PLAIN = [cell("FBCache", 60, 1), cell("FBCache", 40, 2), cell("FBCache", 50, 1.5), cell("FBCache", math.inf, 0.9)]
+
+
+def test_the_line_is_in_rising_psnr_and_has_no_equal_pictures():
+    assert line_of([*PLAIN, cell("other", 45, 3)]) == [(40, 2), (50, 1.5), (60, 1)]
+
+
+@pytest.mark.parametrize("psnr, expected", [(40, 1.5), (45, 3 / 1.75), (60, 3), (39.9, None), (61, None)])
+def test_a_lead_is_over_the_line_at_the_same_psnr(psnr, expected):
+    assert lead(cell("other", psnr, 3), line_of(PLAIN)) == (expected and pytest.approx(expected))
+
+
+def test_the_front_has_what_no_other_surpasses():
+    cells = [cell("a", 30, 3), cell("b", 29, 3), cell("c", 40, 2), cell("d", 35, 1.9), cell("e", math.inf, 1)]
+    assert [each["case"] for each in front(cells)] == ["a", "c", "e"]
+
+
+def test_the_winner_leads_over_the_widest_range_without_a_gap():
+    cells = [
+        *PLAIN,
+        *(cell("wide", psnr, 3.2) for psnr in (41, 44, 47)),
+        *(cell("gap", psnr, speedup) for psnr, speedup in ((41, 3.2), (48, 1.6), (59, 3.2), (60, 3.2))),
+        cell("fewer steps", 40, 9),
+        cell("fewer steps", 60, 9),
+    ]
+    add_leads(cells)
+    found = leaders(cells, 1.5)
+    assert [(name, len(run)) for name, run in found.items()] == [("wide", 3), ("gap", 2)]
+
+
+def test_a_frontier_is_drawn_for_every_number_of_steps(tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\ntwo dogs\nthree birds")
+    mask = tmp_path / "mask.json"
+    tag = "F0B0_W0_R0.12,gate=static,steps_computation_mask=101"
+    mask.write_text(json.dumps({"config": tag, "search": {"prompts": ["a cat"]}}))
+    options = ["--ckpt", str(make_narrow(tmp_path / "narrow")), "--image_size", "32", "32", "--prompts", str(prompts)]
+    options += ["--num_inference_steps", "3", "4", "--families", "FBCache", "fewer steps", "--cache", str(mask)]
+    assert frontier.main([*options, "--limit", "2", "--save_path", str(tmp_path / "out")]) == 0
+    text = capsys.readouterr().out
+    data = json.loads((tmp_path / "out" / "frontier.json").read_text())
+    assert data["prompts"] == ["two dogs", "three birds"]
+    assert [run["settings"]["steps"] for run in data["runs"]] == [3, 4]
+    assert [any(each["cache"] == str(mask) for each in run["cells"]) for run in data["runs"]] == [True, False]
+    assert "3 steps, 2 prompts" in text and "4 steps, 2 prompts" in text
+    assert (tmp_path / "out" / "4_steps" / "sweep.json").is_file()
