@@ -7,6 +7,7 @@ shapes it, and MindSpore is shown that folder alone, while it compiles that grap
 """
 
 import hashlib
+import inspect
 import itertools
 import json
 import os
@@ -18,47 +19,76 @@ from pathlib import Path
 from platform import python_version
 
 import mindone
+import transformers
 
 import mindspore as ms
 
-_SOURCES = ("utils.py", "rules.py", "gates.py", "schedules.py", "stats.py", "models/*.py", "backend/*.py")
+_SOURCES = ("*.py", "models/*.py", "backend/*.py", "backend/*.cc")
 _NUMBERS = itertools.count()
 
 
-def graph_key(cell, inputs, transformer, **structure):
+def graph_key(cell, inputs, model, **structure):
     """All that shapes a cell's graph, as text: what is given, its layers, Parameters and inputs, and whose code it is.
 
     Two graphs with the same text are the same graph; the weights' values are not in it, they are not in the graph.
+
+    Args:
+        cell: what is compiled.
+        inputs: its inputs.
+        model: the model with a config that it is, or that it runs the layers of.
+        structure: what makes a graph of its own beside these.
+
+    Raises OSError or TypeError for a layer whose source is in no file.
     """
 
     def description(value):
         return [list(value.shape), str(value.dtype)] if hasattr(value, "dtype") else str(value)
 
-    layers = [f"{name} {type(layer).__qualname__}" for name, layer in transformer.cells_and_names()]
-    processors = [f"{name} {type(each).__qualname__}" for name, each in transformer.attn_processors.items()]
+    processors = getattr(model, "attn_processors", {})
+    layers = [*model.cells_and_names(), *processors.items()]
+    kinds = [f"{name} {type(layer).__qualname__}" for name, layer in layers]
     parts = {
         "cell": type(cell).__name__,
         **structure,
-        "transformer": dict(transformer.config),
-        "layers": hashlib.sha256("\n".join(layers + processors).encode()).hexdigest(),
+        "model": config_of(model),
+        "training": cell.training,
+        "layers": hashlib.sha256("\n".join(kinds).encode()).hexdigest(),
         "inputs": [description(value) for value in inputs],
         "parameters": {parameter.name: description(parameter) for parameter in cell.get_parameters()},
         "jit_syntax_level": str(ms.get_context("jit_syntax_level")),
         "mindspore": ms.__version__,
         "mindone": mindone.__version__,
+        "transformers": transformers.__version__,
         "python": python_version(),
         "FBCache_ms": sources_checksum(),
+        "layer_sources": files_checksum({inspect.getfile(type(layer)) for _, layer in layers}),
     }
     return json.dumps(parts, indent=1, sort_keys=True, default=str)
 
 
+def users_folder():
+    """The user's folder for what need not be made twice; it may not be there yet."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "FBCache_ms"
+
+
+def config_of(model):
+    """A model's config, a dictionary: diffusers' is one, and transformers' leaves out how attention is computed."""
+    if not hasattr(model.config, "to_dict"):
+        return dict(model.config)
+    return {**model.config.to_dict(), "attention": getattr(model.config, "_attn_implementation", None)}
+
+
 @lru_cache(maxsize=None)
 def sources_checksum():
-    """A checksum over the sources of this package that end up in a graph."""
-    digest, package = hashlib.sha256(), Path(__file__).parent
-    for pattern in _SOURCES:
-        for file in sorted(package.glob(pattern)):
-            digest.update(file.relative_to(package).as_posix().encode() + file.read_bytes())
+    """A checksum over the sources of this package, but for its programs."""
+    return files_checksum(file for pattern in _SOURCES for file in Path(__file__).parent.glob(pattern))
+
+
+def files_checksum(files):
+    """A checksum over what files hold, wherever they lie."""
+    digest = hashlib.sha256()
+    for file in sorted(map(Path, files)):
+        digest.update(f"{file.parent.name}/{file.name}\n".encode() + file.read_bytes())
     return digest.hexdigest()[:16]
 
 

@@ -31,7 +31,7 @@ class Device:
         lazy_inline: whether a block is compiled once for all its copies, which takes a fraction of the time and half
             the memory at FLUX.1's 57 blocks; such graphs run on Ascend alone.
         deterministic: whether an NPU gives the same bits at every run, whose fastest kernels sum in any order.
-        compile_cache: the folder that keeps compiled denoise loops for other processes, or None.
+        compile_cache: the folder that keeps compiled graphs for other processes, or None.
     """
 
     name: str
@@ -55,29 +55,54 @@ class Device:
                 # What the decorator mindspore.lazy_inline leaves on a cell: equal marks share one graph.
                 block.cell_init_args = f"lazy_inline_{type(block).__name__}"
 
-    def compile(self, cell, inputs, transformer, structure):
+    def compile(self, cell, inputs, model, structure=None):
         """Compiles a cell for these inputs unless it is; returns whether its graph came from the compile cache.
 
-        A transformer with adapters, and a program without a file of its own (python -c), compile without the cache.
-        ``structure`` is what makes a graph of its own beside the transformer, the cell's Parameters and the inputs.
+        A model with adapters or with layers that no file defines, and a program without a file of its own (python -c),
+        compile without the cache, as do a cell's further graphs, for other inputs.
+
+        Args:
+            cell: what is compiled.
+            inputs: its inputs.
+            model: the model that it is, or that it runs the layers of.
+            structure: what makes a graph of its own beside the model, the cell's Parameters and the inputs.
         """
-        # An adapter's scale is a constant of the graph that no key can see; MindSpore reads the program's file.
-        adapters = any(getattr(transformer, name, None) for name in ("_hf_peft_config_loaded", "encoder_hid_proj"))
-        unkeyed = adapters or not os.path.isfile(api.entry_script_path or "")
-        if self.compile_cache is None or cell.compile_cache or unkeyed:
+        key = None
+        if self.compile_cache is not None and not cell.compile_cache:
+            key = self._key(cell, inputs, model, structure)
+        if key is None:
             cell.compile(*inputs)
             return False
-        key = graph_key(
-            cell,
-            inputs,
-            transformer,
-            structure=structure,
-            device=self.name,
-            jit_level=self.jit_level,
-            lazy_inline=self.lazy_inline,
-            deterministic=self.deterministic,
-        )
         return CompileCache(self.compile_cache).compile(cell, inputs, key)
+
+    def _key(self, cell, inputs, model, structure):
+        """The graph's key, None for one that no key can tell from another."""
+        # An adapter's scale is a constant of the graph that no key can see; MindSpore reads the program's file.
+        adapters = any(getattr(model, name, None) for name in ("_hf_peft_config_loaded", "encoder_hid_proj"))
+        if adapters or not os.path.isfile(api.entry_script_path or ""):
+            return None
+        try:
+            return graph_key(
+                cell,
+                inputs,
+                model,
+                structure=structure,
+                device=self.name,
+                kernels=self._kernels(),
+                jit_level=self.jit_level,
+                lazy_inline=self.lazy_inline,
+                deterministic=self.deterministic,
+            )
+        except (OSError, TypeError):  # A layer's class was typed into an interpreter.
+            return None
+
+    def _kernels(self):
+        """The file of compiled kernels that a CPU's graphs name, None elsewhere."""
+        if self.name != "CPU":
+            return None
+        from .backend.cpu_kernels import LIBRARY
+
+        return str(LIBRARY)
 
 
 def current_device():

@@ -20,6 +20,7 @@ from mindspore import ops
 
 from .cached_transformer import (
     CachedTransformer,
+    StandIn,
     ToldScheduler,
     attention_inputs,
     context_for,
@@ -62,8 +63,8 @@ class FluxPipeline(MindoneFluxPipeline):
     ``use_graph_mode``, calls compile, whatever mode the process is in, and without it they run operator by operator.
     ``device`` is the Device that says how they compile; ``graph_compilations`` counts the denoise graphs that have been
     compiled so far, ``graphs_from_cache`` those of them that came from the compile cache. After a call, ``cache_stats``
-    is its CacheStats and ``seconds`` its times: "compile" (of the loop), "denoise", "per_step", "decode" (with the
-    autoencoder's compilation, the first time) and "total".
+    is its CacheStats and ``seconds`` its times: "encode" (the prompts), "compile" (the loop), "denoise", "per_step",
+    "decode" and "total"; encode and decode have their models' compilation in them, the first time.
     """
 
     def __init__(
@@ -271,12 +272,17 @@ class _WholeLoop:
             "progress_bar": lambda total: tqdm(total=total, disable=True),
             "prepare_ip_adapter_image_embeds": self.prepare_ip_adapter_image_embeds,
         }
+        theirs = {"transformer": self.transformer, "scheduler": self.scheduler}
+        if pipe.use_graph_mode and pipe.device.compile_cache is not None:
+            for name, kind in _KEPT.items():
+                theirs[name] = component = getattr(pipe, name)
+                mine[name] = None if component is None else kind(component, device=pipe.device)
         self.begin = time.perf_counter()
         pipe.__dict__.update(mine)
         try:
             yield
         finally:
-            pipe.__dict__.update(transformer=self.transformer, scheduler=self.scheduler)
+            pipe.__dict__.update(theirs)
             del pipe.__dict__["progress_bar"], pipe.__dict__["prepare_ip_adapter_image_embeds"]
 
     def prepare_ip_adapter_image_embeds(self, *args, **kwargs):
@@ -357,6 +363,7 @@ class _WholeLoop:
         pipe.cache_stats = loop.cache.stats(costs)
         done = len(pipe.cache_stats.reused)
         pipe.seconds = {
+            "encode": compile_begin - self.begin,
             "compile": denoise_begin - compile_begin,
             "denoise": end - denoise_begin,
             "per_step": (end - denoise_begin) / max(done, 1),
@@ -401,6 +408,31 @@ class _WholeLoop:
         chosen = {name: tensors[name] for name in self.arguments["callback_on_step_end_tensor_inputs"]}
         tensors.update(self.callback(self.pipe, step, self.scheduler.timesteps[step], chosen))
         return tensors["latents"], tensors["prompt_embeds"]
+
+
+class _KeptEncoder(StandIn):
+    """A text encoder whose graph the compile cache keeps."""
+
+    def __call__(self, *args, **kwargs):
+        encoder = self.stood_for
+        call = signature(encoder.construct).bind(*args, **kwargs)
+        # A call that names its inputs would be another graph than the one that is compiled.
+        call.apply_defaults()
+        self.device.compile(encoder, call.args, encoder)
+        return encoder(*call.args)
+
+
+class _KeptAutoencoder(StandIn):
+    """An autoencoder whose decoder's graph the compile cache keeps."""
+
+    def decode(self, latents, **options):
+        vae = self.stood_for
+        if not (vae.use_tiling or vae.use_slicing):
+            self.device.compile(vae.decoder, (latents,), vae)
+        return vae.decode(latents, **options)
+
+
+_KEPT = {"text_encoder": _KeptEncoder, "text_encoder_2": _KeptEncoder, "vae": _KeptAutoencoder}
 
 
 class _OneTurn:

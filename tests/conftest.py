@@ -1,3 +1,7 @@
+import os
+import shutil
+import tempfile
+
 import pytest
 
 import mindspore as ms
@@ -20,7 +24,9 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    """Sets the device before any test file makes a tensor."""
+    """Sets the device before any test file makes a tensor, and a folder for what programs keep in the user's."""
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="FBCache_ms_tests_")
+    config.add_cleanup(lambda: shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True))
     ms.set_device(config.getoption("--device"))
     prepare_device()
 

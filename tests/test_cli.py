@@ -45,7 +45,9 @@ def written(folder):
 def test_a_run_writes_its_pictures_and_says_what_it_did(tmp_path, capsys):
     report = run(tmp_path, "--num_images_per_prompt", "2", "--seed", "7", "--cache", "F1B0_W2M0MC0_T1O1_R0.3")
     assert set(report) == KEYS
-    assert set(report["seconds"]) == {"load", "compile", "denoise", "per_step", "decode", "total"}
+    parts = {"imports", "load", "encode", "compile", "denoise", "decode"}
+    assert set(report["seconds"]) == {*parts, "per_step", "total"}
+    assert 0.9 < sum(report["seconds"][part] for part in parts) / report["seconds"]["total"] <= 1
     assert report["config"] == "F1B0_W2M0MC0_T1O1_R0.3"
     assert (report["seed"], report["steps"], report["image_size"]) == (7, 28, [64, 64])
     assert sorted(report["computed_steps"] + report["cached_steps"]) == list(range(28))

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,9 +15,12 @@ from safetensors.numpy import load_file, save_file
 import mindspore as ms
 from mindspore import nn
 
-from FBCache_ms import CacheConfig, CacheContext, Device, FluxDenoiseLoop, choose_device
-from FBCache_ms.compile_cache import CompileCache, graph_key
+from FBCache_ms import CacheConfig, CacheContext, Device, FluxDenoiseLoop, choose_device, compile_cache
+from FBCache_ms.compile_cache import CompileCache, files_checksum, graph_key, sources_checksum
 from FBCache_ms.device import default_dtype, default_jit_level
+from FBCache_ms.eval import run_flux_withFBCache_pipeline as fbcache_flux
+from FBCache_ms.eval import sweep
+from FBCache_ms.eval.arguments import device_of
 
 
 def test_a_device_and_a_dtype_of_their_own_are_found_where_nothing_is_said():
@@ -154,28 +158,84 @@ def draw(ckpt, folder, out, *tags):
     return np.load(out), json.loads(done.stdout.splitlines()[-1])
 
 
+def halve(file, name):
+    """Half of a tensor, in the weights' file."""
+    tensors = load_file(file)
+    tensors[name] = tensors[name] * 0.5
+    file.chmod(0o644)
+    save_file(tensors, file, metadata={"format": "np"})
+
+
 def test_a_second_process_starts_from_the_folder_with_its_own_numbers_and_weights(tmp_path):
     ckpt, folder, out = make_narrow(tmp_path / "narrow"), tmp_path / "graphs", tmp_path / "pictures.npy"
     plain, order = "F1B0_W0_R0.9", "F1B0_W0_T1O1_R0.9"
     first, said = draw(ckpt, folder, out, plain, order)
     assert [number for number, _ in said] == [0, 0]
     kept = sorted(path.name for path in folder.iterdir())
-    assert len(kept) == 2
+    kinds = [(name.split("-")[0], int(name.split("-")[-1])) for name in kept]
+    assert sorted(kinds, key=lambda kind: kind[1]) == [
+        ("CLIPTextModel", 0),
+        ("T5EncoderModel", 1),
+        ("FluxDenoiseLoop", 2),
+        ("Decoder", 3),
+        ("FluxDenoiseLoop", 4),
+    ]
 
     again, said_again = draw(ckpt, folder, out, plain, order)
     assert [number for number, _ in said_again] == [1, 2]
+    assert sorted(path.name for path in folder.iterdir()) == kept
     np.testing.assert_array_equal(again, first)
 
     # The other order, an uncached threshold, and other weights: nothing of the first runs may show.
-    file = ckpt / WEIGHTS
-    tensors = load_file(file)
-    tensors["proj_out.weight"] = tensors["proj_out.weight"] * 0.5
-    file.chmod(0o644)
-    save_file(tensors, file, metadata={"format": "np"})
+    halve(ckpt / WEIGHTS, "proj_out.weight")
+    halve(ckpt / "text_encoder" / "model.safetensors", "text_model.final_layer_norm.weight")
+    halve(ckpt / "text_encoder_2" / "model.safetensors", "encoder.final_layer_norm.weight")
+    halve(ckpt / "vae" / "diffusion_pytorch_model.safetensors", "decoder.conv_out.weight")
     never = "F1B0_W0_R0"
     changed, said_changed = draw(ckpt, folder, out, order, never)
     fresh, _ = draw(ckpt, tmp_path / "others", out, order, never)
     np.testing.assert_array_equal(changed, fresh)
     assert np.abs(changed[0] - first[1]).max() > 0.01
     assert said_changed[1][1] == [] and said[0][1] != []
-    assert all(path.name.endswith(("-0", "-1")) for path in folder.iterdir())
+
+
+def test_other_sources_are_another_graph(tmp_path):
+    file = tmp_path / "layer.py"
+    file.write_text("SCALE = 1")
+    before = files_checksum([file])
+    file.write_text("SCALE = 2")
+    assert files_checksum([file]) != before
+    assert json.loads(key_of())["FBCache_ms"] == sources_checksum()
+    package = Path(compile_cache.__file__).parent
+    assert sources_checksum() == files_checksum(
+        file
+        for pattern in ("*.py", "*.cc")
+        for file in package.rglob(pattern)
+        if file.relative_to(package).parts[0] not in ("eval", "comfyui")
+    )
+
+
+def chosen(program, *options):
+    """The Device that a program's options give."""
+    return device_of(program.parse_arguments(options))
+
+
+def test_fbcache_flux_keeps_a_cpus_graphs_in_the_users_folder(monkeypatch, tmp_path):
+    options = "--save_path", str(tmp_path / "results")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert chosen(fbcache_flux, *options).compile_cache == tmp_path / "cache" / "FBCache_ms"
+    assert chosen(fbcache_flux, *options, "--compile_cache", str(tmp_path / "own")).compile_cache == tmp_path / "own"
+    assert chosen(fbcache_flux, *options, "--no-compile_cache").compile_cache is None
+    assert chosen(sweep, *options).compile_cache is None
+
+
+def test_without_a_folder_of_the_users_fbcache_flux_keeps_no_graphs(monkeypatch, tmp_path):
+    options = "--save_path", str(tmp_path / "results")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert chosen(fbcache_flux, *options).compile_cache is None
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("MS_COMPILER_CACHE_ENABLE", "1")
+    assert chosen(fbcache_flux, *options).compile_cache is None
+    with pytest.raises(OSError, match="--compile_cache"):
+        chosen(fbcache_flux, *options, "--compile_cache", str(tmp_path / "file"))

@@ -5,7 +5,6 @@ the place of ten. Every operator here is None where nothing could be compiled.
 """
 
 import hashlib
-import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -15,6 +14,8 @@ from mindone.diffusers.utils import logging
 
 from mindspore import ops
 from mindspore.ops import CustomRegOp, DataType
+
+from ..compile_cache import users_folder
 
 logger = logging.get_logger(__name__)
 
@@ -26,25 +27,19 @@ FLAGS = (
 )
 
 
-def cache_folder():
-    """The user's folder for what is compiled once."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "FBCache_ms"
-
-
 def compiled(compiler, folder):
     """The kernels' library in a folder, compiled unless it is there; None, with a warning, where that fails."""
-    # -march=native is for this processor, and a home folder may be shared with others.
-    processor = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "")
-    key = hashlib.sha256("\n".join((SOURCE.read_text(), *FLAGS, processor)).encode()).hexdigest()[:16]
-    library = folder / f"cpu_kernels_{key}.so"
-    if library.is_file():
-        return library
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=folder) as fresh:
-            made = Path(fresh) / library.name
-            subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(made)], check=True, capture_output=True)
-            made.replace(library)
+        # -march=native is for this processor, and a home folder may be shared with others.
+        processor = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")][:1]
+        key = hashlib.sha256("\n".join((SOURCE.read_text(), *FLAGS, *processor)).encode()).hexdigest()[:16]
+        library = folder / f"cpu_kernels_{key}.so"
+        if not library.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            with TemporaryDirectory(dir=folder) as fresh:
+                made = Path(fresh) / library.name
+                subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(made)], check=True, capture_output=True)
+                made.replace(library)
     except (OSError, subprocess.CalledProcessError) as error:
         logger.warning(f"cpu_kernels.cc cannot be compiled ({error}): MindSpore's own kernels take longer")
         return None
@@ -52,7 +47,7 @@ def compiled(compiler, folder):
 
 
 COMPILER = shutil.which("g++")
-LIBRARY = COMPILER and compiled(COMPILER, cache_folder())
+LIBRARY = COMPILER and compiled(COMPILER, users_folder())
 
 
 def kernel(name, inputs):

@@ -7,13 +7,16 @@ import math
 import os
 import sys
 import warnings
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 from FBCache_ms.checkpoint import TINY_FLUX, block_counts, check_checkpoint, image_unit
 from FBCache_ms.config import PRESETS, CacheConfig, parse, value_text
 from FBCache_ms.eval.files import check_folder
 from FBCache_ms.schedules import MAX_STEPS, row
+
+AUTO = object()
+"""Stands for the user's own folder of compiled graphs."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -28,8 +31,11 @@ def one_line(error):
     return " ".join(str(error).split())
 
 
-def add_model_options(add, deterministic=False):
-    """--ckpt, and where and how it runs; ``deterministic`` is that option's default."""
+def add_model_options(add, deterministic=False, compile_cache=False):
+    """--ckpt, and where and how it runs; ``deterministic`` is that option's default.
+
+    With ``compile_cache`` a CPU's graphs are kept in the user's folder for them unless the options say otherwise.
+    """
     add(
         "--ckpt",
         type=Path,
@@ -67,9 +73,17 @@ def add_model_options(add, deterministic=False):
     add(
         "--compile_cache",
         type=Path,
+        default=AUTO if compile_cache else None,
         metavar="FOLDER",
-        help="keep compiled denoise loops there, a folder for all that shapes one, so that another process starts from "
-        "them (default: none)",
+        help="keep compiled graphs there, a folder for all that shapes one, so that another process starts from them "
+        f"(default: {'on a CPU FBCache_ms in $XDG_CACHE_HOME or ~/.cache, else none' if compile_cache else 'none'})",
+    )
+    add(
+        "--no-compile_cache",
+        dest="compile_cache",
+        action="store_const",
+        const=None,
+        help="compile every graph anew and keep none",
     )
 
 
@@ -198,11 +212,26 @@ def device_of(args):
     """
     from FBCache_ms.device import choose_device
 
-    if args.compile_cache is not None:
-        check_folder(args.compile_cache)
-    return choose_device(
-        args.device, args.dtype, args.jit_level, args.lazy_inline, args.deterministic, args.compile_cache
-    )
+    automatic = args.compile_cache is AUTO
+    compile_cache = None if automatic else args.compile_cache
+    if compile_cache is not None:
+        check_folder(compile_cache, "compile_cache")
+    device = choose_device(args.device, args.dtype, args.jit_level, args.lazy_inline, args.deterministic, compile_cache)
+    # Nobody has tried it on an NPU yet, where it has to be asked for.
+    return replace(device, compile_cache=users_compile_cache()) if automatic and device.name == "CPU" else device
+
+
+def users_compile_cache():
+    """The user's folder of compiled graphs; None where there can be none, or MindSpore's own cache is on."""
+    if os.environ.get("MS_COMPILER_CACHE_ENABLE") == "1":
+        return None
+    from FBCache_ms.compile_cache import users_folder
+
+    try:
+        check_folder(users_folder())
+    except OSError:
+        return None
+    return users_folder()
 
 
 def reason(error):

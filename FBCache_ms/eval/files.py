@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-def check_folder(path):
-    """Makes a folder. Raises OSError, naming it, if that cannot be, or nothing can be written into it."""
+def check_folder(path, option="save_path"):
+    """Makes an option's folder. Raises OSError, naming both, if that cannot be, or nothing can be written into it."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
-        raise OSError(f"--save_path {path} cannot be written: {error.strerror}") from None
+        raise OSError(f"--{option} {path} cannot be written: {error.strerror}") from None
 
 
 LEFT_OVER = 3600
