@@ -25,6 +25,7 @@ from tempfile import TemporaryDirectory
 from typing import Tuple
 
 import numpy as np
+from machine import machine
 
 from FBCache_ms.checkpoint import TINY_FLUX
 from FBCache_ms.config import FEW_STEPS, CacheConfig
@@ -196,13 +197,6 @@ def row_of(record, ours):
     return dict(zip(COLUMNS, cells))
 
 
-def machine():
-    """The processor's name and how many of them there are."""
-    lines = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
-    names = {value.strip() for name, _, value in lines if name.strip() == "model name"}
-    return {"cpu": ", ".join(sorted(names)) or os.uname().machine, "cores": os.cpu_count()}
-
-
 def parse_arguments(argv=None):
     """The command line."""
     parser = Parser(prog="against_torch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -275,7 +269,7 @@ def main(argv=None):
             records.extend(measure(args, Path(folder)))
         rows = rows_of(records)
         settings = {name: getattr(args, name) for name in ("runs", "steps", "threshold", "prompt", "seed")}
-        data = {"settings": {**settings, "threads": THREADS, "machine": machine()}, "systems": records}
+        data = {"settings": {**settings, "threads": THREADS, **machine()}, "systems": records}
         text = markdown(rows)
         write_tables(args.save_path, "against_torch", text, rows, data)
         put_into(args.into, text)
