@@ -14,13 +14,12 @@ page with the front.
 import argparse
 import json
 import math
-import os
-import platform
 import sys
 from itertools import groupby
 from pathlib import Path
 
 import numpy as np
+from machine import machine
 
 from FBCache_ms.config import PRESETS, CacheConfig
 from FBCache_ms.eval.arguments import (
@@ -245,13 +244,6 @@ def text_of(args, steps, cells, found):
         f"{title}; who leads by {args.lead:g}x or more, the winner first:\n\n{markdown(leaders_table(found))}\n"
         f"{markdown(table_of(cells))}"
     )
-
-
-def machine():
-    """The processor's model and the number of its cores."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {"model": models[0] if models else platform.processor(), "cores": os.cpu_count()}
 
 
 def measure(run):

@@ -1,0 +1,91 @@
+"""Every table of speed, one benchmark after the other.
+
+    .venv/bin/python benchmarks/speed.py --para_attention /tmp/peer/bin/python --cache_dit /tmp/cache_dit/bin/python
+
+Each benchmark writes its own Markdown, CSV and JSON into --save_path; speed.md and speed.json then have all that lie
+there, those of earlier runs with --only among them. One that misses its target does not stop the others; the status is
+then 1.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from FBCache_ms.eval.arguments import Parser, exit_status, reason
+from FBCache_ms.eval.files import check_folder, json_bytes, write_file, write_text
+
+BENCHMARKS = {
+    "overhead": "The loop against its limit",
+    "against_torch": "Against torch",
+    "against_example": "Against the example in mindone",
+    "first_picture": "The first picture",
+    "sweep_time": "A sweep against its denoise loops",
+    "growth": "Growth",
+    "frontier": "The frontier",
+}
+PEERS = ("para_attention", "cache_dit")
+
+
+def parse_arguments(argv=None):
+    """The command line."""
+    parser = Parser(prog="speed", description=__doc__)
+    add = parser.add_argument
+    add("--only", nargs="+", choices=BENCHMARKS, default=list(BENCHMARKS), metavar="NAME", help="(default: all)")
+    for peer in PEERS:
+        add(f"--{peer}", metavar="PYTHON", help="as of against_torch.py, which is left out without either")
+    add("--into", metavar="FILE", help="a text with a place for each benchmark's table, as README.md has")
+    add("--save_path", type=Path, default=Path("./results/speed"), metavar="FOLDER")
+    args = parser.parse_args(argv)
+    if not any(getattr(args, peer) for peer in PEERS):
+        args.only = [name for name in args.only if name != "against_torch"]
+    try:
+        if not args.only:
+            raise ValueError("against_torch needs --para_attention, --cache_dit or both")
+        if args.into is not None and not Path(args.into).is_file():
+            raise ValueError(f"--into: there is no file {args.into}")
+        check_folder(args.save_path)
+    except (OSError, ValueError) as error:
+        parser.error(reason(error))
+    return args
+
+
+def command_of(name, args):
+    """A benchmark's command line."""
+    options = ["--save_path", str(args.save_path)]
+    if args.into is not None:
+        options += ["--into", args.into, name.replace("_", " ")]
+    if name == "against_torch":
+        options += [text for peer in PEERS if getattr(args, peer) for text in (f"--{peer}", getattr(args, peer))]
+    return [sys.executable, str(Path(__file__).with_name(f"{name}.py")), *options]
+
+
+def collect(folder, names):
+    """Writes speed.md and speed.json from what the benchmarks wrote into a folder; returns the text."""
+    text = "\n".join(f"## {BENCHMARKS[name]}\n\n{(folder / f'{name}.md').read_text()}" for name in names)
+    data = {name: json.loads((folder / f"{name}.json").read_text()) for name in names}
+    write_text(folder / "speed.md", text)
+    write_file(folder / "speed.json", lambda stream: stream.write(json_bytes(data)))
+    return text
+
+
+def main(argv=None):
+    """The program; returns its exit status."""
+    args = parse_arguments(argv)
+    statuses = {}
+
+    def work():
+        for name in args.only:
+            print(f"{name}: {BENCHMARKS[name]}", flush=True)
+            statuses[name] = subprocess.run(command_of(name, args)).returncode
+        collect(args.save_path, [name for name in BENCHMARKS if (args.save_path / f"{name}.json").is_file()])
+
+    status = exit_status("speed", work)
+    missed = [name for name, code in statuses.items() if code]
+    if missed:
+        print(f"speed: {', '.join(missed)} ended with a status other than 0", file=sys.stderr)
+    return status or int(bool(missed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
