@@ -51,7 +51,12 @@ PRESETS = {
     "learnt_10": "F0B0_W0M0MC0_T1O1_R0.12,gate=static,schedule=learnt_10",
     "learnt_12": "F0B0_W0M0MC0_T1O1_R0.12,gate=static,schedule=learnt_12",
 }
-"""Tags by name. slow to ultra and the four masks are cache-dit 1.5.3's, double_gate has Nunchaku's defaults."""
+"""Tags by name. slow to ultra and the four masks are cache-dit 1.5.3's, double_gate has Nunchaku's defaults.
+
+learnt_6 to learnt_12 are learnt on the embedded checkpoint, at 28 and at 50 steps. At 28, over three prompts that they
+were not learnt from, they give 46.3, 55.2, 60.1 and 61.6 dB; plain First-Block Cache computes 8.0 steps for 46.2 dB, 14
+to 15 for 52 to 57 and 18.7 for 61.2.
+"""
 
 
 def _option(default, kind, allowed, group, text, used_with=None):

@@ -41,7 +41,9 @@ def test_the_winner_leads_over_the_widest_range_without_a_gap():
     assert [(name, len(run)) for name, run in found.items()] == [("wide", 3), ("gap", 2)]
 
 
-def test_a_frontier_is_drawn_for_every_number_of_steps(tmp_path, capsys):
+def test_a_frontier_is_drawn_for_every_number_of_steps(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(frontier, "PLAIN_THRESHOLDS", (0.1, 1))
+    monkeypatch.setattr(frontier, "SHARES", (0.5,))
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat\ntwo dogs\nthree birds")
     mask = tmp_path / "mask.json"
