@@ -1,11 +1,14 @@
 """What benchmarks/against_torch.py makes of the answers it gets; the peers themselves are not here."""
 
+import json
+import os
 import sys
 from contextlib import ExitStack
 
+import against_torch
 import numpy as np
 import pytest
-from against_torch import PEERS, System, Worker, agrees, judge, parse_arguments, rows_of, systems_of
+from against_torch import PEERS, WARM_UPS, System, Worker, agrees, judge, parse_arguments, rows_of, systems_of
 from PIL import Image
 
 PROTOCOL = """
@@ -18,8 +21,8 @@ def draw(latents, **arguments):
     print("what a library says")
     if arguments["num_inference_steps"] != 2:
         raise RuntimeError("No working C++ compiler found")
-    picture = Image.new("RGB", (8, 8), tuple(int(value) for value in latents))
-    return picture, 0.0, [False, {reused}]
+    picture = Image.new("RGB", (8, 8), tuple(int(value) % 256 for value in latents))
+    return picture, 0.5, [False, {reused}]
 
 serve(take_standard_output(), {name!r}, dict(numpy="1"), draw)
 """
@@ -80,6 +83,28 @@ def test_any_other_failure_is_an_error(start, tmp_path):
         worker.warm_up(asked(tmp_path, steps=3))
     with pytest.raises(ValueError, match="ended: .*ModuleNotFoundError"):
         Worker(System((sys.executable, "-c", "import no_such_module"), cached=False), tmp_path, 99)
+
+
+@pytest.mark.parametrize("reused", [True, False])
+def test_the_program_writes_the_table_and_its_status_says_whether_all_agree(tmp_path, monkeypatch, capsys, reused):
+    programs = [
+        PROTOCOL.format(folder=str(PEERS), name=name, reused=did) for name, did in (("peer", reused), ("ours", True))
+    ]
+    commands = [(sys.executable, "-c", program) for program in programs]
+    systems = [System(commands[0], cached=True), System(commands[1], cached=True, ours=True)]
+    monkeypatch.setattr(against_torch, "systems_of", lambda args: systems)
+    monkeypatch.setattr(against_torch, "LATENTS", (3,))
+    monkeypatch.setattr(os, "sched_setaffinity", lambda process, processors: None)
+    monkeypatch.setattr(against_torch, "FEW_STEPS", 1)
+    given = ["--para_attention", "python", "--runs", "2", "--steps", "2", "--save_path", str(tmp_path)]
+    assert against_torch.main(given) == int(not reused)
+    printed = capsys.readouterr()
+    assert printed.out == (tmp_path / "against_torch.md").read_text()
+    assert ("peer does not draw what FBCache_ms does" in printed.err) is not reused
+    written = json.loads((tmp_path / "against_torch.json").read_text())
+    assert written["settings"]["runs"] == 2 and written["settings"]["machine"]["cores"] == os.cpu_count()
+    assert [len(system["pipeline"]) for system in written["systems"]] == [2, 2]
+    assert [len(system["warm_up"]) for system in written["systems"]] == [WARM_UPS, WARM_UPS]
 
 
 def record(name, denoise, **more):
