@@ -40,7 +40,7 @@ PEERS = Path(__file__).parents[1] / "tools" / "peers"
 THREADS = 2
 SIZE, TEXT_TOKENS, LATENTS = 64, 32, (1, 64, 16)
 WARM_UPS = 3
-"""torch.compile compiles again in the second drawing with a cache, 7 s and more of it, so one does not do."""
+"""One does not do: with a cache, torch.compile compiles again in the second drawing."""
 
 NEAR = 40.0
 """The least PSNR, in dB, of a picture that is taken for the same."""
