@@ -100,9 +100,9 @@ class Device:
         """The file of compiled kernels that a CPU's graphs name, None elsewhere."""
         if self.name != "CPU":
             return None
-        from .backend.cpu_kernels import LIBRARY
+        from .backend.cpu_kernels import KERNELS_FILE
 
-        return str(LIBRARY)
+        return str(KERNELS_FILE)
 
 
 def current_device():

@@ -20,8 +20,8 @@ def random(*shape, dtype=np.float32):
 def installed(request, monkeypatch):
     """Either kind of the stand-ins that there are two of."""
     if request.param == "plain":
-        monkeypatch.setattr(cpu_kernels, "LIBRARY", None)
-    elif cpu_kernels.LIBRARY is None:
+        monkeypatch.setattr(cpu_kernels, "KERNELS_FILE", None)
+    elif cpu_kernels.KERNELS_FILE is None:
         pytest.skip("no C++ compiler")
     cpu.install()
     yield

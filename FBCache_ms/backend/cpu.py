@@ -411,7 +411,7 @@ if parser is not None:
 
 def install():
     """Puts every stand-in in its place; to do so again changes nothing."""
-    for owner, name, stand_in in STAND_INS + (FUSED_STAND_INS if kernels.LIBRARY else ()):
+    for owner, name, stand_in in STAND_INS + (FUSED_STAND_INS if kernels.KERNELS_FILE else ()):
         if callable(stand_in):
             # MindSpore's parser looks some methods up again by the function's own name.
             stand_in.__name__ = name

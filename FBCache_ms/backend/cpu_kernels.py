@@ -47,19 +47,19 @@ def compiled(compiler, folder):
 
 
 COMPILER = shutil.which("g++")
-LIBRARY = COMPILER and compiled(COMPILER, users_folder())
+KERNELS_FILE = COMPILER and compiled(COMPILER, users_folder())
 
 
 def kernel(name, inputs):
     """A kernel of so many float32 tensors as an operator, None where there is no library."""
-    if LIBRARY is None:
+    if KERNELS_FILE is None:
         return None
     # The library tells the output's shape: a graph that is compiled while it runs cannot ask Python.
     info = CustomRegOp(name).target("CPU").output(0, "output")
     for index in range(inputs):
         info.input(index, f"input{index}")
     info.dtype_format(*[DataType.F32_Default] * (inputs + 1))
-    return ops.Custom(f"{LIBRARY}:{name}", func_type="aot", reg_info=info.get_op_info())
+    return ops.Custom(f"{KERNELS_FILE}:{name}", func_type="aot", reg_info=info.get_op_info())
 
 
 GELU_TANH = kernel("gelu_tanh", 1)
