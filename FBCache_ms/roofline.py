@@ -14,7 +14,7 @@ DOUBLE_OPERATORS, DOUBLE_PASSES = 128, 140
 SINGLE_OPERATORS, SINGLE_PASSES = 70, 136
 STEP_OPERATORS, CONDITION_OPERATORS = 85, 37
 GATE_OPERATORS = 52
-TEXT_HALF_OPERATORS, TEXT_HALF_PASSES = 12, 24
+TEXT_HALF_OPERATORS, TEXT_HALF_PASSES = 11, 24
 ROTARY_BYTES = 40
 
 
@@ -54,7 +54,7 @@ class Design:
         graph: as a compiled graph; else operator by operator.
         whole_loop: the host turns round once a generation; else once a step.
         hoisted: what does not depend on the step, the embedded text and the rotary tables, is computed once.
-        lean: on a reuse nothing is computed that only the skipped blocks need.
+        lean: on a reuse the text stream is not finished behind attention where only the skipped blocks need it.
         float32: differences and forecasts are in float32; else in the stream's dtype.
     """
 
@@ -68,7 +68,7 @@ class Design:
 
 PYNATIVE = Design("operator by operator", graph=False)
 PER_STEP = Design("a graph a step")
-WHOLE_LOOP = Design("the whole loop as one graph", whole_loop=True, hoisted=True, float32=True)
+WHOLE_LOOP = Design("the whole loop as one graph", whole_loop=True, hoisted=True, lean=True, float32=True)
 """This package's."""
 
 
@@ -132,7 +132,7 @@ class Shapes:
 
 
 def block(shapes, double, text=True):
-    """A block's Works; without ``text`` what its text stream alone needs, from the queries on, is left out."""
+    """A block's Works; without ``text`` what only the text stream behind it needs is left out."""
     costs, width, tokens = shapes.costs, shapes.width, shapes.tokens
     stream, texts = shapes.stream(tokens), shapes.stream(shapes.text_tokens)
     attention = 4 * shapes.batch * width * tokens**2
@@ -141,13 +141,12 @@ def block(shapes, double, text=True):
     passes, operators = (DOUBLE_PASSES, DOUBLE_OPERATORS) if double else (SINGLE_PASSES, SINGLE_OPERATORS)
     others = passes * stream
     if not text:
-        # A query of the text, its output and its MLP.
-        products -= 2 * shapes.batch * shapes.text_tokens * 10 * width**2
-        operands -= 14 * texts
-        attention = attention * shapes.image_tokens // tokens
+        # The text's MLP; a single block's is projected together with attention's output.
+        products -= 2 * shapes.batch * shapes.text_tokens * (8 if double else 9) * width**2
+        operands -= (10 if double else 11) * texts
         others -= TEXT_HALF_PASSES * texts
         if double:
-            weights, operators = weights - 10, operators - TEXT_HALF_OPERATORS
+            weights, operators = weights - 8, operators - TEXT_HALF_OPERATORS
     return [
         Work("blocks: products", products, shapes.weights(weights) + operands, operators),
         Work("blocks: attention", attention, 4 * stream),

@@ -3,7 +3,7 @@
 import numpy as np
 
 import mindspore as ms
-from mindspore import nn
+from mindspore import nn, ops
 
 from FBCache_ms.gates import knobs
 from FBCache_ms.models.transformer_flux_withFBCache import cached_step
@@ -15,17 +15,60 @@ MAX_LENGTH = 24
 
 
 class Block(nn.Cell):
-    """A block that adds its rows of what stands in for the modulation vector: (image, text, modulated)."""
+    """A block whose attention gives its rows of what stands in for the rotary table, (image, text), and nothing else.
+
+    The modulated input is what stands in for the modulation vector.
+    """
 
     def __init__(self, index):
         super().__init__()
         self.index = index
+        self.one, self.zero = ms.Tensor([[1.0]]), ms.Tensor([[0.0]])
 
     def construct(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs):
-        return encoder_hidden_states + temb[1][self.index], hidden_states + temb[0][self.index]
+        image, text = image_rotary_emb
+        return encoder_hidden_states + text[self.index], hidden_states + image[self.index]
+
+
+class Double(Block):
+    """The parts of a FluxTransformerBlock."""
 
     def norm1(self, image, emb):
-        return emb[2], image
+        return emb, self.one, self.zero, self.zero, self.zero
+
+    def norm1_context(self, text, emb):
+        return text, self.one, self.zero, self.zero, self.zero
+
+    def attn(self, hidden_states, encoder_hidden_states, image_rotary_emb):
+        return image_rotary_emb[0][self.index], image_rotary_emb[1][self.index]
+
+    def norm2(self, image):
+        return ops.zeros_like(image)
+
+    def ff(self, image):
+        return image
+
+    norm2_context, ff_context = norm2, ff
+
+
+class Single(Block):
+    """The parts of a FluxSingleTransformerBlock."""
+
+    def norm(self, streams, emb):
+        return streams, self.one
+
+    def attn(self, hidden_states, image_rotary_emb):
+        image, text = image_rotary_emb
+        return ops.concat((text[self.index], image[self.index]), 1)
+
+    def proj_mlp(self, streams):
+        return streams
+
+    def act_mlp(self, streams):
+        return streams
+
+    def proj_out(self, streams):
+        return streams[..., :WIDTH]
 
 
 class Transformer(nn.Cell):
@@ -33,8 +76,8 @@ class Transformer(nn.Cell):
 
     def __init__(self):
         super().__init__()
-        self.transformer_blocks = nn.CellList([Block(index) for index in range(DOUBLES)])
-        self.single_transformer_blocks = nn.CellList([Block(index) for index in range(DOUBLES, DOUBLES + SINGLES)])
+        self.transformer_blocks = nn.CellList([Double(index) for index in range(DOUBLES)])
+        self.single_transformer_blocks = nn.CellList([Single(index) for index in range(DOUBLES, DOUBLES + SINGLES)])
 
     def x_embedder(self, image):
         return image
@@ -59,8 +102,8 @@ class Loop(nn.Cell):
             self.cache.reset()
         step = start
         while step < stop:
-            given = (image[step], text[step], modulated[step])
-            outputs[step] = cached_step(self.transformer, self.cache, latents[step], context, given, ())
+            added = (image[step], text[step])
+            outputs[step] = cached_step(self.transformer, self.cache, latents[step], context, modulated[step], added)
             step = step + 1
         return outputs
 

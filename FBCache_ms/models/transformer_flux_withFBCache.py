@@ -37,23 +37,85 @@ def block(transformer, index, image, text, given):
     ``given`` is what every block gets: the modulation vector, the rotary table, the attention's keyword arguments, the
     ControlNet's residuals for the double and for the single blocks, and whether the former are taken in turn.
     """
-    temb, rotary, attention_kwargs, residuals, single_residuals, repeat = given
-    doubles, singles = len(transformer.transformer_blocks), len(transformer.single_transformer_blocks)
+    doubles = len(transformer.transformer_blocks)
     if index < doubles:
-        cell, blocks = transformer.transformer_blocks[index], doubles
+        cell = transformer.transformer_blocks[index]
     else:
-        cell, blocks, index = transformer.single_transformer_blocks[index - doubles], singles, index - doubles
-        residuals, repeat = single_residuals, False
+        cell = transformer.single_transformer_blocks[index - doubles]
     text, image = cell(
         hidden_states=image,
         encoder_hidden_states=text,
-        temb=temb,
-        image_rotary_emb=rotary,
-        joint_attention_kwargs=attention_kwargs,
+        temb=given[0],
+        image_rotary_emb=given[1],
+        joint_attention_kwargs=given[2],
     )
+    return controlled(transformer, index, image, given), text
+
+
+def controlled(transformer, index, image, given):
+    """The image stream behind block number ``index``, with a ControlNet's residual for that block if there is one."""
+    doubles, singles = len(transformer.transformer_blocks), len(transformer.single_transformer_blocks)
+    residuals, blocks, repeat = given[3], doubles, given[5]
+    if index >= doubles:
+        residuals, blocks, repeat, index = given[4], singles, False, index - doubles
     if residuals is not None:
         image = image + residuals[controlnet_index(index, blocks, len(residuals), repeat)]
-    return image, text
+    return image
+
+
+def divided_block(transformer, index, image, text, given):
+    """Block number ``index`` without what only the text stream behind it needs: the image stream, and what finishes it.
+
+    The latter is text_behind's argument. The equations are those of mindone 0.5.0's FluxTransformerBlock and
+    FluxSingleTransformerBlock.
+    """
+    temb, rotary, doubles = given[0], given[1], len(transformer.transformer_blocks)
+    attention_kwargs = given[2] or {}
+    if index < doubles:
+        cell = transformer.transformer_blocks[index]
+        normed, gate, shift, scale, mlp_gate = cell.norm1(image, emb=temb)
+        text_normed, text_gate, text_shift, text_scale, text_mlp_gate = cell.norm1_context(text, emb=temb)
+        attended = cell.attn(
+            hidden_states=normed, encoder_hidden_states=text_normed, image_rotary_emb=rotary, **attention_kwargs
+        )
+        image = behind_double(cell.norm2, cell.ff, image, attended[0], gate, shift, scale, mlp_gate)
+        if len(attended) == 3:
+            image = image + attended[2]
+        unfinished = text, attended[1], text_gate, text_shift, text_scale, text_mlp_gate
+    else:
+        cell, text_len = transformer.single_transformer_blocks[index - doubles], text.shape[1]
+        normed, gate = cell.norm(mint.cat((text, image), dim=1), emb=temb)
+        attended = cell.attn(hidden_states=normed, image_rotary_emb=rotary, **attention_kwargs)
+        image = behind_single(cell, image, normed[:, text_len:], attended[:, text_len:], gate)
+        unfinished = text, normed[:, :text_len], attended[:, :text_len], gate
+    return controlled(transformer, index, image, given), unfinished
+
+
+def text_behind(transformer, index, unfinished):
+    """The text stream behind block number ``index``, of which divided_block has done the rest."""
+    doubles = len(transformer.transformer_blocks)
+    if index >= doubles:
+        return behind_single(transformer.single_transformer_blocks[index - doubles], *unfinished)
+    cell = transformer.transformer_blocks[index]
+    return finite(behind_double(cell.norm2_context, cell.ff_context, *unfinished))
+
+
+def behind_double(norm, feed_forward, stream, attended, gate, shift, scale, mlp_gate):
+    """A double block's stream: y = x + gate a, then y + mlp_gate ff((1 + scale) norm(y) + shift)."""
+    stream = stream + gate.unsqueeze(1) * attended
+    modulated = norm(stream) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+    return stream + mlp_gate.unsqueeze(1) * feed_forward(modulated)
+
+
+def behind_single(cell, stream, normed, attended, gate):
+    """A single block's stream: x + gate W (a, mlp(norm(x)))."""
+    mlp = cell.act_mlp(cell.proj_mlp(normed))
+    return finite(stream + gate.unsqueeze(1) * cell.proj_out(mint.cat((attended, mlp), dim=2)))
+
+
+def finite(stream):
+    """A stream of float16 within what that can hold."""
+    return stream.clip(-65504, 65504) if stream.dtype == ms.float16 else stream
 
 
 def run_blocks(transformer, start, stop, image, text, given):
@@ -89,12 +151,18 @@ PROBES = {"residual": residual, "hidden": hidden, "modulated": modulated}
 
 
 def run_gates(transformer, gates, start, stop, image, text, given):
-    """Blocks start to stop - 1, each gate deciding over its span; the blocks outside the spans always run."""
+    """Blocks start to stop - 1, each gate deciding over its span; the blocks outside the spans always run.
+
+    Where only the span needs the text stream behind the block before it, only a computed step finishes that block.
+    """
     doubles, singles = len(transformer.transformer_blocks), len(transformer.single_transformer_blocks)
     for gate in gates:
         first, last = gate.span(doubles, singles)
         before = image, text
-        image, text = run_blocks(transformer, start, first, image, text, given)
+        divided, unfinished = start < first and not gate.needs_text and not gate.probes_text, ()
+        image, text = run_blocks(transformer, start, first - 1 if divided else first, image, text, given)
+        if divided:
+            image, unfinished = divided_block(transformer, first - 1, image, text, given)
         now = image, text
         probes = tuple([PROBES[name](transformer, gate, before, now, given[0]) for name in gate.probes])
         change = residual(transformer, gate, before, now, given[0])
@@ -107,6 +175,8 @@ def run_gates(transformer, gates, start, stop, image, text, given):
         else:
             if not gate.inner:
                 gate.counters.miss()
+            if divided:
+                text = text_behind(transformer, first - 1, unfinished)
             image, text = run_gates(transformer, gate.inner, first, last, image, text, given)
             gate.store(probes, change, image - now[0], text - now[1])
         start = last
