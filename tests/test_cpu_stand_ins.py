@@ -171,9 +171,9 @@ def check_cell(cell, expected, *arguments):
     ms.set_context(mode=before)
 
 
-def with_random_weights(cell):
+def with_random_weights(cell, size=1):
     for parameter in cell.get_parameters():
-        parameter.set_data(ms.Tensor(random(*parameter.shape)))
+        parameter.set_data(ms.Tensor(size * random(*parameter.shape)))
     return cell
 
 
@@ -264,9 +264,10 @@ class Attend(nn.Cell):
 
 
 @pytest.mark.parametrize("text", [0, 3], ids=["single", "double"])
-@pytest.mark.parametrize("batch, heads", [(1, 2), (2, 3)])
-def test_flux_attention(batch, heads, text, installed):
-    width, length = heads * 4, 8
+@pytest.mark.parametrize("batch, heads, length", [(1, 2, 8), (2, 3, 8), (1, 2, 75), (2, 2, 300)])
+def test_flux_attention(batch, heads, length, text, installed):
+    """Within a tile of the compiled kernel, over several, and shared among threads."""
+    width = heads * 4
     settings = {"added_kv_proj_dim": width, "context_pre_only": False} if text else {"pre_only": True}
     cell = cpu.transformer_flux.FluxAttention(
         query_dim=width, dim_head=4, heads=heads, out_dim=width, bias=True, eps=1e-6, **settings
@@ -292,6 +293,54 @@ def test_flux_attention(batch, heads, text, installed):
     if text:
         expected = np.concatenate([linear(add_out, expected[:, :text]), linear(cell.to_out[0], expected[:, text:])], 1)
     check_cell(Attend(cell, text), expected, x, cosine, sine)
+
+
+def layer_norm(x):
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+
+
+def gelu_tanh(x):
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def modulation(cell, emb, parts):
+    return [part[:, None] for part in np.split(linear(cell.linear, emb / (1 + np.exp(-emb))), parts, 1)]
+
+
+class Blocks(nn.Cell):
+    """A block's streams as one tensor, text first."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def construct(self, image, text, temb, cosine, sine):
+        return ops.concat(self.block(image, text, temb, (cosine, sine)), 1)
+
+
+def test_double_block(installed):
+    block = with_random_weights(cpu.transformer_flux.FluxTransformerBlock(8, 2, 4), 0.3)
+    image, text, temb, cosine, sine = random(2, 5, 8), random(2, 3, 8), random(2, 8), random(8, 4), random(8, 4)
+    modulations = [modulation(norm, temb, 6) for norm in (block.norm1, block.norm1_context)]
+    normed = [layer_norm(x) * (1 + by[1]) + by[0] for x, by in zip((image, text), modulations)]
+    outputs = block.attn(*map(ms.Tensor, normed), image_rotary_emb=(ms.Tensor(cosine), ms.Tensor(sine)))
+    behind = []
+    for x, a, by, feed_forward in zip((image, text), outputs, modulations, (block.ff, block.ff_context)):
+        x = x + by[2] * a.asnumpy()
+        wide = gelu_tanh(linear(feed_forward.net[0].proj, layer_norm(x) * (1 + by[4]) + by[3]))
+        behind.append(x + by[5] * linear(feed_forward.net[2], wide))
+    check_cell(Blocks(block), np.concatenate(behind[::-1], 1), image, text, temb, cosine, sine)
+
+
+def test_single_block(installed):
+    block = with_random_weights(cpu.transformer_flux.FluxSingleTransformerBlock(8, 2, 4), 0.3)
+    image, text, temb, cosine, sine = random(2, 5, 8), random(2, 3, 8), random(2, 8), random(8, 4), random(8, 4)
+    x = np.concatenate([text, image], 1)
+    shift, scale, gate = modulation(block.norm, temb, 3)
+    normed = layer_norm(x) * (1 + scale) + shift
+    attended = block.attn(ms.Tensor(normed), image_rotary_emb=(ms.Tensor(cosine), ms.Tensor(sine))).asnumpy()
+    wide = np.concatenate([attended, gelu_tanh(linear(block.proj_mlp, normed))], 2)
+    check_cell(Blocks(block), x + gate * linear(block.proj_out, wide), image, text, temb, cosine, sine)
 
 
 class SeeImages(nn.Cell):

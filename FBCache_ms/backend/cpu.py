@@ -17,6 +17,7 @@ from mindone.diffusers.models.transformers import transformer_flux
 import mindspore as ms
 from mindspore import mint, ops
 
+from ..models import transformer_flux_withFBCache
 from . import cpu_kernels as kernels
 
 try:
@@ -327,35 +328,62 @@ def fused_flux_attention(
     self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None
 ):
     """FluxAttnProcessor.__call__."""
-    if image_rotary_emb is None:
-        return flux_attention(self, attn, hidden_states, encoder_hidden_states, attention_mask)
+    if image_rotary_emb is None or attention_mask is not None:
+        return flux_attention(self, attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
     query, key, value, text_query, text_key, text_value = transformer_flux._get_qkv_projections(
         attn, hidden_states, encoder_hidden_states
     )
-    batch, _, width = query.shape
-    heads, scale = (batch, -1, attn.heads, width // attn.heads), math.sqrt(attn.heads / width)
-    text = 0 if encoder_hidden_states is None else encoder_hidden_states.shape[1]
+    image = query, key, value, attn.norm_q.weight, attn.norm_k.weight
     cos, sin = image_rotary_emb
-    query = rms_norm_rotate(attn.norm_q, query.reshape(heads), cos[text:], sin[text:], scale)
-    key = rms_norm_rotate(attn.norm_k, key.reshape(heads), cos[text:], sin[text:], 1)
-    if encoder_hidden_states is not None:
-        text_query = rms_norm_rotate(attn.norm_added_q, text_query.reshape(heads), cos[:text], sin[:text], scale)
-        text_key = rms_norm_rotate(attn.norm_added_k, text_key.reshape(heads), cos[:text], sin[:text], 1)
-        query, key = ops.concat((text_query, query), 2), ops.concat((text_key, key), 2)
-        value = ops.concat((text_value, value), 1)
-    scores = ops.BatchMatMul(transpose_b=True)(query, key)
-    if attention_mask is not None:
-        scores = masked(scores, attention_mask)
-    attended = ops.BatchMatMul()(ops.softmax(scores, -1), value.reshape(heads).swapaxes(1, 2))
-    attended = attended.swapaxes(1, 2).reshape(batch, -1, width)
     if encoder_hidden_states is None:
-        return attended
-    return attn.to_out[1](attn.to_out[0](attended[:, text:])), attn.to_add_out(attended[:, :text])
+        return kernels.ATTENTION(*image, cos, sin, number(attn.norm_q.eps))
+    text = text_query, text_key, text_value, attn.norm_added_q.weight, attn.norm_added_k.weight
+    attended, text_len = kernels.JOINT_ATTENTION(*text, *image, cos, sin, number(attn.norm_q.eps)), text_query.shape[1]
+    return attn.to_out[1](attn.to_out[0](attended[:, text_len:])), attn.to_add_out(attended[:, :text_len])
 
 
-def rms_norm_rotate(norm, x, cos, sin, scale):
-    """Heads (B, L, H, d), normed, turned by the rotary table, both (L, d), and scaled: (B, H, L, d)."""
-    return kernels.RMS_NORM_ROTATE(x, norm.weight, cos, sin, number(norm.eps), number(scale))
+def fused_double_block(
+    self, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, joint_attention_kwargs=None
+):
+    """FluxTransformerBlock.construct."""
+    normed, gate, shift, scale, mlp_gate = self.norm1(hidden_states, emb=temb)
+    text_normed, text_gate, text_shift, text_scale, text_mlp_gate = self.norm1_context(encoder_hidden_states, emb=temb)
+    attended = self.attn(
+        hidden_states=normed,
+        encoder_hidden_states=text_normed,
+        image_rotary_emb=image_rotary_emb,
+        **(joint_attention_kwargs or {}),
+    )
+    image = fused_behind_double(self.norm2, self.ff, hidden_states, attended[0], gate, shift, scale, mlp_gate)
+    if len(attended) == 3:
+        image = image + attended[2]
+    text = encoder_hidden_states, attended[1], text_gate, text_shift, text_scale, text_mlp_gate
+    return fused_behind_double(self.norm2_context, self.ff_context, *text), image
+
+
+def fused_single_block(
+    self, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, joint_attention_kwargs=None
+):
+    """FluxSingleTransformerBlock.construct."""
+    text_len = encoder_hidden_states.shape[1]
+    streams = ops.concat((encoder_hidden_states, hidden_states), 1)
+    normed, gate = self.norm(streams, emb=temb)
+    attended = self.attn(hidden_states=normed, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
+    streams = fused_behind_single(self, streams, normed, attended, gate)
+    return streams[:, :text_len], streams[:, text_len:]
+
+
+def fused_behind_double(norm, feed_forward, stream, attended, gate, shift, scale, mlp_gate):
+    """What the end of a double block makes of a stream, behind_double."""
+    stream = kernels.GATED_ADD(stream, gate, attended)
+    modulated = kernels.LAYER_NORM_MODULATE(stream, scale, shift, number(norm.eps))
+    return kernels.GATED_ADD(stream, mlp_gate, feed_forward(modulated))
+
+
+def fused_behind_single(cell, stream, normed, attended, gate):
+    """What the end of a single block makes of a stream, behind_single."""
+    mlp = cell.act_mlp(cell.proj_mlp(normed))
+    return kernels.GATED_ADD(stream, gate, cell.proj_out(ops.concat((attended, mlp), 2)))
 
 
 @ms.constexpr
@@ -400,8 +428,12 @@ FUSED_STAND_INS = (
     (normalization.AdaLayerNormZero, "construct", fused_ada_layer_norm_zero_cell),
     (normalization.AdaLayerNormZeroSingle, "construct", fused_ada_layer_norm_zero_single_cell),
     (transformer_flux.FluxAttnProcessor, "__call__", fused_flux_attention),
+    (transformer_flux.FluxTransformerBlock, "construct", fused_double_block),
+    (transformer_flux.FluxSingleTransformerBlock, "construct", fused_single_block),
+    (transformer_flux_withFBCache, "behind_double", fused_behind_double),
+    (transformer_flux_withFBCache, "behind_single", fused_behind_single),
 )
-"""Those of one compiled kernel each, in the places of others."""
+"""Those made of compiled kernels, in the places of others."""
 
 if parser is not None:
     # x += y in a graph is x = x + y: once a graph such as T5's has assigned in place, MindSpore 2.10.0 crashes where it

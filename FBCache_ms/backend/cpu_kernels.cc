@@ -66,6 +66,123 @@ int64_t product(const int64_t *shape, int first, int last) {
   return result;
 }
 
+int64_t rounded_up(int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; }
+
+// A tile of a product, as large as the registers hold.
+using Lanes = float __attribute__((vector_size(64), aligned(4)));
+constexpr int64_t kLanes = 16, kRows = 6;
+#ifdef __AVX512F__
+constexpr int64_t kWide = 2;
+#else
+constexpr int64_t kWide = 1;
+#endif
+constexpr int64_t kColumns = kWide * kLanes;
+
+// c = a b for kRows rows of a, (kRows, depth), and kColumns columns of b, (depth, kColumns), each with its row length.
+inline void multiply_tile(const float *a, int64_t a_row, const float *b, int64_t b_row, int64_t depth, float *c,
+                          int64_t c_row) {
+  Lanes sums[kRows][kWide] = {};
+  for (int64_t k = 0; k < depth; ++k) {
+    for (int64_t wide = 0; wide < kWide; ++wide) {
+      const Lanes right = *reinterpret_cast<const Lanes *>(b + k * b_row + wide * kLanes);
+#pragma GCC unroll 8
+      for (int64_t row = 0; row < kRows; ++row) sums[row][wide] += a[row * a_row + k] * right;
+    }
+  }
+  for (int64_t row = 0; row < kRows; ++row) {
+    for (int64_t wide = 0; wide < kWide; ++wide) {
+      *reinterpret_cast<Lanes *>(c + row * c_row + wide * kLanes) = sums[row][wide];
+    }
+  }
+}
+
+// A stream's queries, keys and values (B, length, heads * width), and the weights (width) of its RMSNorms.
+struct Stream {
+  const float *query, *key, *value, *query_weight, *key_weight;
+  int64_t length;
+};
+
+// RMSNorm of a head times a scale, turned by the rotary table; y's elements lie ``step`` apart.
+inline void norm_rotate(const float *x, const float *weight, const float *cosine, const float *sine, float epsilon,
+                        float scale, int64_t width, float *y, int64_t step) {
+  const float factor = scale / std::sqrt(mean_square(x, width, 0) + epsilon);
+  for (int64_t i = 0; i < width; i += 2) {
+    const float even = x[i] * factor * weight[i], odd = x[i + 1] * factor * weight[i + 1];
+    y[i * step] = even * cosine[i] - odd * sine[i];
+    y[(i + 1) * step] = odd * cosine[i + 1] + even * sine[i + 1];
+  }
+}
+
+// In place e^(x - max), and 1 over the sum of that.
+inline float softmax_numerators(float *x, int64_t size) {
+  float most = x[0], sum = 0;
+  for (int64_t i = 1; i < size; ++i) most = std::max(most, x[i]);
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < size; ++i) {
+    x[i] = exponential(x[i] - most);
+    sum += x[i];
+  }
+  return 1 / sum;
+}
+
+// Attention of one head, of the streams' tokens one after the other; every pointer is at the head's first element, rows
+// of the streams and of the output y are ``row`` apart.
+void attend(const Stream *streams, int count, const float *cosine, const float *sine, float epsilon, int64_t width,
+            int64_t row, float *y) {
+  int64_t length = 0;
+  for (int i = 0; i < count; ++i) length += streams[i].length;
+  const int64_t rows = rounded_up(length, kRows), columns = rounded_up(length, kColumns);
+  const int64_t wide = rounded_up(width, kColumns);
+  std::vector<float> queries(rows * width), keys(width * columns), values(length * wide), scores(kRows * columns),
+      outputs(kRows * wide);
+  const float scale = 1 / std::sqrt(static_cast<float>(width));
+  int64_t token = 0;
+  for (int i = 0; i < count; ++i) {
+    const Stream &stream = streams[i];
+    for (int64_t t = 0; t < stream.length; ++t, ++token) {
+      const float *c = cosine + token * width, *s = sine + token * width;
+      norm_rotate(stream.query + t * row, stream.query_weight, c, s, epsilon, scale, width, &queries[token * width], 1);
+      norm_rotate(stream.key + t * row, stream.key_weight, c, s, epsilon, 1, width, &keys[token], columns);
+      std::copy_n(stream.value + t * row, width, &values[token * wide]);
+    }
+  }
+  for (int64_t first = 0; first < length; first += kRows) {
+    for (int64_t column = 0; column < columns; column += kColumns) {
+      multiply_tile(&queries[first * width], width, &keys[column], columns, width, &scores[column], columns);
+    }
+    float factors[kRows];
+    for (int64_t i = 0; i < kRows; ++i) factors[i] = softmax_numerators(&scores[i * columns], length);
+    for (int64_t column = 0; column < wide; column += kColumns) {
+      multiply_tile(scores.data(), columns, &values[column], wide, length, &outputs[column], wide);
+    }
+    for (int64_t i = 0; i < std::min(kRows, length - first); ++i) {
+      for (int64_t j = 0; j < width; ++j) y[(first + i) * row + j] = outputs[i * wide + j] * factors[i];
+    }
+  }
+}
+
+// Attention of all samples' heads. The shape is the queries' of the last stream, y is (B, all tokens, heads * width).
+void attend_all(const Stream *streams, int count, const int64_t *shape, const float *cosine, const float *sine,
+                float epsilon, int64_t width, float *y) {
+  int64_t length = 0;
+  for (int i = 0; i < count; ++i) length += streams[i].length;
+  const int64_t row = shape[2], heads = row / width, pairs = shape[0] * heads;
+  // A pair of tokens takes about as long as kLanes elements do elsewhere for every kLanes of the width.
+  in_pieces(pairs, pairs * length * length * width / (2 * kLanes), [=](int64_t begin, int64_t end) {
+    for (int64_t pair = begin; pair < end; ++pair) {
+      const int64_t sample = pair / heads, offset = pair % heads * width;
+      std::vector<Stream> here(streams, streams + count);
+      for (Stream &stream : here) {
+        const int64_t start = sample * stream.length * row + offset;
+        stream.query += start;
+        stream.key += start;
+        stream.value += start;
+      }
+      attend(here.data(), count, cosine, sine, epsilon, width, row, y + sample * length * row + offset);
+    }
+  });
+}
+
 }  // namespace
 
 #define INFER_SHAPE(name) extern "C" std::vector<int64_t> name##InferShape(int *ranks, int64_t **shapes, void *extra)
@@ -135,31 +252,39 @@ KERNEL(layer_norm) {
   return 0;
 }
 
-// RMSNorm of each head times a scale, turned by the rotary table, heads first: x (B, L, H, d), weight (d), cosine and
-// sine (L, d), epsilon and scale scalars; y (B, H, L, d).
-INFER_TYPE(rms_norm_rotate)
-INFER_SHAPE(rms_norm_rotate) { return {shapes[0][0], shapes[0][2], shapes[0][1], shapes[0][3]}; }
-KERNEL(rms_norm_rotate) {
-  const float *x = TENSOR(0), *weight = TENSOR(1), *cosine = TENSOR(2), *sine = TENSOR(3);
-  const float epsilon = *TENSOR(4), scale = *TENSOR(5);
-  float *y = OUTPUT;
-  const int64_t length = shapes[0][1], heads = shapes[0][2], width = shapes[0][3], rows = shapes[0][0] * length;
-  in_pieces(rows, rows * heads * width, [=](int64_t begin, int64_t end) {
+// x + gate y: x and y (B, L, D), gate (B, D).
+INFER_TYPE(gated_add)
+INFER_SHAPE(gated_add) { return {shapes[0], shapes[0] + ranks[0]}; }
+KERNEL(gated_add) {
+  const float *x = TENSOR(0), *gate = TENSOR(1), *y = TENSOR(2);
+  float *z = OUTPUT;
+  const int64_t length = shapes[0][1], width = shapes[0][2], rows = shapes[0][0] * length;
+  in_pieces(rows, rows * width, [=](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      const int64_t sample = row / length, token = row % length;
-      const float *c = cosine + token * width, *s = sine + token * width;
-      for (int64_t head = 0; head < heads; ++head) {
-        const float *from = x + (row * heads + head) * width;
-        float *to = y + ((sample * heads + head) * length + token) * width;
-        const float factor = scale / std::sqrt(mean_square(from, width, 0) + epsilon);
+      const float *by = gate + row / length * width;
 #pragma omp simd
-        for (int64_t i = 0; i < width; i += 2) {
-          const float even = from[i] * factor * weight[i], odd = from[i + 1] * factor * weight[i + 1];
-          to[i] = even * c[i] - odd * s[i];
-          to[i + 1] = odd * c[i + 1] + even * s[i + 1];
-        }
-      }
+      for (int64_t i = 0; i < width; ++i) z[row * width + i] = x[row * width + i] + by[i] * y[row * width + i];
     }
   });
+  return 0;
+}
+
+// A single block's attention: queries, keys and values (B, L, heads * d), the RMSNorms' weights of queries and keys (d),
+// cosine and sine (L, d), epsilon a scalar.
+INFER_TYPE(attention)
+INFER_SHAPE(attention) { return {shapes[0], shapes[0] + ranks[0]}; }
+KERNEL(attention) {
+  const Stream whole{TENSOR(0), TENSOR(1), TENSOR(2), TENSOR(3), TENSOR(4), shapes[0][1]};
+  attend_all(&whole, 1, shapes[0], TENSOR(5), TENSOR(6), *TENSOR(7), shapes[3][0], OUTPUT);
+  return 0;
+}
+
+// A double block's: the text's queries, keys, values and weights, then the image's, as above; the text's rows first.
+INFER_TYPE(joint_attention)
+INFER_SHAPE(joint_attention) { return {shapes[0][0], shapes[0][1] + shapes[5][1], shapes[0][2]}; }
+KERNEL(joint_attention) {
+  const Stream streams[] = {{TENSOR(0), TENSOR(1), TENSOR(2), TENSOR(3), TENSOR(4), shapes[0][1]},
+                            {TENSOR(5), TENSOR(6), TENSOR(7), TENSOR(8), TENSOR(9), shapes[5][1]}};
+  attend_all(streams, 2, shapes[5], TENSOR(10), TENSOR(11), *TENSOR(12), shapes[3][0], OUTPUT);
   return 0;
 }
