@@ -222,6 +222,12 @@ class FluxPipeline(MindoneFluxPipeline):
         ]
     )
 
+    @staticmethod
+    def _prepare_latent_image_ids(batch_size, height, width, dtype):
+        """mindone's (height * width, 3): zero, row and column of each token. Without assigning to parts of a tensor,
+        which takes MindSpore ten milliseconds."""
+        return ms.Tensor(np.indices((1, height, width)).reshape(3, -1).T, dtype)
+
     def why_not_cached(self):
         """What keeps calls from the cached loop, in words; None if nothing does."""
         config = self.scheduler.config
@@ -446,7 +452,8 @@ class _OneTurn:
 
     @property
     def timesteps(self):
-        return self.scheduler.timesteps[:1]
+        # Through NumPy: indexing a tensor takes MindSpore ten milliseconds.
+        return [ms.Tensor(self.scheduler.timesteps.asnumpy()[0])]
 
     def step(self, model_output, *args, **kwargs):
         return (model_output,)

@@ -295,6 +295,15 @@ def test_flux_attention(batch, heads, length, text, installed):
     check_cell(Attend(cell, text), expected, x, cosine, sine)
 
 
+@pytest.mark.parametrize("shape", [(2, 6, 3, 5), (1, 12, 80, 80)])
+def test_group_norm_cell(shape, installed):
+    cell, x = with_random_weights(mint.nn.GroupNorm(3, shape[1], eps=1e-6)), random(*shape)
+    grouped = x.reshape(shape[0], 3, -1)
+    channels = (1, -1, 1, 1)
+    weight, bias = (each.asnumpy().reshape(channels) for each in (cell.weight, cell.bias))
+    check_cell(cell, layer_norm(grouped).reshape(shape) * weight + bias, x)
+
+
 def layer_norm(x):
     return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
 

@@ -413,6 +413,13 @@ def test_results_come_as_mindones(pipe):
     assert type(pipe.transformer).__name__ == "FluxTransformer2DModel"
 
 
+@pytest.mark.parametrize("dtype", [ms.float32, ms.bfloat16])
+def test_image_ids_are_mindones(dtype):
+    ours, theirs = (kind._prepare_latent_image_ids(1, 3, 5, dtype) for kind in (FluxPipeline, FluxPipeline.__base__))
+    assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype) == ((15, 3), dtype)
+    np.testing.assert_array_equal(ours.float().asnumpy(), theirs.float().asnumpy())
+
+
 def test_prompt_embeds_may_be_given(pipe):
     embeds, pooled, _ = pipe.encode_prompt(PROMPT, max_sequence_length=32)
     given = draw(pipe, None, prompt_embeds=embeds, pooled_prompt_embeds=pooled)

@@ -252,6 +252,33 @@ KERNEL(layer_norm) {
   return 0;
 }
 
+// norm(x) weight + bias over the channels of a group together: x (B, C, ...), weight and bias (C), the number of groups
+// and epsilon scalars.
+INFER_TYPE(group_norm)
+INFER_SHAPE(group_norm) { return {shapes[0], shapes[0] + ranks[0]}; }
+KERNEL(group_norm) {
+  const float *x = TENSOR(0), *weight = TENSOR(1), *bias = TENSOR(2);
+  const float epsilon = *TENSOR(4);
+  float *y = OUTPUT;
+  const int64_t groups = static_cast<int64_t>(*TENSOR(3)), channels = shapes[0][1] / groups;
+  const int64_t pixels = product(shapes[0], 2, ranks[0]), size = channels * pixels, all = shapes[0][0] * groups;
+  in_pieces(all, all * size, [=](int64_t begin, int64_t end) {
+    for (int64_t group = begin; group < end; ++group) {
+      const float *from = x + group * size;
+      const float centre = mean(from, size);
+      const float factor = 1 / std::sqrt(mean_square(from, size, centre) + epsilon);
+      for (int64_t channel = 0; channel < channels; ++channel) {
+        const int64_t index = group % groups * channels + channel, start = channel * pixels;
+        const float by = factor * weight[index], add = bias[index];
+        float *to = y + group * size + start;
+#pragma omp simd
+        for (int64_t i = 0; i < pixels; ++i) to[i] = (from[start + i] - centre) * by + add;
+      }
+    }
+  });
+  return 0;
+}
+
 // x + gate y: x and y (B, L, D), gate (B, D).
 INFER_TYPE(gated_add)
 INFER_SHAPE(gated_add) { return {shapes[0], shapes[0] + ranks[0]}; }

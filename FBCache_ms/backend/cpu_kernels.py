@@ -65,6 +65,7 @@ def kernel(name, inputs):
 GELU_TANH = kernel("gelu_tanh", 1)
 LAYER_NORM = kernel("layer_norm", 2)
 LAYER_NORM_MODULATE = kernel("layer_norm_modulate", 4)
+GROUP_NORM = kernel("group_norm", 5)
 GATED_ADD = kernel("gated_add", 3)
 ATTENTION = kernel("attention", 8)
 JOINT_ATTENTION = kernel("joint_attention", 13)
