@@ -17,6 +17,7 @@ from FBCache_ms.eval.files import check_folder, json_bytes, write_file, write_te
 
 BENCHMARKS = {
     "overhead": "The loop against its limit",
+    "branches": "What a branch costs",
     "against_torch": "Against torch",
     "against_example": "Against the example in mindone",
     "first_picture": "The first picture",

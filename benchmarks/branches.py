@@ -1,0 +1,118 @@
+"""What a branch costs MindSpore's CPU runtime: a turn of a loop, by the number of weights that the branch could read.
+
+    .venv/bin/python benchmarks/branches.py
+
+The branch is never taken. Each loop of 100 turns is run in turn with the others; the first row's has no branch.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+from machine import machine
+
+from FBCache_ms.eval.arguments import Parser, add_into_option, check_range, exit_status
+from FBCache_ms.eval.files import check_folder, check_into, put_into
+from FBCache_ms.eval.tables import markdown, spread, write_tables
+
+TURNS, SHAPE = 100, (96, 128)
+
+
+def parse_arguments(argv=None):
+    """The command line."""
+    parser = Parser(prog="branches", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--weights", type=int, nargs="+", default=[1, 100, 400], metavar="N", help="(default: 1 100 400)")
+    add("--runs", type=int, default=11, metavar="N", help="turns of all loops (default: 11)")
+    add("--save_path", type=Path, default=Path("./results/speed"), metavar="FOLDER")
+    add_into_option(parser)
+    args = parser.parse_args(argv)
+    try:
+        for weights in args.weights:
+            check_range("weights", weights, 1)
+        check_range("runs", args.runs, 1)
+        check_folder(args.save_path)
+        check_into(args.into)
+    except (OSError, ValueError) as error:
+        parser.error(error)
+    return args
+
+
+def loop_of(weights):
+    """A loop of TURNS turns with so many weights in a branch, none for no branch; a function without arguments."""
+    import numpy as np
+
+    import mindspore as ms
+    from mindspore import Parameter, nn, ops
+
+    class Loop(nn.Cell):
+        def __init__(self):
+            super().__init__()
+            ones = ms.Tensor(np.ones(SHAPE), ms.float32)
+            self.weights = ms.ParameterTuple([Parameter(ones, name=f"weight_{i}") for i in range(weights)])
+            self.taken = Parameter(ms.Tensor(np.zeros(TURNS), ms.float32), name="taken")
+
+        def construct(self, x, start):
+            turn = start
+            while turn < TURNS:
+                if weights == 0:
+                    x = x + self.taken[turn]
+                elif self.taken[turn] > 0.5:
+                    for weight in self.weights:
+                        x = x * weight
+                else:
+                    x = ops.abs(x)
+                turn = turn + 1
+            return x
+
+    loop, x, start = Loop(), ms.Tensor(np.ones(SHAPE), ms.float32), ms.Tensor(0, ms.int32)
+    return lambda: loop(x, start).asnumpy()
+
+
+def microseconds(loops, runs):
+    """{weights: microseconds a turn of each run} of the loops, run in turn after a first time."""
+    for loop in loops.values():
+        loop()
+    times = {weights: [] for weights in loops}
+    for _ in range(runs):
+        for weights, loop in loops.items():
+            begin = time.perf_counter()
+            loop()
+            times[weights].append((time.perf_counter() - begin) / TURNS * 1e6)
+    return times
+
+
+def main(argv=None):
+    """The program; returns its exit status."""
+    args = parse_arguments(argv)
+
+    def work():
+        import mindspore as ms
+
+        from FBCache_ms.device import choose_device, prepare_device
+
+        choose_device("CPU")
+        prepare_device()
+        ms.set_context(mode=ms.GRAPH_MODE)
+        times = microseconds({weights: loop_of(weights) for weights in (0, *args.weights)}, args.runs)
+        without = statistics.median(times[0])
+        rows = [
+            {
+                "Weights in the Branch": weights or "no branch",
+                "A Turn (us)": spread(values, 0),
+                "Above No Branch (us)": f"{statistics.median(values) - without:.0f}",
+            }
+            for weights, values in times.items()
+        ]
+        text = markdown(rows)
+        write_tables(args.save_path, "branches", text, rows, {"settings": {**machine(), "runs": args.runs}, "us": times})
+        put_into(args.into, text)
+        print(text, end="")
+
+    return exit_status("branches", work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
