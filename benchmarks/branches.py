@@ -107,7 +107,8 @@ def main(argv=None):
             for weights, values in times.items()
         ]
         text = markdown(rows)
-        write_tables(args.save_path, "branches", text, rows, {"settings": {**machine(), "runs": args.runs}, "us": times})
+        data = {"settings": {**machine(), "runs": args.runs}, "microseconds": times}
+        write_tables(args.save_path, "branches", text, rows, data)
         put_into(args.into, text)
         print(text, end="")
 
