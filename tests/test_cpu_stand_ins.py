@@ -191,7 +191,7 @@ def test_norm_cells(shape, installed):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(8,), (3, 8), (2, 4, 8)])
-def test_linear_cell(shape, bias):
+def test_linear_cell(shape, bias, installed):
     cell, x = with_random_weights(mint.nn.Linear(8, 5, bias=bias)), random(*shape)
     check_cell(cell, x @ cell.weight.asnumpy().T + (cell.bias.asnumpy() if bias else 0), x)
 
@@ -233,6 +233,14 @@ def test_ada_layer_norm_cells(kind, parts, installed):
     normed = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
     normed = normed * (1 + scale[:, None]) + shift[:, None]
     check_cell(Parts(cell), np.concatenate([normed.reshape(2, -1), *others], 1), x, emb)
+
+
+def test_ada_layer_norm_continuous_cell(installed):
+    cell = cpu.normalization.AdaLayerNormContinuous(8, 8, elementwise_affine=False, eps=1e-6)
+    x, emb = random(2, 4, 8), random(2, 8)
+    scale, shift = np.split(linear(cell.linear, emb / (1 + np.exp(-emb))), 2, 1)
+    normed = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+    check_cell(cell, normed * (1 + scale[:, None]) + shift[:, None], x, emb)
 
 
 def linear(cell, x):
@@ -417,6 +425,16 @@ def test_many_elements_are_shared_among_threads(installed):
     x = random(3, 100, 256)
     expected = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
     check_cell(mint.nn.LayerNorm(256), expected, x)
+    layer = with_random_weights(mint.nn.Linear(256, 300))
+    check_cell(layer, linear(layer, x / 16), x / 16)
+
+
+def test_without_mindspores_onednn_linear_layers_are_its_own_operators(installed, monkeypatch):
+    monkeypatch.setattr(cpu_kernels.ms, "__file__", "/nowhere/__init__.py")
+    assert not cpu_kernels.has_products()
+    monkeypatch.setattr(cpu_kernels, "LINEAR", None)
+    layer, x = with_random_weights(mint.nn.Linear(8, 5)), random(3, 8)
+    check_cell(layer, linear(layer, x), x)
 
 
 def test_what_is_no_number_stays_none(installed):

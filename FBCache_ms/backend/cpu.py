@@ -291,6 +291,13 @@ def repeat(self, *repeats):
     return ops.tile(self, repeats)
 
 
+def fused_linear_cell(self, input):
+    """mint.nn.Linear.construct."""
+    if kernels.LINEAR is None or self.bias is None or input.dtype != ms.float32:
+        return linear_cell(self, input)
+    return kernels.LINEAR(input, self.weight, self.bias)
+
+
 def fused_gelu(input, *, approximate="none"):
     """mint.nn.functional.gelu."""
     if approximate != "tanh" or input.dtype != ms.float32:
@@ -393,6 +400,14 @@ def fused_behind_single(cell, stream, normed, attended, gate):
     return kernels.GATED_ADD(stream, gate, cell.proj_out(ops.concat((attended, mlp), 2)))
 
 
+def fused_ada_layer_norm_continuous_cell(self, x, conditioning_embedding):
+    """mindone's AdaLayerNormContinuous.construct."""
+    scale, shift = chunk(self.linear(self.silu(conditioning_embedding)), 2, 1)
+    if self.norm.weight is not None:
+        return self.norm(x) * (1 + scale.expand_dims(1)) + shift.expand_dims(1)
+    return kernels.LAYER_NORM_MODULATE(x, scale, shift, number(self.norm.eps))
+
+
 @ms.constexpr
 def number(value):
     """A kernel's scalar."""
@@ -431,10 +446,12 @@ STAND_INS = (
 
 FUSED_STAND_INS = (
     (mint.nn.functional, "gelu", fused_gelu),
+    (mint.nn.Linear, "construct", fused_linear_cell),
     (mint.nn.LayerNorm, "construct", fused_layer_norm_cell),
     (mint.nn.GroupNorm, "construct", fused_group_norm_cell),
     (normalization.AdaLayerNormZero, "construct", fused_ada_layer_norm_zero_cell),
     (normalization.AdaLayerNormZeroSingle, "construct", fused_ada_layer_norm_zero_single_cell),
+    (normalization.AdaLayerNormContinuous, "construct", fused_ada_layer_norm_continuous_cell),
     (transformer_flux.FluxAttnProcessor, "__call__", fused_flux_attention),
     (transformer_flux.FluxTransformerBlock, "construct", fused_double_block),
     (transformer_flux.FluxSingleTransformerBlock, "construct", fused_single_block),

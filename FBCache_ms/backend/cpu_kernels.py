@@ -4,6 +4,7 @@ On a CPU a small Flux takes as long for handing out kernels as for running them,
 the place of ten. Every operator here is None where nothing could be compiled.
 """
 
+import ctypes
 import hashlib
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ from tempfile import TemporaryDirectory
 
 from mindone.diffusers.utils import logging
 
+import mindspore as ms
 from mindspore import ops
 from mindspore.ops import CustomRegOp, DataType
 
@@ -62,6 +64,16 @@ def kernel(name, inputs):
     return ops.Custom(f"{KERNELS_FILE}:{name}", func_type="aot", reg_info=info.get_op_info())
 
 
+def has_products():
+    """Whether MindSpore brings along the oneDNN that cpu_kernels.cc multiplies with; loads it."""
+    try:
+        library = ctypes.CDLL(str(Path(ms.__file__).parent / "lib" / "libdnnl.so.2"))
+    except OSError:
+        return False
+    return hasattr(library, "dnnl_threadpool_interop_sgemm")
+
+
+LINEAR = kernel("linear", 3) if has_products() else None
 GELU_TANH = kernel("gelu_tanh", 1)
 LAYER_NORM = kernel("layer_norm", 2)
 LAYER_NORM_MODULATE = kernel("layer_norm_modulate", 4)
