@@ -110,7 +110,8 @@ class Knobs:
 
     def action(self, gate):
         """COMPUTE, REUSE or ASK for this step."""
-        return ops.gather(self.schedule, self.step.read() + gate * MAX_STEPS, 0)
+        step = self.step.read()
+        return ops.gather(self.schedule, step + gate * MAX_STEPS if gate > 0 else step, 0)
 
     def x(self):
         """This step's coordinate."""

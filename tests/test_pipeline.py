@@ -22,7 +22,7 @@ from FBCache_ms import (
 from FBCache_ms.cached_transformer import CachedStep
 from FBCache_ms.checkpoint import TINY_FLUX
 from FBCache_ms.gates import knobs
-from FBCache_ms.models.transformer_flux_withFBCache import FBCache_transformer_construct, embed_condition, embed_time
+from FBCache_ms.models.transformer_flux_withFBCache import FBCache_transformer_construct, embed_condition
 from FBCache_ms.pipeline_flux import watched
 
 PROMPT = "a big red circle in the center, blue background"
@@ -166,7 +166,7 @@ def double_gate(transformer, inputs, steps, double, single):
         return image + kept[name][1], text + kept[name][2]
 
     for step in range(steps):
-        temb = embed_time(transformer, timesteps[step : step + 1] / 1000, guidance, pooled[0], ms.float32)
+        temb = transformer.time_text_embed(timesteps[step : step + 1], guidance * 1000, pooled[0])
         image = transformer.x_embedder(latents)
         image, text = gated("double", double, transformer.transformer_blocks, image, context, temb, False)
         image, text = gated("single", single, transformer.single_transformer_blocks, image, text, temb, True)

@@ -3,7 +3,7 @@
 import mindspore as ms
 from mindspore import nn, ops
 
-from .transformer_flux_withFBCache import cached_step, embed_condition, embed_time
+from .transformer_flux_withFBCache import cached_step, embed_condition, embed_prompt, embed_time
 
 
 class FluxDenoiseLoop(nn.Cell):
@@ -60,6 +60,10 @@ class FluxDenoiseLoop(nn.Cell):
             transformer, prompt_embeds.reshape((-1,) + prompt_embeds.shape[2:]), text_ids, latent_image_ids
         )
         contexts = contexts.reshape((cache.branches, batch) + contexts.shape[1:])
+        prompts = [embed_prompt(transformer, guidance, pooled, dtype) for pooled in pooled_prompt_embeds]
+        given = contexts, tuple([ops.stack(terms) for terms in zip(*prompts)]), attention_kwargs
+        if cache.branches == 1:
+            given = of_branch(given, ms.Tensor(0, ms.int32))
         cache.knobs.set(schedule, coordinates, numbers)
         if start == 0:
             for branch in range(cache.branches):
@@ -68,20 +72,21 @@ class FluxDenoiseLoop(nn.Cell):
         # One loop over the calls of the transformer, two a step under true CFG: an NPU's host reads every condition.
         call, positive = start * cache.branches, ops.zeros_like(latents)
         while call < stop * cache.branches:
-            step, branch = call // cache.branches, call % cache.branches
-            cache.select(branch)
-            timestep = timesteps[step].to(dtype).broadcast_to((batch,)) / 1000
-            temb = embed_time(transformer, timestep, guidance, ops.gather(pooled_prompt_embeds, branch, 0), dtype)
-            context, chosen = ops.gather(contexts, branch, 0), None
-            if attention_kwargs is not None:
-                chosen = {name: of_branch(value, branch) for name, value in attention_kwargs.items()}
+            step, branch, here = call, 0, given
+            if cache.branches > 1:
+                step, branch = call // cache.branches, call % cache.branches
+                here = of_branch(given, branch)
+                cache.select(branch)
+            timestep = ops.gather(timesteps, step, 0).to(dtype).broadcast_to((batch,)) / 1000
+            context, terms, chosen = here
+            temb = embed_time(transformer, timestep, terms, dtype)
             velocity = cached_step(transformer, cache, latents, context, temb, rotary, chosen)
+            stride = ops.gather(sigmas, step + 1, 0) - ops.gather(sigmas, step, 0)
             if cache.branches == 1:
-                latents = euler_step(latents, velocity, sigmas[step], sigmas[step + 1])
+                latents = euler_step(latents, velocity, stride)
             else:
                 guided = velocity + true_cfg_scale.to(dtype) * (positive - velocity)
-                moved = euler_step(latents, guided, sigmas[step], sigmas[step + 1])
-                latents = ops.where(branch == 1, moved, latents)
+                latents = ops.where(branch == 1, euler_step(latents, guided, stride), latents)
                 positive = velocity
             call = call + 1
         return latents
@@ -92,12 +97,16 @@ class FluxDenoiseLoop(nn.Cell):
 
 
 def of_branch(stacked, branch):
-    """A branch's part of a tensor, or of each tensor of a tuple."""
-    if isinstance(stacked, ms.Tensor):
-        return ops.gather(stacked, branch, 0)
-    return tuple([ops.gather(each, branch, 0) for each in stacked])
+    """A branch's part of a tensor, of each in a tuple or a dictionary, or of None."""
+    if stacked is None:
+        return None
+    if isinstance(stacked, tuple):
+        return tuple([of_branch(each, branch) for each in stacked])
+    if isinstance(stacked, dict):
+        return {name: of_branch(each, branch) for name, each in stacked.items()}
+    return ops.gather(stacked, branch, 0)
 
 
-def euler_step(latents, velocity, sigma, next_sigma):
+def euler_step(latents, velocity, stride):
     """x + (sigma' - sigma) v in float32: FlowMatchEulerDiscreteScheduler.step, without noise."""
-    return (latents.float() + (next_sigma - sigma) * velocity.float()).to(latents.dtype)
+    return (latents.float() + stride * velocity.float()).to(latents.dtype)

@@ -16,12 +16,22 @@ def embed_condition(transformer, encoder_hidden_states, txt_ids, img_ids):
     return transformer.context_embedder(encoder_hidden_states), rotary
 
 
-def embed_time(transformer, timestep, guidance, pooled_projections, dtype):
-    """The modulation vector (B, D) of timestep and guidance, both (B,), in [0, 1] and in the user's units."""
-    timestep = timestep.to(dtype) * 1000
-    if guidance is None:
-        return transformer.time_text_embed(timestep, pooled_projections)
-    return transformer.time_text_embed(timestep, guidance.to(dtype) * 1000, pooled_projections)
+def embed_prompt(transformer, guidance, pooled_projections, dtype):
+    """What no step changes of the modulation vector: its terms (B, D), of the guidance (B,) if any, and of the prompt."""
+    embedder, terms = transformer.time_text_embed, ()
+    if guidance is not None:
+        projected = embedder.time_proj(guidance.to(dtype) * 1000).to(pooled_projections.dtype)
+        terms = (embedder.guidance_embedder(projected),)
+    return terms + (embedder.text_embedder(pooled_projections),)
+
+
+def embed_time(transformer, timestep, terms, dtype):
+    """The modulation vector (B, D) of a timestep (B,), in [0, 1], and of embed_prompt's terms."""
+    embedder = transformer.time_text_embed
+    temb = embedder.timestep_embedder(embedder.time_proj(timestep.to(dtype) * 1000).to(terms[-1].dtype))
+    for term in terms:
+        temb = temb + term
+    return temb
 
 
 def controlnet_index(index, blocks, samples, repeat):
@@ -239,7 +249,8 @@ def cached_forward(
         }
     cache.begin_step(timestep[0])
     context, rotary = embed_condition(transformer, encoder_hidden_states, txt_ids, img_ids)
-    temb = embed_time(transformer, timestep, guidance, pooled_projections, hidden_states.dtype)
+    terms = embed_prompt(transformer, guidance, pooled_projections, hidden_states.dtype)
+    temb = embed_time(transformer, timestep, terms, hidden_states.dtype)
     output = cached_step(
         transformer,
         cache,
