@@ -12,7 +12,7 @@ FLOAT32 = 4
 # other than matrix products and attention read and write, each on its own, in units of the whole stream.
 DOUBLE_OPERATORS, DOUBLE_PASSES = 128, 140
 SINGLE_OPERATORS, SINGLE_PASSES = 70, 136
-STEP_OPERATORS, CONDITION_OPERATORS = 85, 37
+STEP_OPERATORS, CONDITION_OPERATORS, TERMS_OPERATORS = 46, 37, 26
 GATE_OPERATORS = 52
 TEXT_HALF_OPERATORS, TEXT_HALF_PASSES = 11, 24
 ROTARY_BYTES = 40
@@ -53,7 +53,7 @@ class Design:
         name: what it is called.
         graph: as a compiled graph; else operator by operator.
         whole_loop: the host turns round once a generation; else once a step.
-        hoisted: what does not depend on the step, the embedded text and the rotary tables, is computed once.
+        hoisted: what does not depend on the step, as condition() has it, is computed once.
         lean: on a reuse the text stream is not finished behind attention where only the skipped blocks need it.
         float32: differences and forecasts are in float32; else in the stream's dtype.
     """
@@ -163,13 +163,16 @@ def blocks(shapes, start, stop, text=True):
 
 
 def condition(shapes):
-    """What does not depend on the step: the embedded text and the rotary tables."""
-    inputs = shapes.config.joint_attention_dim
-    embedded = shapes.batch * shapes.text_tokens * (inputs + shapes.width) + inputs * shapes.width
+    """What does not depend on the step: the embedded text, guidance and pooled prompt, and the rotary tables."""
+    width, batch, inputs = shapes.width, shapes.batch, shapes.config.joint_attention_dim
+    embedded = batch * shapes.text_tokens * (inputs + width) + inputs * width
     rotary = ROTARY_BYTES * shapes.tokens * shapes.config.attention_head_dim
-    operations = 2 * shapes.batch * shapes.text_tokens * inputs * shapes.width
+    operations = 2 * batch * shapes.text_tokens * inputs * width
+    guidance = 256 + width if shapes.config.guidance_embeds else 0
+    terms = (guidance + shapes.config.pooled_projection_dim + width) * width
     return [
         Work("text embedding", operations, embedded * shapes.itemsize, CONDITION_OPERATORS),
+        Work("guidance and prompt", 2 * batch * terms, terms * shapes.itemsize, TERMS_OPERATORS),
         Work("rotary tables", 0, rotary),
     ]
 
@@ -177,11 +180,9 @@ def condition(shapes):
 def ends(shapes):
     """What every step computes around the blocks: the embedded latents and time, the output, the scheduler's update."""
     config, width, image = shapes.config, shapes.width, shapes.stream(shapes.image_tokens)
-    operations = shapes.costs.rest - condition(shapes)[0].operations
-    embedded = 2 if config.guidance_embeds else 1
+    operations = shapes.costs.rest - sum(work.operations for work in condition(shapes))
     channels = config.in_channels + (config.out_channels or config.in_channels) * config.patch_size**2
-    weights = shapes.weights(3 + embedded)
-    weights += (channels + 256 * embedded + config.pooled_projection_dim) * width * shapes.itemsize
+    weights = shapes.weights(3) + (channels + 256) * width * shapes.itemsize
     return [Work("around the blocks", operations, weights + 8 * image, STEP_OPERATORS)]
 
 

@@ -28,26 +28,26 @@ MASKS = {
 
 LEARNT = {
     "learnt_6": {
-        28: (0, 8, 12, 16, 23, 26),
-        50: (0, 16, 23, 32, 43, 48),
+        28: (0, 7, 12, 18, 23, 26),
+        50: (0, 16, 25, 33, 42, 48),
     },
     "learnt_8": {
-        28: (0, 6, 10, 14, 18, 21, 24, 26),
-        50: (0, 11, 17, 23, 31, 40, 45, 48),
+        28: (0, 6, 10, 14, 18, 22, 25, 27),
+        50: (0, 10, 17, 24, 32, 39, 45, 48),
     },
     "learnt_10": {
-        28: (0, 4, 7, 10, 13, 16, 20, 23, 25, 27),
-        50: (0, 8, 14, 19, 23, 31, 37, 42, 46, 48),
+        28: (0, 4, 7, 10, 13, 16, 19, 23, 25, 27),
+        50: (0, 9, 13, 20, 24, 31, 39, 43, 46, 48),
     },
     "learnt_12": {
-        28: (0, 3, 6, 8, 10, 13, 16, 20, 23, 25, 26, 27),
-        50: (0, 7, 11, 16, 20, 25, 31, 37, 42, 46, 48, 49),
+        28: (0, 4, 7, 10, 12, 14, 17, 19, 21, 23, 25, 27),
+        50: (0, 7, 11, 17, 22, 25, 32, 38, 43, 45, 47, 49),
     },
 }
-"""{steps: those computed}, learnt by eval/learn_mask.py on the embedded checkpoint for TaylorSeer's order 1.
+"""{steps: those computed}: the best of 60 masks by the error of the latents over six prompts, on the embedded
+checkpoint and for TaylorSeer's order 1.
 
-The 8 of 28 are the best of 30 masks by the error of the latents, on three prompts; the others are the masks of the
-least Estimate on six.
+Made by eval/learn_mask.py with --computed 6 8 10 12 --num_inference_steps 28 (50) --learn_from 6 --limit 16.
 """
 
 

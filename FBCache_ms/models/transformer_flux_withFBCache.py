@@ -17,7 +17,7 @@ def embed_condition(transformer, encoder_hidden_states, txt_ids, img_ids):
 
 
 def embed_prompt(transformer, guidance, pooled_projections, dtype):
-    """What no step changes of the modulation vector: its terms (B, D), of the guidance (B,) if any, and of the prompt."""
+    """What no step changes of the modulation vector: its terms (B, D) of the guidance (B,), if any, and the prompt."""
     embedder, terms = transformer.time_text_embed, ()
     if guidance is not None:
         projected = embedder.time_proj(guidance.to(dtype) * 1000).to(pooled_projections.dtype)
