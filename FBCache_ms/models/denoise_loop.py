@@ -60,8 +60,9 @@ class FluxDenoiseLoop(nn.Cell):
             transformer, prompt_embeds.reshape((-1,) + prompt_embeds.shape[2:]), text_ids, latent_image_ids
         )
         contexts = contexts.reshape((cache.branches, batch) + contexts.shape[1:])
-        prompts = [embed_prompt(transformer, guidance, pooled, dtype) for pooled in pooled_prompt_embeds]
-        given = contexts, tuple([ops.stack(terms) for terms in zip(*prompts)]), attention_kwargs
+        pooled = pooled_prompt_embeds.reshape((-1,) + pooled_prompt_embeds.shape[2:])
+        terms = embed_prompt(transformer, guidance, pooled, dtype)
+        given = contexts, terms[-1].reshape((cache.branches, batch) + terms[-1].shape[1:]), attention_kwargs
         if cache.branches == 1:
             given = of_branch(given, ms.Tensor(0, ms.int32))
         cache.knobs.set(schedule, coordinates, numbers)
@@ -78,8 +79,8 @@ class FluxDenoiseLoop(nn.Cell):
                 here = of_branch(given, branch)
                 cache.select(branch)
             timestep = ops.gather(timesteps, step, 0).to(dtype).broadcast_to((batch,)) / 1000
-            context, terms, chosen = here
-            temb = embed_time(transformer, timestep, terms, dtype)
+            context, prompt, chosen = here
+            temb = embed_time(transformer, timestep, terms[:-1] + (prompt,), dtype)
             velocity = cached_step(transformer, cache, latents, context, temb, rotary, chosen)
             stride = ops.gather(sigmas, step + 1, 0) - ops.gather(sigmas, step, 0)
             if cache.branches == 1:
