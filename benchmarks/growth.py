@@ -3,9 +3,9 @@
     .venv/bin/python benchmarks/growth.py
 
 Transformers of FLUX.1's shape, a third of the blocks double, 64 wide and randomly initialised. Each point is measured
-in a process of its own: from one compiled loop, in turn, a generation of three steps that are all computed and one
-whose last two are reused, which gives the time of a computed and of a reused step. Memory is resident memory at its
-greatest, compilation included.
+in a process of its own: from one compiled loop, in turn, three steps that are all computed, and nine of which the last
+eight are reused, which gives the time of a computed and of a reused step. Memory is resident memory at its greatest,
+compilation included.
 
 Each quantity is fitted twice: as a power of what varies, n, by least squares in logarithms; and as a sum of terms that
 say where it comes from, a + b n, with c n^2 where attention is in it, none below 0, by least squares of the relative
@@ -29,7 +29,7 @@ from FBCache_ms.eval.files import check_folder, check_into, put_into
 from FBCache_ms.eval.tables import markdown, spread, write_tables
 from FBCache_ms.schedules import MAX_STEPS
 
-STEPS, TEXT = 3, 32
+STEPS, REUSES, TEXT = 3, 8, 32
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,8 @@ def loop_of(point):
     )
     side = int(point.tokens**0.5)
     rng, ids = np.random.default_rng(0), np.indices((1, side, side)).reshape(3, -1).T
-    sigmas = np.append(np.linspace(1, 1 / STEPS, STEPS), 0)
+    steps = 1 + REUSES
+    sigmas = np.append(np.linspace(1, 1 / steps, steps), 0)
 
     def tensor(value, dtype=ms.float32):
         return ms.Tensor(value, dtype)
@@ -152,7 +153,7 @@ def loop_of(point):
     )
 
     def inputs(config, stop):
-        return (*fixed, tensor(stop, ms.int32), *map(ms.Tensor, knobs(config, STEPS, sigmas)))
+        return (*fixed, tensor(stop, ms.int32), *map(ms.Tensor, knobs(config, steps, sigmas)))
 
     context = CacheContext(point.batch, point.tokens, transformer.inner_dim, point.order)
     return FluxDenoiseLoop(transformer, context), inputs
@@ -167,17 +168,17 @@ def measure(point, runs):
     computing = CacheConfig(taylorseer_derivative=point.order, warmup_steps=MAX_STEPS)
     reusing = CacheConfig(1, point.order)
 
-    def seconds(config):
+    def seconds(config, steps):
         begin = time.perf_counter()
-        loop(*inputs(config, STEPS)).asnumpy()
+        loop(*inputs(config, steps)).asnumpy()
         return time.perf_counter() - begin
 
     loop(*inputs(reusing, 2)).asnumpy()
     computed, reused = [], []
     for _ in range(runs):
-        computed.append(seconds(computing) / STEPS)
+        computed.append(seconds(computing, STEPS) / STEPS)
         # The first step has nothing to reuse.
-        reused.append((seconds(reusing) - computed[-1]) / (STEPS - 1))
+        reused.append((seconds(reusing, 1 + REUSES) - computed[-1]) / REUSES)
     return {
         "computed": computed,
         "reused": reused,
@@ -271,7 +272,7 @@ def main(argv=None):
         rows = [point_row(vary, *each) for vary, line in measured.items() for each in line]
         fits = [fit_row(vary, quantity, line) for vary, line in measured.items() for quantity in QUANTITIES]
         data = {
-            "settings": {**machine(), "runs": args.runs, "steps": STEPS, "text_tokens": TEXT},
+            "settings": {**machine(), "runs": args.runs, "steps": STEPS, "reuses": REUSES, "text_tokens": TEXT},
             "points": [{**asdict(point), **figures} for point, figures in points.items()],
             "fits": fits,
         }
