@@ -143,7 +143,7 @@ def changes(published, fit, fused):
     designs = {
         "as published, a graph a step": (fit, published.design),
         "the whole loop as one graph, one turn of the host": (fit, loop),
-        "text and rotary tables embedded once": (fit, replace(loop, hoisted=True)),
+        "text, guidance and rotary tables embedded once": (fit, replace(loop, hoisted=True)),
         "on a reuse no text stream that only skipped blocks need": (fit, replace(loop, hoisted=True, lean=True)),
         "decision and forecast in float32: ours": (fit, WHOLE_LOOP),
         "ours, if the host still had a turn at each step": (fit, replace(WHOLE_LOOP, whole_loop=False)),
