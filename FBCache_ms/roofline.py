@@ -12,8 +12,8 @@ FLOAT32 = 4
 # other than matrix products and attention read and write, each on its own, in units of the whole stream.
 DOUBLE_OPERATORS, DOUBLE_PASSES = 128, 140
 SINGLE_OPERATORS, SINGLE_PASSES = 70, 136
-STEP_OPERATORS, CONDITION_OPERATORS, TERMS_OPERATORS = 46, 37, 26
-GATE_OPERATORS = 52
+STEP_OPERATORS, CONDITION_OPERATORS, TERMS_OPERATORS = 28, 37, 42
+GATE_OPERATORS = 48
 TEXT_HALF_OPERATORS, TEXT_HALF_PASSES = 11, 24
 ROTARY_BYTES = 40
 
@@ -163,7 +163,7 @@ def blocks(shapes, start, stop, text=True):
 
 
 def condition(shapes):
-    """What does not depend on the step: the embedded text, guidance and pooled prompt, and the rotary tables."""
+    """What does not depend on the step: the embedded text, guidance and pooled prompt, sinusoids, rotary tables."""
     width, batch, inputs = shapes.width, shapes.batch, shapes.config.joint_attention_dim
     embedded = batch * shapes.text_tokens * (inputs + width) + inputs * width
     rotary = ROTARY_BYTES * shapes.tokens * shapes.config.attention_head_dim
@@ -172,7 +172,7 @@ def condition(shapes):
     terms = (guidance + shapes.config.pooled_projection_dim + width) * width
     return [
         Work("text embedding", operations, embedded * shapes.itemsize, CONDITION_OPERATORS),
-        Work("guidance and prompt", 2 * batch * terms, terms * shapes.itemsize, TERMS_OPERATORS),
+        Work("guidance, prompt and times", 2 * batch * terms, terms * shapes.itemsize, TERMS_OPERATORS),
         Work("rotary tables", 0, rotary),
     ]
 
@@ -258,7 +258,7 @@ class CacheWork:
         moved = (self.forecast_bytes() + self.cast(item) + 3 * item) * self.span_elements(gate)
         if self.config.forecast == "dicache":
             moved += 2 * (self.cast(item) + 5 * self.wide) * self.probe_elements(gate)
-        return [Work("forecast", 0, moved, 8 + 7 * orders)]
+        return [Work("forecast", 0, moved, 6 + 7 * orders)]
 
     def store(self, gate):
         """What a computed step keeps."""

@@ -42,13 +42,13 @@ PROBES = {"teacache": "modulated"}
 """Rules that look at something of their own; the others look at what the configuration says."""
 
 
-def within_limits(total, run, compared, limits):
+def within_limits(counts, compared, most, most_compared):
     """Whether fewer than M steps were reused, fewer than MC in a row, and the compared differences sum up to less.
 
-    The order of all tests (cache-dit 1.5.3, can_cache): what schedules.row says, these limits, the score.
+    ``counts`` and ``most`` are (2,). The order of all tests (cache-dit 1.5.3, can_cache): what schedules.row says,
+    these limits, the score.
     """
-    in_all, in_a_row, summed = limits
-    return ops.logical_and(ops.logical_and(total < in_all, run < in_a_row), compared < summed)
+    return ops.logical_and((counts < most).all(), compared < most_compared)
 
 
 def relative_difference(reference, probe, batch_reduction="mean"):

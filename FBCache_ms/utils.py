@@ -73,19 +73,18 @@ class Differences:
 
 @ms.jit_class
 class Counters:
-    """Reuses in a row and in all; a gate and those within it count together."""
+    """Reuses in all and in a row, (2,); a gate and those within it count together."""
 
-    def __init__(self, run, total):
-        self.run, self.total = run, total
+    def __init__(self, counts):
+        self.counts, self.in_all = counts, ms.Tensor([1, 0], ms.float32)
 
     def hit(self):
         """Counts a reuse."""
-        self.run.write(self.run.read() + 1)
-        self.total.write(self.total.read() + 1)
+        self.counts.write(self.counts.read() + 1)
 
     def miss(self):
         """Counts a computed step."""
-        self.run.write(ops.zeros_like(self.run.read()))
+        self.counts.write(self.counts.read() * self.in_all)
 
 
 @ms.jit_class
@@ -173,9 +172,11 @@ class Gate:
         What the schedule says comes first; where it asks, something must be stored, no limit reached, and every rule's
         score strictly below its threshold.
         """
-        action, stored, counters = self.knobs.action(self.index), self.filled.read() > 0, self.counters
-        limits = self.number(MAX_CACHED), self.number(MAX_CONSECUTIVE), self.number(MAX_ACCUMULATED)
-        allowed = rules.within_limits(counters.total.read(), counters.run.read(), self.compared.read(), limits)
+        action, stored = self.knobs.action(self.index), self.filled.read() > 0
+        most = self.knobs.numbers[self.index, MAX_CACHED : MAX_CONSECUTIVE + 1]
+        allowed = rules.within_limits(
+            self.counters.counts.read(), self.compared.read(), most, self.number(MAX_ACCUMULATED)
+        )
         asked = ops.logical_and(ops.logical_and(action == ASK, stored), allowed)
         agreed, differences, scores = asked, (), ()
         for place in range(len(self.rules)):
@@ -329,7 +330,7 @@ class CacheContext:
                 text_len,
                 mindspore_dtype,
                 self.knobs,
-                Counters(*(buffer(f"{gate.name}_{name}", (), 0, ms.int32) for name in ("run", "total"))),
+                Counters(buffer(f"{gate.name}_counts", (2,), 0, ms.float32)),
                 buffer,
             )
             for gate in plans

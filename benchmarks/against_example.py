@@ -34,7 +34,13 @@ from FBCache_ms.eval.arguments import Parser, add_into_option, check_range, exit
 from FBCache_ms.eval.cases import UNCACHED
 from FBCache_ms.eval.files import check_folder, check_into, put_into
 from FBCache_ms.eval.tables import markdown, spread, write_tables
-from FBCache_ms.models.transformer_flux_withFBCache import embed_condition, embed_prompt, embed_time, run_blocks
+from FBCache_ms.models.transformer_flux_withFBCache import (
+    embed_condition,
+    embed_prompt,
+    embed_time,
+    project_time,
+    run_blocks,
+)
 from FBCache_ms.schedules import MAX_STEPS
 
 PROMPT = "a big red circle in the center, blue background"
@@ -81,7 +87,7 @@ class ExampleStep(nn.Cell):
         transformer = self.transformer
         text, rotary = embed_condition(transformer, encoder_hidden_states, txt_ids, img_ids)
         terms = embed_prompt(transformer, guidance, pooled_projections, hidden_states.dtype)
-        temb = embed_time(transformer, timestep, terms, hidden_states.dtype)
+        temb = embed_time(transformer, project_time(transformer, timestep, hidden_states.dtype), terms)
         given = (temb, rotary, None, None, None, False)
         image = transformer.x_embedder(hidden_states)
         first, text = run_blocks(transformer, 0, 1, image, text, given)

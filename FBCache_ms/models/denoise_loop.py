@@ -3,7 +3,7 @@
 import mindspore as ms
 from mindspore import nn, ops
 
-from .transformer_flux_withFBCache import cached_step, embed_condition, embed_prompt, embed_time
+from .transformer_flux_withFBCache import cached_step, embed_condition, embed_prompt, embed_time, project_time
 
 
 class FluxDenoiseLoop(nn.Cell):
@@ -65,6 +65,10 @@ class FluxDenoiseLoop(nn.Cell):
         given = contexts, terms[-1].reshape((cache.branches, batch) + terms[-1].shape[1:]), attention_kwargs
         if cache.branches == 1:
             given = of_branch(given, ms.Tensor(0, ms.int32))
+        # Each step's sinusoids, for every latent, and its stride: a step has one operator to read either.
+        times = project_time(transformer, timesteps.to(dtype) / 1000, dtype).expand_dims(1)
+        times = times.broadcast_to((times.shape[0], batch, times.shape[2]))
+        strides = sigmas[1:] - sigmas[:-1]
         cache.knobs.set(schedule, coordinates, numbers)
         if start == 0:
             for branch in range(cache.branches):
@@ -78,11 +82,10 @@ class FluxDenoiseLoop(nn.Cell):
                 step, branch = call // cache.branches, call % cache.branches
                 here = of_branch(given, branch)
                 cache.select(branch)
-            timestep = ops.gather(timesteps, step, 0).to(dtype).broadcast_to((batch,)) / 1000
             context, prompt, chosen = here
-            temb = embed_time(transformer, timestep, terms[:-1] + (prompt,), dtype)
+            temb = embed_time(transformer, ops.gather(times, step, 0), terms[:-1] + (prompt,))
             velocity = cached_step(transformer, cache, latents, context, temb, rotary, chosen)
-            stride = ops.gather(sigmas, step + 1, 0) - ops.gather(sigmas, step, 0)
+            stride = ops.gather(strides, step, 0)
             if cache.branches == 1:
                 latents = euler_step(latents, velocity, stride)
             else:

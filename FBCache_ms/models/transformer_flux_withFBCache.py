@@ -16,19 +16,23 @@ def embed_condition(transformer, encoder_hidden_states, txt_ids, img_ids):
     return transformer.context_embedder(encoder_hidden_states), rotary
 
 
+def project_time(transformer, timestep, dtype):
+    """The sinusoids (N, 256) of timesteps (N,) in [0, 1], or of guidance scales."""
+    return transformer.time_text_embed.time_proj(timestep.to(dtype) * 1000)
+
+
 def embed_prompt(transformer, guidance, pooled_projections, dtype):
     """What no step changes of the modulation vector: its terms (B, D) of the guidance (B,), if any, and the prompt."""
     embedder, terms = transformer.time_text_embed, ()
     if guidance is not None:
-        projected = embedder.time_proj(guidance.to(dtype) * 1000).to(pooled_projections.dtype)
+        projected = project_time(transformer, guidance, dtype).to(pooled_projections.dtype)
         terms = (embedder.guidance_embedder(projected),)
     return terms + (embedder.text_embedder(pooled_projections),)
 
 
-def embed_time(transformer, timestep, terms, dtype):
-    """The modulation vector (B, D) of a timestep (B,), in [0, 1], and of embed_prompt's terms."""
-    embedder = transformer.time_text_embed
-    temb = embedder.timestep_embedder(embedder.time_proj(timestep.to(dtype) * 1000).to(terms[-1].dtype))
+def embed_time(transformer, projected, terms):
+    """The modulation vector (B, D) of a timestep's sinusoids (B, 256) and of embed_prompt's terms."""
+    temb = transformer.time_text_embed.timestep_embedder(projected.to(terms[-1].dtype))
     for term in terms:
         temb = temb + term
     return temb
@@ -250,7 +254,7 @@ def cached_forward(
     cache.begin_step(timestep[0])
     context, rotary = embed_condition(transformer, encoder_hidden_states, txt_ids, img_ids)
     terms = embed_prompt(transformer, guidance, pooled_projections, hidden_states.dtype)
-    temb = embed_time(transformer, timestep, terms, hidden_states.dtype)
+    temb = embed_time(transformer, project_time(transformer, timestep, hidden_states.dtype), terms)
     output = cached_step(
         transformer,
         cache,
