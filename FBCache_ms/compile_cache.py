@@ -14,6 +14,7 @@ import os
 import shutil
 import tempfile
 from atexit import register
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from platform import python_version
@@ -25,6 +26,9 @@ import mindspore as ms
 
 _SOURCES = ("*.py", "models/*.py", "backend/*.py", "backend/*.cc")
 _NUMBERS = itertools.count()
+
+MOST = 128
+"""So many graphs a folder keeps; a generation has four: the loop, two text encoders and the autoencoder's decoder."""
 
 
 def graph_key(cell, inputs, model, **structure):
@@ -93,7 +97,7 @@ def files_checksum(files):
 
 
 class CompileCache:
-    """The folder that keeps graphs; it is made where it is missing, and processes may share it."""
+    """The folder that keeps the graphs used last; it is made where it is missing, and processes may share it."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -133,12 +137,21 @@ class CompileCache:
                 (place / "graph.json").write_text(key + "\n", encoding="utf-8")
                 if not kept.exists():
                     place.rename(kept)
+            with suppress(OSError):  # A folder to read from, or another process that does the same.
+                (kept / "graph.json").touch()
+                self.prune()
         finally:
             for name, value in environment.items():
                 os.environ.pop(name) if value is None else os.environ.update({name: value})
             if not found:
                 shutil.rmtree(place, ignore_errors=True)
         return used
+
+    def prune(self):
+        """Removes the graphs beyond MOST that were not used for longest."""
+        graphs = sorted(self.folder.glob("*/graph.json"), key=lambda file: file.stat().st_mtime)
+        for file in graphs[:-MOST]:
+            shutil.rmtree(file.parent, ignore_errors=True)
 
 
 def _times(folder):

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -231,6 +232,18 @@ def test_other_sources_are_another_graph(tmp_path):
         for file in package.rglob(pattern)
         if file.relative_to(package).parts[0] not in ("eval", "comfyui")
     )
+
+
+def test_a_folder_keeps_the_graphs_used_last(tmp_path, monkeypatch):
+    class Compiled:
+        def compile(self):
+            pass
+
+    monkeypatch.setattr(compile_cache, "MOST", 2)
+    monkeypatch.setattr(compile_cache, "_NUMBERS", repeat(0))
+    for name in "abac":
+        CompileCache(tmp_path).compile(Compiled(), (), json.dumps({"cell": name}))
+    assert sorted(path.name.split("-")[0] for path in tmp_path.iterdir()) == ["a", "c"]
 
 
 def chosen(program, *options):
