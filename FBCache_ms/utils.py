@@ -129,7 +129,9 @@ class Gate:
         self.stack, self.first, self.last = plan.stack, plan.first, plan.last
         self.rules, self.needs_text, self.probes_text = plan.rules, plan.needs_text, plan.probes_text
         self.orders, self.forecast_rule = config.taylorseer_derivative + 1, config.forecast
-        self.probes = tuple(rules.PROBES.get(rule, config.probe) for rule in plan.rules)
+        # DiCache's forecast looks at what the blocks before the span added, whatever the rules look at.
+        changes = ("residual",) if config.forecast == "dicache" else ()
+        self.seen = tuple(rules.PROBES.get(rule, config.probe) for rule in plan.rules) + changes
         self.factor, self.batch_reduction = config.downsample_factor, config.batch_reduction
 
         def named(name, shape, initial=0, dtype=ms.float32):
@@ -144,15 +146,12 @@ class Gate:
         self.residual = differences("derivatives", shape)
         self.text_residual = differences("text_derivatives", (batch, text_len, width)) if plan.needs_text else None
         probe_shape = (batch, tokens + text_len * plan.probes_text, -(-width // self.factor))
+        self.seen_shapes = tuple(shape if name == "modulated" else probe_shape for name in self.seen)
         self.forecasts_probe = "cg_taylor" in plan.rules or config.forecast == "dicache"
         self.probe_differences = differences("probes", probe_shape) if self.forecasts_probe else None
         self.references = tuple(
-            (
-                None
-                if rules.REFERENCES[rule] == "forecast"
-                else named(f"{rule}_reference", shape if rule in rules.PROBES else probe_shape, dtype=dtype)
-            )
-            for rule in plan.rules
+            (None if rules.REFERENCES[rule] == "forecast" else named(f"{rule}_reference", seen_shape, dtype=dtype))
+            for rule, seen_shape in zip(plan.rules, self.seen_shapes)
         )
         self.sums = tuple(named(f"{rule}_sum", ()) for rule in plan.rules)
         self.compared = named("compared", ())
@@ -166,8 +165,8 @@ class Gate:
         """One of the gate's numbers."""
         return self.knobs.numbers[self.index, place]
 
-    def decide(self, probes):
-        """Whether this step is reused, a scalar; probes has one tensor for each rule.
+    def decide(self, seen):
+        """Whether this step is reused, a scalar; ``seen`` begins with a probe for each rule.
 
         What the schedule says comes first; where it asks, something must be stored, no limit reached, and every rule's
         score strictly below its threshold.
@@ -180,7 +179,7 @@ class Gate:
         asked = ops.logical_and(ops.logical_and(action == ASK, stored), allowed)
         agreed, differences, scores = asked, (), ()
         for place in range(len(self.rules)):
-            rule, probe = self.rules[place], probes[place]
+            rule, probe = self.rules[place], seen[place]
             difference = rules.relative_difference(self.reference(place), probe, self.batch_reduction)
             score = rules.SCORES[rule](difference, self.sums[place].read(), self.coefficients(rule))
             agreed = ops.logical_and(agreed, score < self.number(THRESHOLD + place))
@@ -188,7 +187,7 @@ class Gate:
         reuse = ops.logical_or(agreed, ops.logical_and(action == REUSE, stored))
         for place in range(len(self.rules)):
             if rules.REFERENCES[self.rules[place]] == "previous":
-                self.references[place].write(probes[place])
+                self.references[place].write(seen[place])
                 self.sums[place].write(ops.where(reuse, scores[place], 0.0))
         self.trace(reuse, asked, differences)
         return reuse
@@ -224,14 +223,11 @@ class Gate:
         nodes = self.nodes.read()
         return tuple([nodes[order] for order in range(self.orders)])
 
-    def forecast(self, change):
-        """The span's residual at this step in float32: (image stream, text stream or None).
-
-        ``change`` is what the blocks before the span added.
-        """
+    def forecast(self, seen):
+        """The span's residual at this step in float32: (image stream, text stream or None)."""
         ratio = 1.0
         if self.forecast_rule == "dicache":
-            nodes = self.last_nodes()
+            nodes, change = self.last_nodes(), seen[len(self.rules)]
             ratio = rules.probe_ratio(change, self.probe_differences.derivatives.read(), nodes[0] - nodes[1])
         weights = self.weights(ratio)
         if self.needs_text:
@@ -246,7 +242,7 @@ class Gate:
         decisions = tuple(None if mark == NOT_REACHED else mark == REUSED for mark in reused.tolist())
         return GateStats(self.name, decisions, tuple(None if diff == NOT_COMPARED else diff for diff in diffs.tolist()))
 
-    def store(self, probes, change, residual, text_residual):
+    def store(self, seen, residual, text_residual):
         """Takes over a computed step: its probes as the references, what the span added into the differences."""
         filled, x, nodes = self.filled.read(), self.knobs.x(), self.last_nodes()
         gaps = rules.GAPS[self.forecast_rule](x, nodes)
@@ -254,11 +250,11 @@ class Gate:
         if self.needs_text:
             self.text_residual.update(text_residual, filled, gaps)
         if self.forecasts_probe:
-            probe = change if self.forecast_rule == "dicache" else probes[0]
+            probe = seen[len(self.rules)] if self.forecast_rule == "dicache" else seen[0]
             self.probe_differences.update(probe, filled, gaps)
         for place in range(len(self.rules)):
             if rules.REFERENCES[self.rules[place]] == "computed":
-                self.references[place].write(probes[place])
+                self.references[place].write(seen[place])
         self.nodes.write(ops.stack((x,) + nodes[:-1]))
         self.filled.write(ops.minimum(filled + 1, self.orders))
 

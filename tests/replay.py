@@ -112,8 +112,8 @@ class Loop(nn.Cell):
             self.cache.reset()
         step = start
         while step < stop:
-            added = (image[step], text[step])
-            outputs[step] = cached_step(self.transformer, self.cache, latents[step], context, modulated[step], added)
+            given = (modulated[step], (image[step], text[step]), None, None, None, False)
+            outputs[step] = cached_step(self.transformer, self.cache, latents[step], context, given)
             step = step + 1
         return outputs
 

@@ -3,7 +3,19 @@
 import mindspore as ms
 from mindspore import nn, ops
 
-from .transformer_flux_withFBCache import cached_step, embed_condition, embed_prompt, embed_time, project_time
+from .transformer_flux_withFBCache import (
+    approach,
+    blank,
+    cached_step,
+    compute,
+    embed_condition,
+    embed_prompt,
+    embed_time,
+    project_time,
+    reuse,
+    stacks,
+    velocity,
+)
 
 
 class FluxDenoiseLoop(nn.Cell):
@@ -62,38 +74,94 @@ class FluxDenoiseLoop(nn.Cell):
         contexts = contexts.reshape((cache.branches, batch) + contexts.shape[1:])
         pooled = pooled_prompt_embeds.reshape((-1,) + pooled_prompt_embeds.shape[2:])
         terms = embed_prompt(transformer, guidance, pooled, dtype)
-        given = contexts, terms[-1].reshape((cache.branches, batch) + terms[-1].shape[1:]), attention_kwargs
+        stacked = contexts, terms[-1].reshape((cache.branches, batch) + terms[-1].shape[1:]), attention_kwargs
         if cache.branches == 1:
-            given = of_branch(given, ms.Tensor(0, ms.int32))
+            stacked = of_branch(stacked, ms.Tensor(0, ms.int32))
         # Each step's sinusoids, for every latent, and its stride: a step has one operator to read either.
         times = project_time(transformer, timesteps.to(dtype) / 1000, dtype).expand_dims(1)
         times = times.broadcast_to((times.shape[0], batch, times.shape[2]))
-        strides = sigmas[1:] - sigmas[:-1]
+        conditions = stacked, terms[:-1], times, rotary
+        updates = sigmas[1:] - sigmas[:-1], true_cfg_scale
         cache.knobs.set(schedule, coordinates, numbers)
         if start == 0:
             for branch in range(cache.branches):
                 cache.select(branch)
                 cache.reset()
         # One loop over the calls of the transformer, two a step under true CFG: an NPU's host reads every condition.
-        call, positive = start * cache.branches, ops.zeros_like(latents)
-        while call < stop * cache.branches:
-            step, branch, here = call, 0, given
-            if cache.branches > 1:
-                step, branch = call // cache.branches, call % cache.branches
-                here = of_branch(given, branch)
-                cache.select(branch)
-            context, prompt, chosen = here
-            temb = embed_time(transformer, ops.gather(times, step, 0), terms[:-1] + (prompt,))
-            velocity = cached_step(transformer, cache, latents, context, temb, rotary, chosen)
-            stride = ops.gather(strides, step, 0)
-            if cache.branches == 1:
-                latents = euler_step(latents, velocity, stride)
+        call, last, positive = start * cache.branches, stop * cache.branches, ops.zeros_like(latents)
+        nested, pending = len(cache.gates) == 1, ()
+        if nested:
+            image, text = ops.zeros(cache.shape, dtype), ops.zeros(contexts.shape[1:], contexts.dtype)
+            temb = ops.zeros((batch, cache.shape[2]), terms[-1].dtype)
+            pending = (temb,) + blank(transformer, cache.gates[0], image, text, temb)
+        while call < last:
+            if nested:
+                call, latents, positive, pending = self.reuses(
+                    call, last, latents, positive, pending, conditions, updates
+                )
+                if call < last:
+                    given = pending[:1] + self.condition(call, conditions)[1][1:]
+                    image, text = compute(transformer, cache.gates[0], pending[1:], given)
+                    output = self.output(image, text, given)
+                    latents, positive = self.advance(call, latents, positive, output, updates)
+                    call = call + 1
             else:
-                guided = velocity + true_cfg_scale.to(dtype) * (positive - velocity)
-                latents = ops.where(branch == 1, euler_step(latents, guided, stride), latents)
-                positive = velocity
-            call = call + 1
+                context, given = self.condition(call, conditions)
+                output = cached_step(transformer, cache, latents, context, given)
+                latents, positive = self.advance(call, latents, positive, output, updates)
+                call = call + 1
         return latents
+
+    def reuses(self, call, last, latents, positive, pending, conditions, updates):
+        """Calls that reuse, up to one that has to compute, under the one gate: (call, latents, positive, pending).
+
+        ``pending`` is what the computing call begins with, its modulation vector and what ``approach`` returns. The
+        loop is one of its own, since a graph's branch is handed the weights of the blocks within it, taken or not,
+        and with 57 blocks that takes a CPU's host longer than all that a reuse runs.
+        """
+        transformer, gate = self.transformer, self.cache.gates[0]
+        going = call < last
+        while going:
+            context, given = self.condition(call, conditions)
+            image = transformer.x_embedder(latents)
+            reached = approach(transformer, gate, 0, image, context, given)
+            pending = given[:1] + reached
+            if gate.decide(reached[2:]):
+                image, text = reuse(gate, reached)
+                latents, positive = self.advance(call, latents, positive, self.output(image, text, given), updates)
+                call = call + 1
+                going = call < last
+            else:
+                going = ops.zeros_like(going)
+        return call, latents, positive, pending
+
+    def condition(self, call, conditions):
+        """What a call gets beside the latents: the text stream, and what every block gets; turns the cache to it."""
+        stacked, terms, times, rotary = conditions
+        step, branches = call, self.cache.branches
+        if branches > 1:
+            step, branch = call // branches, call % branches
+            stacked = of_branch(stacked, branch)
+            self.cache.select(branch)
+        context, prompt, attention_kwargs = stacked
+        temb = embed_time(self.transformer, ops.gather(times, step, 0), terms + (prompt,))
+        return context, (temb, rotary, attention_kwargs, None, None, False)
+
+    def output(self, image, text, given):
+        """The velocity from the streams behind the one gate's span."""
+        return velocity(
+            self.transformer, self.cache, self.cache.gates[0].span(*stacks(self.transformer))[1], image, text, given
+        )
+
+    def advance(self, call, latents, positive, output, updates):
+        """The latents after a call, and under true CFG the velocity that the negative prompt's call finds."""
+        strides, true_cfg_scale = updates
+        branches = self.cache.branches
+        if branches == 1:
+            return euler_step(latents, output, ops.gather(strides, call, 0)), positive
+        guided = output + true_cfg_scale.to(latents.dtype) * (positive - output)
+        moved = euler_step(latents, guided, ops.gather(strides, call // branches, 0))
+        return ops.where(call % branches == 1, moved, latents), output
 
     def release(self):
         """Gives the cache's memory back."""

@@ -3,7 +3,7 @@
 from mindone.diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 import mindspore as ms
-from mindspore import mint
+from mindspore import mint, ops
 
 
 def embed_condition(transformer, encoder_hidden_states, txt_ids, img_ids):
@@ -38,6 +38,11 @@ def embed_time(transformer, projected, terms):
     return temb
 
 
+def stacks(transformer):
+    """How many double and how many single blocks."""
+    return len(transformer.transformer_blocks), len(transformer.single_transformer_blocks)
+
+
 def controlnet_index(index, blocks, samples, repeat):
     """Which of a ControlNet's residuals block number ``index`` gets: spread over the blocks, or in turn."""
     if repeat:
@@ -51,7 +56,7 @@ def block(transformer, index, image, text, given):
     ``given`` is what every block gets: the modulation vector, the rotary table, the attention's keyword arguments, the
     ControlNet's residuals for the double and for the single blocks, and whether the former are taken in turn.
     """
-    doubles = len(transformer.transformer_blocks)
+    doubles = stacks(transformer)[0]
     if index < doubles:
         cell = transformer.transformer_blocks[index]
     else:
@@ -68,7 +73,7 @@ def block(transformer, index, image, text, given):
 
 def controlled(transformer, index, image, given):
     """The image stream behind block number ``index``, with a ControlNet's residual for that block if there is one."""
-    doubles, singles = len(transformer.transformer_blocks), len(transformer.single_transformer_blocks)
+    doubles, singles = stacks(transformer)
     residuals, blocks, repeat = given[3], doubles, given[5]
     if index >= doubles:
         residuals, blocks, repeat, index = given[4], singles, False, index - doubles
@@ -83,7 +88,7 @@ def divided_block(transformer, index, image, text, given):
     The latter is text_behind's argument. The equations are those of mindone 0.5.0's FluxTransformerBlock and
     FluxSingleTransformerBlock.
     """
-    temb, rotary, doubles = given[0], given[1], len(transformer.transformer_blocks)
+    temb, rotary, doubles = given[0], given[1], stacks(transformer)[0]
     attention_kwargs = given[2] or {}
     if index < doubles:
         cell = transformer.transformer_blocks[index]
@@ -107,7 +112,7 @@ def divided_block(transformer, index, image, text, given):
 
 def text_behind(transformer, index, unfinished):
     """The text stream behind block number ``index``, of which divided_block has done the rest."""
-    doubles = len(transformer.transformer_blocks)
+    doubles = stacks(transformer)[0]
     if index >= doubles:
         return behind_single(transformer.single_transformer_blocks[index - doubles], *unfinished)
     cell = transformer.transformer_blocks[index]
@@ -164,58 +169,81 @@ def modulated(transformer, gate, before, now, temb):
 PROBES = {"residual": residual, "hidden": hidden, "modulated": modulated}
 
 
-def run_gates(transformer, gates, start, stop, image, text, given):
-    """Blocks start to stop - 1, each gate deciding over its span; the blocks outside the spans always run.
+def divides(gate, start, first):
+    """Whether block number first - 1, before a gate's span, is divided: only the span needs the text stream behind."""
+    return start < first and not gate.needs_text and not gate.probes_text
 
-    Where only the span needs the text stream behind the block before it, only a computed step finishes that block.
+
+def approach(transformer, gate, start, image, text, given):
+    """Blocks ``start`` up to a gate's span: the image and the text stream there, what the gate looks at, and last what
+    text_behind takes where the block before the span is divided.
     """
-    doubles, singles = len(transformer.transformer_blocks), len(transformer.single_transformer_blocks)
+    first, before, unfinished = gate.span(*stacks(transformer))[0], (image, text), ()
+    divided = divides(gate, start, first)
+    image, text = run_blocks(transformer, start, first - 1 if divided else first, image, text, given)
+    if divided:
+        image, unfinished = divided_block(transformer, first - 1, image, text, given)
+    now = image, text
+    seen = tuple([PROBES[name](transformer, gate, before, now, given[0]) for name in gate.seen])
+    return (image, text) + seen + unfinished
+
+
+def blank(transformer, gate, image, text, temb):
+    """What approach returns from the first block on, for streams and a modulation vector of these shapes, as zeros."""
+    doubles, first = stacks(transformer)[0], gate.span(*stacks(transformer))[0]
+    unfinished = (text, text, text, temb) if first > doubles else (text, text, temb, temb, temb, temb)
+    seen = tuple([ops.zeros(shape, image.dtype) for shape in gate.seen_shapes])
+    return (image, text) + seen + (unfinished if divides(gate, 0, first) else ())
+
+
+def reuse(gate, reached):
+    """Both streams behind a gate's span, forecast from where ``approach`` has come to."""
+    image, text = reached[:2]
+    gate.counters.hit()
+    image_residual, text_residual = gate.forecast(reached[2:])
+    if gate.needs_text:
+        text = text + text_residual.to(text.dtype)
+    return image + image_residual.to(image.dtype), text
+
+
+def compute(transformer, gate, reached, given):
+    """Both streams behind a gate's span, from where ``approach`` has come to; the gate keeps what the span adds."""
+    first, last = gate.span(*stacks(transformer))
+    image, text = reached[:2]
+    unfinished = reached[2 + len(gate.seen) :]
+    if not gate.inner:
+        gate.counters.miss()
+    if len(unfinished) > 0:
+        text = text_behind(transformer, first - 1, unfinished)
+    behind, text_behind_span = run_gates(transformer, gate.inner, first, last, image, text, given)
+    gate.store(reached[2:], behind - image, text_behind_span - text)
+    return behind, text_behind_span
+
+
+def run_gates(transformer, gates, start, stop, image, text, given):
+    """Blocks start to stop - 1, each gate deciding over its span; the blocks outside the spans always run."""
     for gate in gates:
-        first, last = gate.span(doubles, singles)
-        before = image, text
-        divided, unfinished = start < first and not gate.needs_text and not gate.probes_text, ()
-        image, text = run_blocks(transformer, start, first - 1 if divided else first, image, text, given)
-        if divided:
-            image, unfinished = divided_block(transformer, first - 1, image, text, given)
-        now = image, text
-        probes = tuple([PROBES[name](transformer, gate, before, now, given[0]) for name in gate.probes])
-        change = residual(transformer, gate, before, now, given[0])
-        if gate.decide(probes):
-            gate.counters.hit()
-            image_residual, text_residual = gate.forecast(change)
-            image = image + image_residual.to(image.dtype)
-            if gate.needs_text:
-                text = text + text_residual.to(text.dtype)
+        reached = approach(transformer, gate, start, image, text, given)
+        if gate.decide(reached[2:]):
+            image, text = reuse(gate, reached)
         else:
-            if not gate.inner:
-                gate.counters.miss()
-            if divided:
-                text = text_behind(transformer, first - 1, unfinished)
-            image, text = run_gates(transformer, gate.inner, first, last, image, text, given)
-            gate.store(probes, change, image - now[0], text - now[1])
-        start = last
+            image, text = compute(transformer, gate, reached, given)
+        start = gate.span(*stacks(transformer))[1]
     return run_blocks(transformer, start, stop, image, text, given)
 
 
-def cached_step(
-    transformer,
-    cache,
-    hidden_states,
-    context,
-    temb,
-    rotary,
-    attention_kwargs=None,
-    controlnet_residuals=None,
-    controlnet_single_residuals=None,
-    controlnet_repeat=False,
-):
-    """The velocity (B, S, C) at latents of that shape, through those blocks that the cache's gates let run."""
-    blocks = len(transformer.transformer_blocks) + len(transformer.single_transformer_blocks)
-    given = (temb, rotary, attention_kwargs, controlnet_residuals, controlnet_single_residuals, controlnet_repeat)
-    image = transformer.x_embedder(hidden_states)
-    image = run_gates(transformer, cache.gates, 0, blocks, image, context, given)[0]
+def velocity(transformer, cache, start, image, text, given):
+    """The velocity (B, S, C) from the streams that block number ``start`` gets, through the blocks from there on."""
+    image = run_blocks(transformer, start, sum(stacks(transformer)), image, text, given)[0]
     cache.end_step()
-    return transformer.proj_out(transformer.norm_out(image, temb))
+    return transformer.proj_out(transformer.norm_out(image, given[0]))
+
+
+def cached_step(transformer, cache, hidden_states, context, given):
+    """The velocity (B, S, C) at latents of that shape, through those blocks that the cache's gates let run."""
+    blocks, image = sum(stacks(transformer)), transformer.x_embedder(hidden_states)
+    image, text = run_gates(transformer, cache.gates, 0, blocks, image, context, given)
+    return velocity(transformer, cache, blocks, image, text, given)
 
 
 def cached_forward(
@@ -255,18 +283,8 @@ def cached_forward(
     context, rotary = embed_condition(transformer, encoder_hidden_states, txt_ids, img_ids)
     terms = embed_prompt(transformer, guidance, pooled_projections, hidden_states.dtype)
     temb = embed_time(transformer, project_time(transformer, timestep, hidden_states.dtype), terms)
-    output = cached_step(
-        transformer,
-        cache,
-        hidden_states,
-        context,
-        temb,
-        rotary,
-        joint_attention_kwargs,
-        controlnet_block_samples,
-        controlnet_single_block_samples,
-        controlnet_blocks_repeat,
-    )
+    residuals = controlnet_block_samples, controlnet_single_block_samples, controlnet_blocks_repeat
+    output = cached_step(transformer, cache, hidden_states, context, (temb, rotary, joint_attention_kwargs) + residuals)
     if not return_dict:
         return (output,)
     return Transformer2DModelOutput(sample=output)
