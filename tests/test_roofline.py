@@ -108,24 +108,48 @@ def graphs(tmp_path_factory):
     return nodes, shapes
 
 
-def test_operators_and_bytes_are_those_of_the_exported_loop(graphs):
-    """It holds a computed step, what a reused one adds, and what comes before both, once each."""
+def products(graph):
+    """The layers' names of a graph's matrix products."""
+    return [node.domain for name, node in graph if name == "Dense"]
+
+
+def with_product(graphs, layer, without=None):
+    """The one graph with a matrix product of that layer, and without any of another."""
+    (found,) = (
+        graph
+        for graph in graphs
+        if any(layer in name for name in products(graph))
+        and not (without and any(without in name for name in products(graph)))
+    )
+    return found
+
+
+def counted(graphs, shapes):
+    """How many operators some graphs launch, and what those move that are no products, in bytes."""
     operators = moved = 0
+    for name, node in (each for graph in graphs for each in graph):
+        operators += 1
+        written = size(shapes[node.output[0]])
+        if name in COPIES:
+            moved += 2 * written
+        elif name not in PRODUCTS | VIEWS:
+            moved += written + sum(size(shapes.get(value, [])) for value in node.input)
+    return operators, moved
+
+
+@pytest.mark.parametrize("reuses", [False, True], ids=["computed", "reused"])
+def test_operators_and_bytes_are_those_of_the_exported_loop(graphs, reuses):
+    """Of a step, and of what comes before all steps beside the first."""
     nodes, shapes = graphs
-    for graph in nodes:
-        if all(name == "Assign" for name, _ in graph):
-            # A generation's reset.
-            continue
-        operators += len(graph)
-        for name, node in graph:
-            written = size(shapes[node.output[0]])
-            if name in COPIES:
-                moved += 2 * written
-            elif name not in PRODUCTS | VIEWS:
-                moved += written + sum(size(shapes.get(value, [])) for value in node.input)
     config, narrow = CacheConfig.from_tag(TAG), Shapes(SimpleNamespace(**NARROW), 1, 1024, 512)
-    works = step(narrow, config, WHOLE_LOOP) + condition(narrow)
-    works += CacheWork(narrow, config, True).forecast(plan(config)[0])
+    path = [with_product(nodes, "x_embedder")]
+    if reuses:
+        path += [with_product(nodes, "proj_out", without="TransformerBlock")]
+        works = step(narrow, config, WHOLE_LOOP, ["fbcache"])
+    else:
+        path += [with_product(nodes, "context_embedder"), with_product(nodes, "/1-FluxTransformerBlock")]
+        works = step(narrow, config, WHOLE_LOOP) + condition(narrow)
+    operators, moved = counted(path, shapes)
     # MindSpore 2.10.0 assigns mindone's x += y in place, in operators of its own.
     assert total(works, "operators") == pytest.approx(
         operators, rel=0.02 if ms.__version__.startswith("2.7.") else 0.04
@@ -135,8 +159,7 @@ def test_operators_and_bytes_are_those_of_the_exported_loop(graphs):
 
 def test_a_reuse_computes_the_first_blocks_text_as_the_design_says(graphs):
     """Its MLP stands where the latents are embedded, outside of the branch."""
-    products = [[node.domain for name, node in graph if name == "Dense"] for graph in graphs[0]]
-    (always,) = (domains for domains in products if any("x_embedder" in domain for domain in domains))
+    always = products(with_product(graphs[0], "x_embedder"))
     assert any("/0-FluxTransformerBlock/ff_context" in domain for domain in always) is not WHOLE_LOOP.lean
 
 
