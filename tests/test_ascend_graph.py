@@ -134,7 +134,8 @@ def test_each_way_through_the_graph_runs_its_blocks_once_and_no_other(exported, 
     for path in net.paths():
         products = Counter({weight: count for (operator, weight), count in path.items() if operator == "Dense"})
         products = Counter({weight: count for weight, count in products.items() if weight and "weight" in weight})
-        if "x_embedder.weight" not in products:
+        # With two outputs a reused step and the computed one after it, with none the way past the loop.
+        if products["proj_out.weight"] != 1:
             continue
         if "fbcache_and_teacache" in GRAPHS[name].tag:
             # The first block and TeaCache's test share the product, whose weight then reaches it without a name.
@@ -165,7 +166,9 @@ def test_the_graph_has_its_loop_and_branches_and_nothing_that_an_npu_cannot_run(
     # A divided block shares no graph with the others.
     shared = 2 + len(divided_blocks(name, *blocks))
     assert net.operators["FlashAttentionScore"] == (shared if kind == SHARED else sum(blocks))
-    assert len(net.loops) == {"loop": 1, "step": 0}[graph.kind]
+    # Under one gate reused steps have a loop of their own within the loop.
+    one_gate = len(plan(CacheConfig.from_tag(graph.tag))) == 1
+    assert len(net.loops) == (1 + one_gate if graph.kind == "loop" else 0)
     assert net.operators["Switch"] >= len(RUNS[name]) - 1
     assert {dtype for dtype, _ in net.tensors}.isdisjoint(FLOAT64)
     assert all(size >= 0 for _, sizes in net.tensors for size in sizes)
