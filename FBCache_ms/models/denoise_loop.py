@@ -5,13 +5,13 @@ from mindspore import nn, ops
 
 from .transformer_flux_withFBCache import (
     approach,
-    blank,
     cached_step,
     compute,
     embed_condition,
     embed_prompt,
     embed_time,
     project_time,
+    reached_shapes,
     reuse,
     stacks,
     velocity,
@@ -91,9 +91,10 @@ class FluxDenoiseLoop(nn.Cell):
         call, last, positive = start * cache.branches, stop * cache.branches, ops.zeros_like(latents)
         nested, pending = len(cache.gates) == 1, ()
         if nested:
-            image, text = ops.zeros(cache.shape, dtype), ops.zeros(contexts.shape[1:], contexts.dtype)
-            temb = ops.zeros((batch, cache.shape[2]), terms[-1].dtype)
-            pending = (temb,) + blank(transformer, cache.gates[0], image, text, temb)
+            temb = batch, cache.shape[2]
+            shapes = (temb,) + reached_shapes(transformer, cache.gates[0], cache.shape, contexts.shape[1:], temb)
+            # Never read; no constants, as which MindSpore 2.10.0 then takes what the loop puts in their places.
+            pending = tuple([ops.broadcast_to(start.to(dtype), shape) for shape in shapes])
         while call < last:
             if nested:
                 call, latents, positive, pending = self.reuses(

@@ -3,7 +3,7 @@
 from mindone.diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 import mindspore as ms
-from mindspore import mint, ops
+from mindspore import mint
 
 
 def embed_condition(transformer, encoder_hidden_states, txt_ids, img_ids):
@@ -188,12 +188,11 @@ def approach(transformer, gate, start, image, text, given):
     return (image, text) + seen + unfinished
 
 
-def blank(transformer, gate, image, text, temb):
-    """What approach returns from the first block on, for streams and a modulation vector of these shapes, as zeros."""
+def reached_shapes(transformer, gate, image, text, temb):
+    """The shapes of what approach returns from the first block on, from those of streams and modulation vector."""
     doubles, first = stacks(transformer)[0], gate.span(*stacks(transformer))[0]
     unfinished = (text, text, text, temb) if first > doubles else (text, text, temb, temb, temb, temb)
-    seen = tuple([ops.zeros(shape, image.dtype) for shape in gate.seen_shapes])
-    return (image, text) + seen + (unfinished if divides(gate, 0, first) else ())
+    return (image, text) + gate.seen_shapes + (unfinished if divides(gate, 0, first) else ())
 
 
 def reuse(gate, reached):
