@@ -60,6 +60,11 @@ class MindIR:
         """
         return self._paths
 
+    def handed(self, part):
+        """The names of what graphs with this in their own names are given, Parameters by theirs."""
+        graphs = [graph for graph in self.graphs.values() if part in graph.name]
+        return {value.name.rpartition(":")[2] for graph in graphs for value in graph.input}
+
     def _parameters(self, graph):
         """A graph's Parameters by their own names, "transformer_blocks.0.attn.to_q.weight"."""
         return {value.name: value.name.partition(":")[2] for value in graph.parameter}

@@ -174,3 +174,11 @@ def test_the_graph_has_its_loop_and_branches_and_nothing_that_an_npu_cannot_run(
     assert all(size >= 0 for _, sizes in net.tensors for size in sizes)
     assert (BFLOAT16, (graph.batch, 2, 96, 16)) in net.tensors
     assert not [operator for operator in net.operators if operator.startswith(("Py", "Print", "TensorDump", "Host"))]
+
+
+@pytest.mark.parametrize("name", ["loop", "loop_order_1_last_blocks"])
+def test_the_loop_of_reuses_is_handed_the_weights_of_the_blocks_that_it_runs(exported, pytestconfig, name):
+    """Handing over those of the others would take longer than the reuse."""
+    doubles, singles = depth(name, pytestconfig)
+    handed = {block_of(weight, doubles) for weight in MindIR(exported[name, SHARED]).handed("reuses")} - {None}
+    assert handed == numbers_of(RUNS[name][0], doubles, singles)
