@@ -1,9 +1,7 @@
 """The device that Flux runs on, and how its graphs are compiled there: chosen and prepared in this one place."""
 
 import os
-from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Optional
 
@@ -178,13 +176,3 @@ def prepare_device():
         from .backend import cpu
 
         cpu.install()
-        run_streams_side_by_side()
-
-
-@lru_cache(maxsize=None)
-def run_streams_side_by_side():
-    """Has a CPU run what does not depend on each other at once, such as a double block's two streams, if it can."""
-    if len(os.sched_getaffinity(0)) > 1:
-        # On few processors MindSpore's own choice is one thread.
-        with suppress(RuntimeError):  # The program has chosen before.
-            ms.runtime.dispatch_threads_num(2)

@@ -5,10 +5,13 @@ from typing import Tuple
 
 import numpy as np
 
-from .schedules import COMPUTE, MAX_STEPS, row
+from .schedules import ASK, MAX_STEPS, REUSE, row
 
-NUMBERS = 11
-MAX_CACHED, MAX_CONSECUTIVE, MAX_ACCUMULATED, SIGMA, THRESHOLD, COEFFICIENTS = 0, 1, 2, 3, 4, 6
+LIMITS = 3
+"""Of a gate at a step: reuses in all, reuses in a row, and the sum of the compared differences stay below them."""
+
+NUMBERS = 8
+SIGMA, THRESHOLD, COEFFICIENTS = 0, 1, 3
 """Places in a gate's row of numbers: two thresholds, five coefficients."""
 
 
@@ -99,31 +102,30 @@ def knobs(config, steps, sigmas=None, progress=None):
         progress: as for schedules.row.
 
     Returns:
-        schedule (G, 1000), int32: COMPUTE, REUSE or ASK for each gate and step; G is 1 where there is no gate.
+        limits (G, 1000, 3), float32: what the gate's tallies must stay below for a step to be reused: the
+            configuration's limits at a step that asks, infinity at one that is reused, minus infinity at one that
+            computes. G is 1 where there is no gate.
         coordinates (1000,), float32: where each step lies for the forecast.
-        numbers (G, 11), float32: limits, HiCache's contraction, thresholds, TeaCache's polynomial, highest power first.
+        numbers (G, 8), float32: HiCache's contraction, thresholds, TeaCache's polynomial, highest power first.
     """
     if config.forecast_coordinate == "sigma" and sigmas is None:
         raise ValueError("forecast_coordinate 'sigma' needs the schedule's sigmas")
     gates = every_gate(plan(config))
-    schedule = np.full((max(len(gates), 1), MAX_STEPS), COMPUTE, np.int32)
+    limits = np.full((max(len(gates), 1), MAX_STEPS, LIMITS), -np.inf, np.float32)
     numbers = np.zeros((max(len(gates), 1), NUMBERS), np.float32)
     for index, gate in enumerate(gates):
         thresholds = [threshold(config, gate, rule) for rule in gate.rules]
-        schedule[index, :steps] = row(config, steps, min(thresholds, default=0), "teacache" in gate.rules, progress)
-        limits = (
-            config.max_cached_steps,
-            config.max_consecutive_cache_hits,
-            config.max_accumulated_residual_diff or -1,
-        )
+        actions = row(config, steps, min(thresholds, default=0), "teacache" in gate.rules, progress)
+        most = config.max_cached_steps, config.max_consecutive_cache_hits, config.max_accumulated_residual_diff or -1
+        limits[index, :steps][actions == ASK] = [np.inf if limit < 0 else limit for limit in most]
+        limits[index, :steps][actions == REUSE] = np.inf
         if gate.name == "teacache":
-            limits = (*limits[:2], -1)
+            limits[index, :, -1] = np.where(limits[index, :, -1] > 0, np.inf, -np.inf)
         coefficients = (0.0,) * (5 - len(config.teacache_coefficients)) + config.teacache_coefficients
-        numbers[index, :SIGMA] = [np.inf if limit < 0 else limit for limit in limits]
         numbers[index, SIGMA] = config.hicache_sigma
         numbers[index, THRESHOLD : THRESHOLD + len(thresholds)] = thresholds
         numbers[index, COEFFICIENTS:] = coefficients
     coordinates = np.arange(MAX_STEPS, dtype=np.float32)
     if config.forecast_coordinate == "sigma":
         coordinates[:steps] = np.asarray(sigmas)[:steps]
-    return schedule, coordinates, numbers
+    return limits, coordinates, numbers

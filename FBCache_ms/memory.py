@@ -1,6 +1,6 @@
 """Bytes that a cache takes, counted from its configuration and the shapes alone."""
 
-from .gates import NUMBERS, check_shape, every_gate, plan
+from .gates import LIMITS, NUMBERS, check_shape, every_gate, plan
 from .schedules import MAX_STEPS
 
 SCALAR = 4
@@ -16,12 +16,12 @@ def cache_parts(config, batch_size, seq_len, inner_dim, text_len=0, branches=1, 
       (Bn_compute_blocks > 0, and the double stack's gate); e' is 4 with derivatives_dtype="float32", else e;
     - "probe differences": K B P e', under the gate cg_taylor and the forecast dicache;
     - "references": B P e for each probe that is compared with an earlier one, B S D e for TeaCache's;
-    - "trace": 8 bytes a step for 1000 steps, and 4 for each of K coordinates, the sum of each rule and two scalars.
+    - "trace": 8 bytes a step for 1000 steps, and 4 for each of K coordinates, the sum of each rule and one scalar.
 
     P is S ceil(D / downsample_factor), and (T + S) ceil(D / downsample_factor) under a gate of the single stack. Gates
-    within each other share two counters, in "trace" like the step and its timestep. All of that is there for each
-    guidance branch. "numbers" is there once: 4 bytes for each of 1000 steps of every gate's schedule, 1000 coordinates,
-    11 numbers of each gate, and the branch.
+    within each other share three tallies, in "trace" like the step and its timestep. All of that is there for each
+    guidance branch. "numbers" is there once: 4 bytes for each of every gate's three limits at 1000 steps, 1000
+    coordinates, 8 numbers of each gate, and the branch.
 
     Args:
         config: the CacheConfig.
@@ -50,15 +50,15 @@ def cache_parts(config, batch_size, seq_len, inner_dim, text_len=0, branches=1, 
                 references += batch_size * seq_len * inner_dim
             elif rule != "cg_taylor":
                 references += compared
-        scalars += 2 * MAX_STEPS + orders + len(gate.rules) + 2
-    scalars += 2 * len(outer) + 2
+        scalars += 2 * MAX_STEPS + orders + len(gate.rules) + 1
+    scalars += LIMITS * len(outer) + 2
     rows = max(len(gates), 1)
     return {
         "differences": branches * orders * streams * kept,
         "probe differences": branches * orders * probes * kept,
         "references": branches * references * itemsize,
         "trace": branches * scalars * SCALAR,
-        "numbers": ((rows + 1) * MAX_STEPS + rows * NUMBERS + 1) * SCALAR,
+        "numbers": ((LIMITS * rows + 1) * MAX_STEPS + rows * NUMBERS + 1) * SCALAR,
     }
 
 

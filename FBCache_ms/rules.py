@@ -42,13 +42,13 @@ PROBES = {"teacache": "modulated"}
 """Rules that look at something of their own; the others look at what the configuration says."""
 
 
-def within_limits(counts, compared, most, most_compared):
+def within_limits(tallies, limits):
     """Whether fewer than M steps were reused, fewer than MC in a row, and the compared differences sum up to less.
 
-    ``counts`` and ``most`` are (2,). The order of all tests (cache-dit 1.5.3, can_cache): what schedules.row says,
-    these limits, the score.
+    Both are (3,). The order of all tests (cache-dit 1.5.3, can_cache): what schedules.row says, which gates.knobs puts
+    into the limits, then these, then the score.
     """
-    return ops.logical_and((counts < most).all(), compared < most_compared)
+    return (tallies < limits).all()
 
 
 def relative_difference(reference, probe, batch_reduction="mean"):
@@ -87,6 +87,8 @@ def finite_differences(value, derivatives, filled, gaps):
 
 def weighted_sum(weights, derivatives):
     """sum_i w_i D_i in float32, from (K, ...); w_0 is 1."""
+    if derivatives.shape[0] == 1:
+        return derivatives.reshape(derivatives.shape[1:]).astype(ms.float32)
     forecast = derivatives[0].astype(ms.float32)
     for order in range(1, derivatives.shape[0]):
         forecast = forecast + weights[order] * derivatives[order].astype(ms.float32)

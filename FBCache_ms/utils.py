@@ -9,21 +9,8 @@ from mindspore import Parameter, ops
 
 from . import rules
 from .config import CacheConfig
-from .gates import (
-    COEFFICIENTS,
-    MAX_ACCUMULATED,
-    MAX_CACHED,
-    MAX_CONSECUTIVE,
-    NUMBERS,
-    SIGMA,
-    THRESHOLD,
-    GatePlan,
-    check_shape,
-    every_gate,
-    knobs,
-    plan,
-)
-from .schedules import ASK, MAX_STEPS, REUSE
+from .gates import COEFFICIENTS, LIMITS, NUMBERS, SIGMA, THRESHOLD, GatePlan, check_shape, every_gate, knobs, plan
+from .schedules import MAX_STEPS
 from .stats import BRANCHES, NOT_COMPARED, NOT_REACHED, REUSED, CacheStats, GateStats, skipped_share
 
 
@@ -32,7 +19,7 @@ class Buffer:
     """A static tensor that the graph keeps on the device, one for each guidance branch."""
 
     def __init__(self, name, shape, initial, dtype, branch, branches):
-        self.initial, self.branch, self.branches = initial, branch, branches
+        self.initial, self.shape, self.branch, self.branches = ms.Tensor(initial, dtype), shape, branch, branches
         self.rows = ms.Tensor(np.arange(branches).reshape((-1,) + (1,) * len(shape)), ms.int32)
         shape = shape if branches == 1 else (branches, *shape)
         self.value = Parameter(ms.Tensor(np.full(shape, initial), dtype), name=f"cache_{name}", requires_grad=False)
@@ -52,7 +39,7 @@ class Buffer:
 
     def reset(self):
         """Puts the active branch's part back to where a generation starts."""
-        self.write(ops.full_like(self.read(), self.initial))
+        self.write(ops.broadcast_to(self.initial, self.shape) if len(self.shape) > 0 else self.initial)
 
 
 @ms.jit_class
@@ -72,19 +59,32 @@ class Differences:
 
 
 @ms.jit_class
-class Counters:
-    """Reuses in all and in a row, (2,); a gate and those within it count together."""
+class Tallies:
+    """Reuses in all and in a row, and the sum of the compared differences, (3,); a gate and those within it share them.
 
-    def __init__(self, counts):
-        self.counts, self.in_all = counts, ms.Tensor([1, 0], ms.float32)
+    A generation begins with infinitely many reuses in a row, which are more than any limit: its first step computes.
+    """
+
+    initial = (0, np.inf, 0)
+
+    def __init__(self, values):
+        self.values = values
+        self.reuse = ms.Tensor([1, 1, 0], ms.float32)
+        self.kept = ms.Tensor([np.inf, 0, np.inf], ms.float32)
+        self.summed = ms.Tensor([0, 0, 1], ms.float32)
 
     def hit(self):
         """Counts a reuse."""
-        self.counts.write(self.counts.read() + 1)
+        self.values.write(self.values.read() + self.reuse)
 
     def miss(self):
         """Counts a computed step."""
-        self.counts.write(self.counts.read() * self.in_all)
+        self.values.write(ops.minimum(self.values.read(), self.kept))
+
+    def compare(self, difference, asked):
+        """Adds a difference, if it is a number and the gate was asked."""
+        summed = ops.logical_and(asked, ops.isfinite(difference))
+        self.values.write(self.values.read() + ops.where(summed, difference, 0.0) * self.summed)
 
 
 @ms.jit_class
@@ -93,24 +93,28 @@ class Knobs:
 
     def __init__(self, gates, step):
         self.step, self.every_step = step, ms.Tensor(np.arange(MAX_STEPS), ms.int32)
-        self.schedule = Parameter(ms.Tensor(np.zeros(gates * MAX_STEPS), ms.int32), "cache_schedule", False)
+        self.limits = Parameter(ms.Tensor(np.zeros((gates * MAX_STEPS, LIMITS)), ms.float32), "cache_limits", False)
         self.coordinates = Parameter(ms.Tensor(np.zeros(MAX_STEPS), ms.float32), "cache_coordinates", False)
-        self.numbers = Parameter(ms.Tensor(np.zeros((gates, NUMBERS)), ms.float32), "cache_numbers", False)
+        self.numbers = Parameter(ms.Tensor(np.zeros(gates * NUMBERS), ms.float32), "cache_numbers", False)
 
-    def set(self, schedule, coordinates, numbers):
+    def set(self, limits, coordinates, numbers):
         """Takes over what knobs() gives, inside the graph or outside.
 
         By assign, not by set_data: a compiled graph with a branch in it goes on with the old memory after set_data
         (MindSpore 2.7.0, CPU).
         """
-        ops.assign(self.schedule, schedule.reshape(-1))
+        ops.assign(self.limits, limits.reshape(-1, LIMITS))
         ops.assign(self.coordinates, coordinates)
-        ops.assign(self.numbers, numbers)
+        ops.assign(self.numbers, numbers.reshape(-1))
 
-    def action(self, gate):
-        """COMPUTE, REUSE or ASK for this step."""
+    def limit(self, gate):
+        """What a gate's tallies must stay below at this step."""
         step = self.step.read()
-        return ops.gather(self.schedule, step + gate * MAX_STEPS if gate > 0 else step, 0)
+        return ops.gather(self.limits, step + gate * MAX_STEPS if gate > 0 else step, 0)
+
+    def number(self, gate, place):
+        """One of a gate's numbers."""
+        return ops.gather(self.numbers, ms.Tensor(gate * NUMBERS + place, ms.int32), 0)
 
     def x(self):
         """This step's coordinate."""
@@ -123,9 +127,9 @@ class Gate:
 
     span = GatePlan.span
 
-    def __init__(self, plan, order, config, shape, text_len, dtype, knobs, counters, buffer):
+    def __init__(self, plan, order, config, shape, text_len, dtype, knobs, tallies, buffer):
         batch, tokens, width = shape
-        self.name, self.index, self.knobs, self.counters = plan.name, order.index(plan), knobs, counters
+        self.name, self.index, self.knobs, self.tallies = plan.name, order.index(plan), knobs, tallies
         self.stack, self.first, self.last = plan.stack, plan.first, plan.last
         self.rules, self.needs_text, self.probes_text = plan.rules, plan.needs_text, plan.probes_text
         self.orders, self.forecast_rule = config.taylorseer_derivative + 1, config.forecast
@@ -154,37 +158,29 @@ class Gate:
             for rule, seen_shape in zip(plan.rules, self.seen_shapes)
         )
         self.sums = tuple(named(f"{rule}_sum", ()) for rule in plan.rules)
-        self.compared = named("compared", ())
         self.reused = named("reused", (MAX_STEPS,), NOT_REACHED, ms.int32)
         self.diffs = named("diffs", (MAX_STEPS,), NOT_COMPARED)
         self.inner = tuple(
-            Gate(within, order, config, shape, text_len, dtype, knobs, counters, buffer) for within in plan.inner
+            Gate(within, order, config, shape, text_len, dtype, knobs, tallies, buffer) for within in plan.inner
         )
 
     def number(self, place):
         """One of the gate's numbers."""
-        return self.knobs.numbers[self.index, place]
+        return self.knobs.number(self.index, place)
 
     def decide(self, seen):
         """Whether this step is reused, a scalar; ``seen`` begins with a probe for each rule.
 
-        What the schedule says comes first; where it asks, something must be stored, no limit reached, and every rule's
-        score strictly below its threshold.
+        No limit may be reached, the schedule's among them, and every rule's score must be strictly below its threshold.
         """
-        action, stored = self.knobs.action(self.index), self.filled.read() > 0
-        most = self.knobs.numbers[self.index, MAX_CACHED : MAX_CONSECUTIVE + 1]
-        allowed = rules.within_limits(
-            self.counters.counts.read(), self.compared.read(), most, self.number(MAX_ACCUMULATED)
-        )
-        asked = ops.logical_and(ops.logical_and(action == ASK, stored), allowed)
-        agreed, differences, scores = asked, (), ()
+        asked = rules.within_limits(self.tallies.values.read(), self.knobs.limit(self.index))
+        reuse, differences, scores = asked, (), ()
         for place in range(len(self.rules)):
             rule, probe = self.rules[place], seen[place]
             difference = rules.relative_difference(self.reference(place), probe, self.batch_reduction)
             score = rules.SCORES[rule](difference, self.sums[place].read(), self.coefficients(rule))
-            agreed = ops.logical_and(agreed, score < self.number(THRESHOLD + place))
+            reuse = ops.logical_and(reuse, score < self.number(THRESHOLD + place))
             differences, scores = differences + (difference,), scores + (score,)
-        reuse = ops.logical_or(agreed, ops.logical_and(action == REUSE, stored))
         for place in range(len(self.rules)):
             if rules.REFERENCES[self.rules[place]] == "previous":
                 self.references[place].write(seen[place])
@@ -211,8 +207,8 @@ class Gate:
         if len(differences) > 0:
             difference = ops.where(asked, differences[0], NOT_COMPARED)
             self.diffs.write(ops.where(here, difference, self.diffs.read()))
-            summed = ops.logical_and(asked, ops.isfinite(difference))
-            self.compared.write(self.compared.read() + ops.where(summed, difference, 0.0))
+            if len(self.inner) == 0:
+                self.tallies.compare(differences[0], asked)
 
     def weights(self, ratio):
         """The forecast's weights at this step, a scalar for each order."""
@@ -255,7 +251,8 @@ class Gate:
         for place in range(len(self.rules)):
             if rules.REFERENCES[self.rules[place]] == "computed":
                 self.references[place].write(seen[place])
-        self.nodes.write(ops.stack((x,) + nodes[:-1]))
+        if self.orders > 1:
+            self.nodes.write(ops.stack((x,) + nodes[:-1]))
         self.filled.write(ops.minimum(filled + 1, self.orders))
 
 
@@ -326,7 +323,7 @@ class CacheContext:
                 text_len,
                 mindspore_dtype,
                 self.knobs,
-                Counters(buffer(f"{gate.name}_counts", (2,), 0, ms.float32)),
+                Tallies(buffer(f"{gate.name}_tallies", (LIMITS,), Tallies.initial, ms.float32)),
                 buffer,
             )
             for gate in plans
@@ -397,7 +394,7 @@ class CacheContext:
 
     def parameters(self):
         """Every buffer and setting."""
-        settings = (self.branch, self.knobs.schedule, self.knobs.coordinates, self.knobs.numbers)
+        settings = (self.branch, self.knobs.limits, self.knobs.coordinates, self.knobs.numbers)
         return [buffer.value for buffer in self.buffers] + list(settings)
 
     def release(self):

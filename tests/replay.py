@@ -23,11 +23,22 @@ class Same(nn.Cell):
         return streams
 
 
+class Zeros(nn.Cell):
+    """A feed-forward layer that adds nothing."""
+
+    kernel_weights = None
+
+    def construct(self, streams):
+        return ops.zeros_like(streams)
+
+
 class Block(nn.Cell):
     """A block whose attention gives its rows of what stands in for the rotary table, (image, text), and nothing else.
 
     The modulated input is what stands in for the modulation vector.
     """
+
+    kernel_weights = None
 
     def __init__(self, index):
         super().__init__()
@@ -45,6 +56,7 @@ class Double(Block):
     def __init__(self, index):
         super().__init__(index)
         self.norm2 = self.norm2_context = Same()
+        self.ff = self.ff_context = Zeros()
 
     def norm1(self, image, emb):
         return emb, self.one, self.zero, self.zero, self.zero
@@ -54,11 +66,6 @@ class Double(Block):
 
     def attn(self, hidden_states, encoder_hidden_states, image_rotary_emb):
         return image_rotary_emb[0][self.index], image_rotary_emb[1][self.index]
-
-    def ff(self, streams):
-        return ops.zeros_like(streams)
-
-    ff_context = ff
 
 
 class Single(Block):
@@ -106,8 +113,8 @@ class Loop(nn.Cell):
         super().__init__(auto_prefix=False)
         self.transformer, self.cache = Transformer(), cache
 
-    def construct(self, latents, context, image, text, modulated, outputs, start, stop, schedule, coordinates, numbers):
-        self.cache.knobs.set(schedule, coordinates, numbers)
+    def construct(self, latents, context, image, text, modulated, outputs, start, stop, limits, coordinates, numbers):
+        self.cache.knobs.set(limits, coordinates, numbers)
         if start == 0:
             self.cache.reset()
         step = start

@@ -158,7 +158,7 @@ def test_buffers_have_the_shapes_of_the_design():
 
 def test_only_what_a_rule_needs_is_allocated():
     """In tensors of the image stream: First-Block Cache 2, a static schedule 1, TaylorSeer's order each one more."""
-    size = 64 * 128 * 4
+    size = 128 * 128 * 4
     for config, tensors in (
         (CacheConfig(), 2),
         (CacheConfig(taylorseer_derivative=2), 4),
@@ -170,7 +170,7 @@ def test_only_what_a_rule_needs_is_allocated():
         (CacheConfig(Bn_compute_blocks=1), 2 + 0.5),
         (CacheConfig(span="stacks"), 2 + 0.5 + 2 + 0.5),
     ):
-        context = CacheContext(1, 64, 128, config=config, text_len=32, steps=28)
+        context = CacheContext(1, 128, 128, config=config, text_len=64, steps=28)
         assert 0 <= context.nbytes / size - tensors < 1, str(config)
 
 

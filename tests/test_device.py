@@ -18,7 +18,7 @@ from mindspore import nn
 
 from FBCache_ms import CacheConfig, CacheContext, Device, FluxDenoiseLoop, choose_device, compile_cache
 from FBCache_ms.compile_cache import CompileCache, files_checksum, graph_key, sources_checksum
-from FBCache_ms.device import default_dtype, default_jit_level, run_streams_side_by_side
+from FBCache_ms.device import default_dtype, default_jit_level
 from FBCache_ms.eval import run_flux_withFBCache_pipeline as fbcache_flux
 from FBCache_ms.eval import sweep
 from FBCache_ms.eval.arguments import device_of
@@ -27,24 +27,6 @@ from FBCache_ms.eval.arguments import device_of
 def test_a_device_and_a_dtype_of_their_own_are_found_where_nothing_is_said():
     assert choose_device() == Device("CPU", "float32")
     assert (default_dtype("Ascend"), default_jit_level("Ascend")) == ("bfloat16", "O1")
-
-
-@pytest.mark.parametrize("processors, threads", [(1, []), (2, [2]), (64, [2])])
-def test_a_cpu_runs_two_streams_side_by_side_where_it_has_two_processors(processors, threads, monkeypatch):
-    told = []
-    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(processors)))
-    monkeypatch.setattr(ms.runtime, "dispatch_threads_num", told.append)
-    run_streams_side_by_side.__wrapped__()
-    assert told == threads
-
-
-def test_a_programs_own_number_of_threads_stays(monkeypatch):
-    def refuse(number):
-        raise RuntimeError("The 'dispatch_threads_num' can not be set repeatedly.")
-
-    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 1})
-    monkeypatch.setattr(ms.runtime, "dispatch_threads_num", refuse)
-    run_streams_side_by_side.__wrapped__()
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def test_parts_of_flux_dev_are_counted_by_hand():
     image, text = 4096 * 3072 * 2, 512 * 3072 * 2
     parts = cache_parts(CacheConfig(taylorseer_derivative=2, Bn_compute_blocks=1), 1, 4096, 3072, 512)
     assert parts["differences"] == 3 * (image + text) and parts["references"] == image
-    assert parts["probe differences"] == 0 and parts["trace"] + parts["numbers"] < 20_000
+    assert parts["probe differences"] == 0 and parts["trace"] + parts["numbers"] < 30_000
     wide = CacheConfig(taylorseer_derivative=2, derivatives_dtype="float32")
     assert cache_parts(wide, 1, 4096, 3072)["differences"] == 3 * 2 * image
     assert cache_parts(CacheConfig(gate="none"), 1, 4096, 3072, branches=2)["differences"] == 0
@@ -74,7 +74,7 @@ def test_the_program_puts_its_table_where_it_is_told(tmp_path, capsys):
     page.write_text("<!-- memory -->\nold\n<!-- end of memory -->\n")
     arguments = ["--sides", "1024", "--batch_sizes", "1", "--cache", "fora", "--save_path", str(tmp_path)]
     assert memory.main([*arguments, "--into", str(page), "memory"]) == 0
-    assert "| First-Block Cache, order 0 | `F1B0_W0_T0O0_R0.12` | 50.3 |" in page.read_text()
+    assert "| First-Block Cache, order 0 | `F1B0_W0_T0O0_R0.12` | 50.4 |" in page.read_text()
     assert page.read_text().splitlines()[1:-1] == capsys.readouterr().out.splitlines()
     assert json.loads((tmp_path / "memory.json").read_text())["bytes"][-1]["1024 x 1024, batch 1"] == cache_bytes(
         CacheConfig.preset("fora"), 1, 4096, 3072

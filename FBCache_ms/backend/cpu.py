@@ -11,13 +11,23 @@ name. The fused stand-ins, of one kernel each, take the places of others where t
 import math
 
 import numpy as np
-from mindone.diffusers.models import attention_dispatch, attention_processor, normalization
+from mindone.diffusers.models import (
+    activations,
+    attention,
+    attention_dispatch,
+    attention_processor,
+    embeddings,
+    normalization,
+)
 from mindone.diffusers.models.transformers import transformer_flux
 
 import mindspore as ms
 from mindspore import mint, ops
 
+from .. import rules
 from ..models import transformer_flux_withFBCache
+from ..models.transformer_flux_withFBCache import behind_double, behind_single, divided_double
+from ..rules import relative_difference
 from . import cpu_kernels as kernels
 
 try:
@@ -324,88 +334,137 @@ def fused_group_norm_cell(self, input):
     return kernels.GROUP_NORM(input, self.weight, self.bias, number(self.num_groups), number(self.eps))
 
 
-def fused_ada_layer_norm_zero_cell(self, x, timestep=None, class_labels=None, hidden_dtype=None, emb=None):
-    """mindone's AdaLayerNormZero.construct."""
-    if self.emb is not None:
-        emb = self.emb(timestep, class_labels, hidden_dtype=hidden_dtype)
-    shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = chunk(self.linear(self.silu(emb)), 6, 1)
-    return kernels.LAYER_NORM_MODULATE(x, scale, shift, number(self.norm.eps)), gate, mlp_shift, mlp_scale, mlp_gate
+class Weights:
+    """The weights that a cell's kernel reads, in its order; None where the cell is more than the kernel stands for.
+
+    An attribute, made when the parser asks for it, since parsing as many attributes takes it a while for each block.
+    ``layers`` gives a cell's layers in that order, or None.
+    """
+
+    def __init__(self, layers):
+        self.layers = layers
+
+    def __get__(self, cell, owner):
+        layers = None if cell is None or kernels.LINEAR is None else self.layers(cell)
+        # An adapter is a layer of another type.
+        if layers is None or not {type(layer) for layer in layers} <= {mint.nn.Linear, normalization.RMSNorm}:
+            return None
+        weights = ()
+        for layer in layers:
+            weights += (layer.weight, layer.bias) if isinstance(layer, mint.nn.Linear) else (layer.weight,)
+        return None if any(weight is None or weight.dtype != ms.float32 for weight in weights) else weights
 
 
-def fused_ada_layer_norm_zero_single_cell(self, x, emb=None):
-    """mindone's AdaLayerNormZeroSingle.construct."""
-    shift, scale, gate = chunk(self.linear(self.silu(emb)), 3, 1)
-    return kernels.LAYER_NORM_MODULATE(x, scale, shift, number(self.norm.eps)), gate
+def feed_forward_layers(cell):
+    """What FeedForward's kernel reads."""
+    first, _, last = cell.net
+    plain = type(first) is activations.GELU and first.approximate == "tanh"
+    return (first.proj, last) if plain else None
 
 
-def fused_flux_attention(
-    self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None
-):
-    """FluxAttnProcessor.__call__."""
-    if image_rotary_emb is None or attention_mask is not None:
-        return flux_attention(self, attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
-    query, key, value, text_query, text_key, text_value = transformer_flux._get_qkv_projections(
-        attn, hidden_states, encoder_hidden_states
-    )
-    image = query, key, value, attn.norm_q.weight, attn.norm_k.weight
-    cos, sin = image_rotary_emb
-    if encoder_hidden_states is None:
-        return kernels.ATTENTION(*image, cos, sin, number(attn.norm_q.eps))
-    text = text_query, text_key, text_value, attn.norm_added_q.weight, attn.norm_added_k.weight
-    attended, text_len = kernels.JOINT_ATTENTION(*text, *image, cos, sin, number(attn.norm_q.eps)), text_query.shape[1]
-    return attn.to_out[1](attn.to_out[0](attended[:, text_len:])), attn.to_add_out(attended[:, :text_len])
+def double_block_layers(block):
+    """What a double block's kernel reads."""
+    attn, feed_forward = block.attn, feed_forward_layers(block.ff)
+    if type(attn.processor) is not transformer_flux.FluxAttnProcessor or attn.fused_projections or not feed_forward:
+        return None
+    image = block.norm1.linear, attn.to_q, attn.to_k, attn.to_v, attn.norm_q, attn.norm_k, attn.to_out[0]
+    added = attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, attn.norm_added_q, attn.norm_added_k, attn.to_add_out
+    return (*image, *feed_forward, block.norm1_context.linear, *added)
+
+
+def single_block_layers(block):
+    """What a single block's kernel reads."""
+    attn = block.attn
+    if type(attn.processor) is not transformer_flux.FluxAttnProcessor or attn.fused_projections:
+        return None
+    attending = block.norm.linear, attn.to_q, attn.to_k, attn.to_v, attn.norm_q, attn.norm_k
+    return (*attending, block.proj_mlp, block.proj_out)
+
+
+def timestep_embedding_layers(cell):
+    """What TimestepEmbedding's kernel reads."""
+    plain = cell.cond_proj is None and type(cell.act) is mint.nn.SiLU and cell.post_act is None
+    return (cell.linear_1, cell.linear_2) if plain else None
+
+
+def ada_layer_norm_continuous_layers(cell):
+    """What AdaLayerNormContinuous's kernel reads."""
+    plain = type(cell.norm) is normalization.LayerNorm and cell.norm.weight is None
+    return (cell.linear,) if plain else None
 
 
 def fused_double_block(
     self, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, joint_attention_kwargs=None
 ):
     """FluxTransformerBlock.construct."""
-    normed, gate, shift, scale, mlp_gate = self.norm1(hidden_states, emb=temb)
-    text_normed, text_gate, text_shift, text_scale, text_mlp_gate = self.norm1_context(encoder_hidden_states, emb=temb)
-    attended = self.attn(
-        hidden_states=normed,
-        encoder_hidden_states=text_normed,
-        image_rotary_emb=image_rotary_emb,
-        **(joint_attention_kwargs or {}),
+    image, unfinished = fused_divided_double(
+        self, hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs or {}
     )
-    image = fused_behind_double(self.norm2, self.ff, hidden_states, attended[0], gate, shift, scale, mlp_gate)
-    if len(attended) == 3:
-        image = image + attended[2]
-    text = encoder_hidden_states, attended[1], text_gate, text_shift, text_scale, text_mlp_gate
-    return fused_behind_double(self.norm2_context, self.ff_context, *text), image
+    return fused_behind_double(self.norm2_context, self.ff_context, *unfinished), image
+
+
+def fused_divided_double(cell, image, text, temb, rotary, attention_kwargs):
+    """divided_double."""
+    if cell.kernel_weights is None or len(attention_kwargs) > 0 or image.dtype != ms.float32:
+        return divided_double(cell, image, text, temb, rotary, attention_kwargs)
+    epsilons = number((cell.norm2.eps, cell.attn.norm_q.eps))
+    outputs = kernels.DOUBLE_BLOCK(image, text, temb, rotary[0], rotary[1], epsilons, *cell.kernel_weights)
+    return outputs[0], (text,) + outputs[1:]
+
+
+def fused_behind_double(norm, feed_forward, stream, attended, gate, shift, scale, mlp_gate):
+    """behind_double."""
+    if feed_forward.kernel_weights is None or stream.dtype != ms.float32:
+        return behind_double(norm, feed_forward, stream, attended, gate, shift, scale, mlp_gate)
+    modulation = gate, shift, scale, mlp_gate
+    return kernels.BEHIND_DOUBLE(stream, attended, *modulation, number(norm.eps), *feed_forward.kernel_weights)
 
 
 def fused_single_block(
     self, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, joint_attention_kwargs=None
 ):
     """FluxSingleTransformerBlock.construct."""
+    kwargs = joint_attention_kwargs or {}
+    if self.kernel_weights is not None and len(kwargs) == 0 and hidden_states.dtype == ms.float32:
+        cos, sin = image_rotary_emb
+        epsilons = number((self.norm.norm.eps, self.attn.norm_q.eps))
+        return kernels.SINGLE_BLOCK(
+            hidden_states, encoder_hidden_states, temb, cos, sin, epsilons, *self.kernel_weights
+        )
     text_len = encoder_hidden_states.shape[1]
     streams = ops.concat((encoder_hidden_states, hidden_states), 1)
     normed, gate = self.norm(streams, emb=temb)
-    attended = self.attn(hidden_states=normed, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {}))
-    streams = fused_behind_single(self, streams, normed, attended, gate)
+    attended = self.attn(hidden_states=normed, image_rotary_emb=image_rotary_emb, **kwargs)
+    streams = behind_single(self, streams, normed, attended, gate)
     return streams[:, :text_len], streams[:, text_len:]
 
 
-def fused_behind_double(norm, feed_forward, stream, attended, gate, shift, scale, mlp_gate):
-    """What the end of a double block makes of a stream, behind_double."""
-    stream = kernels.GATED_ADD(stream, gate, attended)
-    modulated = kernels.LAYER_NORM_MODULATE(stream, scale, shift, number(norm.eps))
-    return kernels.GATED_ADD(stream, mlp_gate, feed_forward(modulated))
-
-
-def fused_behind_single(cell, stream, normed, attended, gate):
-    """What the end of a single block makes of a stream, behind_single."""
-    mlp = cell.act_mlp(cell.proj_mlp(normed))
-    return kernels.GATED_ADD(stream, gate, cell.proj_out(ops.concat((attended, mlp), 2)))
+def fused_timestep_embedding_cell(self, sample, condition=None):
+    """mindone's TimestepEmbedding.construct."""
+    if self.kernel_weights is not None and condition is None and sample.ndim == 2 and sample.dtype == ms.float32:
+        return kernels.TIMESTEP_EMBEDDING(sample, *self.kernel_weights)
+    if condition is not None:
+        sample = sample + self.cond_proj(condition)
+    sample = self.linear_1(sample)
+    if self.act is not None:
+        sample = self.act(sample)
+    sample = self.linear_2(sample)
+    return sample if self.post_act is None else self.post_act(sample)
 
 
 def fused_ada_layer_norm_continuous_cell(self, x, conditioning_embedding):
     """mindone's AdaLayerNormContinuous.construct."""
+    if self.kernel_weights is not None and x.dtype == ms.float32:
+        return kernels.ADA_LAYER_NORM(x, conditioning_embedding, *self.kernel_weights, number(self.norm.eps))
     scale, shift = chunk(self.linear(self.silu(conditioning_embedding)), 2, 1)
-    if self.norm.weight is not None:
-        return self.norm(x) * (1 + scale.expand_dims(1)) + shift.expand_dims(1)
-    return kernels.LAYER_NORM_MODULATE(x, scale, shift, number(self.norm.eps))
+    return self.norm(x) * (1 + scale.expand_dims(1)) + shift.expand_dims(1)
+
+
+def fused_relative_difference(reference, probe, batch_reduction="mean"):
+    """rules.relative_difference."""
+    if batch_reduction != "mean" or reference.dtype != ms.float32:
+        return relative_difference(reference, probe, batch_reduction)
+    return kernels.RELATIVE_DIFFERENCE(reference, probe).reshape(())
 
 
 @ms.constexpr
@@ -449,14 +508,18 @@ FUSED_STAND_INS = (
     (mint.nn.Linear, "construct", fused_linear_cell),
     (mint.nn.LayerNorm, "construct", fused_layer_norm_cell),
     (mint.nn.GroupNorm, "construct", fused_group_norm_cell),
-    (normalization.AdaLayerNormZero, "construct", fused_ada_layer_norm_zero_cell),
-    (normalization.AdaLayerNormZeroSingle, "construct", fused_ada_layer_norm_zero_single_cell),
+    (normalization.AdaLayerNormContinuous, "kernel_weights", Weights(ada_layer_norm_continuous_layers)),
     (normalization.AdaLayerNormContinuous, "construct", fused_ada_layer_norm_continuous_cell),
-    (transformer_flux.FluxAttnProcessor, "__call__", fused_flux_attention),
+    (embeddings.TimestepEmbedding, "kernel_weights", Weights(timestep_embedding_layers)),
+    (embeddings.TimestepEmbedding, "construct", fused_timestep_embedding_cell),
+    (attention.FeedForward, "kernel_weights", Weights(feed_forward_layers)),
+    (transformer_flux.FluxTransformerBlock, "kernel_weights", Weights(double_block_layers)),
     (transformer_flux.FluxTransformerBlock, "construct", fused_double_block),
+    (transformer_flux.FluxSingleTransformerBlock, "kernel_weights", Weights(single_block_layers)),
     (transformer_flux.FluxSingleTransformerBlock, "construct", fused_single_block),
+    (transformer_flux_withFBCache, "divided_double", fused_divided_double),
     (transformer_flux_withFBCache, "behind_double", fused_behind_double),
-    (transformer_flux_withFBCache, "behind_single", fused_behind_single),
+    (rules, "relative_difference", fused_relative_difference),
 )
 """Those made of compiled kernels, in the places of others."""
 

@@ -1,21 +1,27 @@
 // Operators of Flux that MindSpore's CPU backend has as chains of small kernels only, each in one pass, in float32.
 //
-// The interface is that of MindSpore's ahead-of-time Custom operators: the inputs, then the output; beside each kernel
-// the shape and type of its output. Shapes are the caller's to check.
+// The interface is that of MindSpore's ahead-of-time Custom operators: the inputs, then the outputs; beside each kernel
+// the shapes and types of these. Shapes are the caller's to check.
 
 #include <dlfcn.h>
-#include <omp.h>
+#include <sched.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <condition_variable>
 #include <cstdint>
 #include <cstring>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <thread>
 #include <vector>
 
 namespace {
 
-// Fewer elements than this are done before a second thread has woken up.
-constexpr int64_t kWorthAThread = 1 << 16;
+// Fewer elements than this are done before another thread has taken them.
+constexpr int64_t kWorthAThread = 1 << 14;
 
 // e^x to 1e-7, for the compiler to vectorise: 2^n e^r with |r| <= ln(2) / 2, and e^r by its Taylor polynomial.
 inline float exponential(float x) {
@@ -47,18 +53,101 @@ inline float mean_square(const float *x, int64_t width, float shift) {
   return sum / width;
 }
 
-// Calls work(begin, end) for pieces of [0, size): one, or one a thread where there are many elements.
+// Threads, one for each further processor, that take pieces of work as far as they get to run. OpenMP's would all have to
+// run before the work is done, and wait for the scheduler where MindSpore's threads hold the processors.
+class Helpers {
+ public:
+  Helpers() {
+    for (unsigned i = 1; i < std::thread::hardware_concurrency(); ++i) std::thread(&Helpers::help, this).detach();
+  }
+
+  // Never deleted: a thread that ends with the process may still look at it.
+  static Helpers &all() {
+    static Helpers &helpers = *new Helpers;
+    return helpers;
+  }
+
+  static int64_t threads() { return std::max<int64_t>(std::thread::hardware_concurrency(), 1); }
+
+  // Calls work(piece) for each in [0, pieces), which is less than 2^20.
+  void run(int64_t pieces, const std::function<void(int64_t)> &work) {
+    std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
+    if (!turn.owns_lock()) {  // They help another kernel.
+      for (int64_t piece = 0; piece < pieces; ++piece) work(piece);
+      return;
+    }
+    work_ = &work;
+    done_ = 0;
+    tickets_ = static_cast<uint64_t>(pieces) << kBits;
+    if (sleeping_ > 0) {
+      { std::lock_guard<std::mutex> lock(sleep_); }
+      wake_.notify_all();
+    }
+    while (take()) continue;
+    for (int waited = 0; done_ < pieces; ++waited) pause(waited);
+  }
+
+ private:
+  static constexpr int kBits = 20, kPatience = 2000;
+
+  // Does a piece that is left; false where none is. Tickets are the number of pieces and of those that are taken.
+  bool take() {
+    uint64_t tickets = tickets_;
+    while (true) {
+      const int64_t pieces = tickets >> kBits, piece = tickets & ((1 << kBits) - 1);
+      if (piece >= pieces) return false;
+      if (tickets_.compare_exchange_weak(tickets, tickets + 1)) {
+        // What is taken is not done, so this is still the work that the ticket was for.
+        (*work_)(piece);
+        ++done_;
+        return true;
+      }
+    }
+  }
+
+  void help() {
+    for (int waited = 0;; pause(++waited)) {
+      if (take()) waited = 0;
+      if (waited < kPatience) continue;
+      std::unique_lock<std::mutex> lock(sleep_);
+      ++sleeping_;
+      wake_.wait(lock, [this] { return (tickets_ >> kBits) > (tickets_ & ((1 << kBits) - 1)); });
+      --sleeping_;
+      waited = 0;
+    }
+  }
+
+  static void pause(int waited) {
+    if (waited % 16 == 15) {
+      sched_yield();
+    } else {
+#ifdef __x86_64__
+      __builtin_ia32_pause();
+#endif
+    }
+  }
+
+  std::mutex turn_, sleep_;
+  std::condition_variable wake_;
+  std::atomic<int> sleeping_{0};
+  std::atomic<uint64_t> tickets_{0};
+  std::atomic<int64_t> done_{0};
+  const std::function<void(int64_t)> *work_ = nullptr;
+};
+
+// Calls work(begin, end) for pieces of [0, size), of whole units: one, or up to one a thread where there are many
+// elements.
 template <typename Work>
-void in_pieces(int64_t size, int64_t elements, Work work) {
-  if (elements <= kWorthAThread) {
+void in_pieces(int64_t size, int64_t elements, const Work &work, int64_t unit = 1) {
+  const int64_t units = (size + unit - 1) / unit;
+  const int64_t pieces = std::min({units, Helpers::threads(), elements / kWorthAThread});
+  if (pieces < 2) {
     work(0, size);
     return;
   }
-#pragma omp parallel
-  {
-    const int64_t piece = omp_get_thread_num(), pieces = omp_get_num_threads();
-    work(size * piece / pieces, size * (piece + 1) / pieces);
-  }
+  Helpers::all().run(pieces, [&](int64_t piece) {
+    work(units * piece / pieces * unit, std::min(units * (piece + 1) / pieces * unit, size));
+  });
 }
 
 // c = a b + beta c of oneDNN in this thread alone, all of them by rows; without a thread pool it starts no thread.
@@ -66,11 +155,13 @@ using Products = int (*)(char transpose_a, char transpose_b, int64_t rows, int64
                          const float *a, int64_t a_row, const float *b, int64_t b_row, float beta, float *c,
                          int64_t c_row, void *thread_pool);
 
-// MindSpore brings oneDNN along, and cpu_kernels.py has loaded it.
+// MindSpore brings oneDNN along, and cpu_kernels.py has loaded it; null where it has not.
 Products products() {
   void *library = dlopen("libdnnl.so.2", RTLD_LAZY | RTLD_NOLOAD);
   return library ? reinterpret_cast<Products>(dlsym(library, "dnnl_threadpool_interop_sgemm")) : nullptr;
 }
+
+const Products multiply = products();
 
 int64_t product(const int64_t *shape, int first, int last) {
   int64_t result = 1;
@@ -108,10 +199,12 @@ inline void multiply_tile(const float *a, int64_t a_row, const float *b, int64_t
   }
 }
 
-// A stream's queries, keys and values (B, length, heads * width), and the weights (width) of its RMSNorms.
+// One stream's queries, keys and values (B, length, heads * width), the weights (width) of its RMSNorms, and where what
+// its tokens attend to goes: like the queries, but with rows that may be longer.
 struct Stream {
   const float *query, *key, *value, *query_weight, *key_weight;
   int64_t length;
+  float *output;
 };
 
 // RMSNorm of a head times a scale, turned by the rotary table; y's elements lie ``step`` apart.
@@ -138,24 +231,25 @@ inline float softmax_numerators(float *x, int64_t size) {
 }
 
 // Attention of one head, of the streams' tokens one after the other; every pointer is at the head's first element, rows
-// of the streams and of the output y are ``row`` apart.
-void attend(const Stream *streams, int count, const float *cosine, const float *sine, float epsilon, int64_t width,
-            int64_t row, float *y) {
+// are ``row`` apart, those of the outputs ``output_row``.
+void attend(const std::vector<Stream> &streams, const float *cosine, const float *sine, float epsilon, int64_t width,
+            int64_t row, int64_t output_row) {
   int64_t length = 0;
-  for (int i = 0; i < count; ++i) length += streams[i].length;
+  for (const Stream &stream : streams) length += stream.length;
   const int64_t rows = rounded_up(length, kRows), columns = rounded_up(length, kColumns);
   const int64_t wide = rounded_up(width, kColumns);
   std::vector<float> queries(rows * width), keys(width * columns), values(length * wide), scores(kRows * columns),
-      outputs(kRows * wide);
+      attended(kRows * wide);
+  std::vector<float *> outputs;
   const float scale = 1 / std::sqrt(static_cast<float>(width));
-  int64_t token = 0;
-  for (int i = 0; i < count; ++i) {
-    const Stream &stream = streams[i];
-    for (int64_t t = 0; t < stream.length; ++t, ++token) {
+  for (const Stream &stream : streams) {
+    for (int64_t t = 0; t < stream.length; ++t) {
+      const int64_t token = outputs.size();
       const float *c = cosine + token * width, *s = sine + token * width;
       norm_rotate(stream.query + t * row, stream.query_weight, c, s, epsilon, scale, width, &queries[token * width], 1);
       norm_rotate(stream.key + t * row, stream.key_weight, c, s, epsilon, 1, width, &keys[token], columns);
       std::copy_n(stream.value + t * row, width, &values[token * wide]);
+      outputs.push_back(stream.output + t * output_row);
     }
   }
   for (int64_t first = 0; first < length; first += kRows) {
@@ -165,46 +259,216 @@ void attend(const Stream *streams, int count, const float *cosine, const float *
     float factors[kRows];
     for (int64_t i = 0; i < kRows; ++i) factors[i] = softmax_numerators(&scores[i * columns], length);
     for (int64_t column = 0; column < wide; column += kColumns) {
-      multiply_tile(scores.data(), columns, &values[column], wide, length, &outputs[column], wide);
+      multiply_tile(scores.data(), columns, &values[column], wide, length, &attended[column], wide);
     }
     for (int64_t i = 0; i < std::min(kRows, length - first); ++i) {
-      for (int64_t j = 0; j < width; ++j) y[(first + i) * row + j] = outputs[i * wide + j] * factors[i];
+      for (int64_t j = 0; j < width; ++j) outputs[first + i][j] = attended[i * wide + j] * factors[i];
     }
   }
 }
 
-// Attention of all samples' heads. The shape is the queries' of the last stream, y is (B, all tokens, heads * width).
-void attend_all(const Stream *streams, int count, const int64_t *shape, const float *cosine, const float *sine,
-                float epsilon, int64_t width, float *y) {
+// The rotary table of a block, cosine and sine (L, width), and the epsilon of its RMSNorms.
+struct Rotary {
+  const float *cosine, *sine;
+  float epsilon;
+  int64_t width;
+};
+
+// Attention of all samples' heads; ``row`` is heads * width.
+void attend_all(const std::vector<Stream> &streams, int64_t batch, int64_t row, int64_t output_row,
+                const Rotary &rotary) {
+  const int64_t heads = row / rotary.width;
   int64_t length = 0;
-  for (int i = 0; i < count; ++i) length += streams[i].length;
-  const int64_t row = shape[2], heads = row / width, pairs = shape[0] * heads;
+  for (const Stream &stream : streams) length += stream.length;
   // A pair of tokens takes about as long as kLanes elements do elsewhere for every kLanes of the width.
-  in_pieces(pairs, pairs * length * length * width / (2 * kLanes), [=](int64_t begin, int64_t end) {
+  const int64_t elements = batch * length * length * row / kLanes;
+  in_pieces(batch * heads, elements, [&](int64_t begin, int64_t end) {
     for (int64_t pair = begin; pair < end; ++pair) {
-      const int64_t sample = pair / heads, offset = pair % heads * width;
-      std::vector<Stream> here(streams, streams + count);
+      const int64_t sample = pair / heads, offset = pair % heads * rotary.width;
+      std::vector<Stream> here(streams);
       for (Stream &stream : here) {
         const int64_t start = sample * stream.length * row + offset;
         stream.query += start;
         stream.key += start;
         stream.value += start;
+        stream.output += sample * stream.length * output_row + offset;
       }
-      attend(here.data(), count, cosine, sine, epsilon, width, row, y + sample * length * row + offset);
+      attend(here, rotary.cosine, rotary.sine, rotary.epsilon, rotary.width, row, output_row);
     }
+  });
+}
+
+// A linear layer: weight (columns, depth), bias (columns).
+struct Linear {
+  const float *weight, *bias;
+  int64_t columns, depth;
+
+  // x w^T + b of so many rows; theirs lie x_row and y_row apart.
+  void operator()(const float *x, int64_t x_row, int64_t rows, float *y, int64_t y_row) const {
+    for (int64_t row = 0; row < rows; ++row) std::copy_n(bias, columns, y + row * y_row);
+    multiply('N', 'T', rows, columns, depth, 1, x, x_row, weight, depth, 1, y, y_row, nullptr);
+  }
+
+  // How many elements take about as long elsewhere as its products.
+  int64_t elements(int64_t rows) const { return rows * depth * columns / 32; }
+
+  // The columns [begin, end) alone.
+  Linear part(int64_t begin, int64_t end) const {
+    return {weight + begin * depth, bias + begin, end - begin, depth};
+  }
+};
+
+// In place x / (1 + e^-2u), u = sqrt(2 / pi) (x + 0.044715 x^3): GELU with tanh.
+inline void gelu(float *x, int64_t size) {
+#pragma omp simd
+  for (int64_t i = 0; i < size; ++i) {
+    x[i] = x[i] / (1 + exponential(-1.59576912f * (x[i] + 0.044715f * x[i] * x[i] * x[i])));
+  }
+}
+
+// In place x / (1 + e^-x).
+inline void silu(float *x, int64_t size) {
+#pragma omp simd
+  for (int64_t i = 0; i < size; ++i) x[i] = x[i] / (1 + exponential(-x[i]));
+}
+
+// A layer of silu(x), for few rows: x (rows, depth).
+void of_silu(const Linear &layer, const float *x, int64_t rows, float *y) {
+  std::vector<float> activated(x, x + rows * layer.depth);
+  silu(activated.data(), rows * layer.depth);
+  in_pieces(
+      layer.columns, layer.elements(rows),
+      [&](int64_t begin, int64_t end) {
+        layer.part(begin, end)(activated.data(), layer.depth, rows, y + begin, layer.columns);
+      },
+      kLanes);
+}
+
+// norm(x) (1 + scale) + shift of a row.
+inline void modulate(const float *x, int64_t width, const float *scale, const float *shift, float epsilon, float *y) {
+  const float centre = mean(x, width);
+  const float factor = 1 / std::sqrt(mean_square(x, width, centre) + epsilon);
+#pragma omp simd
+  for (int64_t i = 0; i < width; ++i) y[i] = (x[i] - centre) * factor * (1 + scale[i]) + shift[i];
+}
+
+// x + gate y, of part of a row.
+inline void add_gated(const float *x, const float *gate, const float *y, int64_t size, float *z) {
+#pragma omp simd
+  for (int64_t i = 0; i < size; ++i) z[i] = x[i] + gate[i] * y[i];
+}
+
+// Memory for what a kernel makes on its way to the output.
+class Scratch {
+ public:
+  float *floats(int64_t size) {
+    parts_.emplace_back(new float[size]);
+    return parts_.back().get();
+  }
+
+ private:
+  std::vector<std::unique_ptr<float[]>> parts_;
+};
+
+// A kernel's inputs, read one after the other.
+struct Inputs {
+  void **tensors;
+  int64_t **shapes;
+  int next;
+
+  const float *tensor() { return static_cast<const float *>(tensors[next++]); }
+  Linear linear() {
+    const int64_t *shape = shapes[next];
+    const float *weight = tensor();
+    return {weight, tensor(), shape[0], shape[1]};
+  }
+};
+
+// What a double block has for one stream up to the attention's output projection, its weights in this order.
+struct Attending {
+  Linear modulation, query, key, value;
+  const float *query_norm, *key_norm;
+  Linear out;
+
+  explicit Attending(Inputs *inputs)
+      : modulation(inputs->linear()),
+        query(inputs->linear()),
+        key(inputs->linear()),
+        value(inputs->linear()),
+        query_norm(inputs->tensor()),
+        key_norm(inputs->tensor()),
+        out(inputs->linear()) {}
+};
+
+// A stream (B, length, width) and what its tokens attend to, with gates and the MLP's modulation, rows of ``step``.
+struct Attended {
+  const float *x, *attended, *gate, *shift, *scale, *mlp_gate;
+  int64_t step, batch, length, width;
+};
+
+// What a double block has behind the attention for one stream.
+class FeedForward {
+ public:
+  FeedForward(Inputs *inputs, const Attended &from, float epsilon, float *output, Scratch *scratch)
+      : up_(inputs->linear()),
+        down_(inputs->linear()),
+        from_(from),
+        epsilon_(epsilon),
+        output_(output),
+        normed_(scratch->floats(from.batch * from.length * from.width)),
+        hidden_(scratch->floats(from.batch * from.length * up_.columns)) {}
+
+  int64_t elements() const { return 2 * up_.elements(from_.batch * from_.length); }
+
+  // Rows [begin, end) of y = x + gate a, then y + mlp_gate W gelu(V (norm(y) (1 + scale) + shift)).
+  void operator()(int64_t begin, int64_t end) const {
+    const int64_t width = from_.width, wide = up_.columns;
+    float *y = output_ + begin * width, *normed = normed_ + begin * width, *hidden = hidden_ + begin * wide;
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t start = row * width, by = row / from_.length * from_.step;
+      add_gated(from_.x + start, from_.gate + by, from_.attended + start, width, output_ + start);
+      modulate(output_ + start, width, from_.scale + by, from_.shift + by, epsilon_, normed_ + start);
+    }
+    up_(normed, width, end - begin, hidden, wide);
+    gelu(hidden, (end - begin) * wide);
+    down_(hidden, wide, end - begin, normed, width);
+    for (int64_t row = begin; row < end; ++row, y += width, normed += width) {
+      add_gated(y, from_.mlp_gate + row / from_.length * from_.step, normed, width, y);
+    }
+  }
+
+ private:
+  Linear up_, down_;
+  Attended from_;
+  float epsilon_, *output_, *normed_, *hidden_;
+};
+
+// Calls work(i, begin, end) for pieces of the rows of two streams, i of them, one after the other.
+template <typename Work>
+void in_pieces_of_both(const int64_t (&rows)[2], int64_t elements, const Work &work) {
+  in_pieces(rows[0] + rows[1], elements, [&](int64_t begin, int64_t end) {
+    if (begin < rows[0]) work(0, begin, std::min(end, rows[0]));
+    if (end > rows[0]) work(1, std::max(begin - rows[0], int64_t{0}), end - rows[0]);
   });
 }
 
 }  // namespace
 
 #define INFER_SHAPE(name) extern "C" std::vector<int64_t> name##InferShape(int *ranks, int64_t **shapes, void *extra)
+#define INFER_SHAPES(name) \
+  extern "C" std::vector<std::vector<int64_t>> name##InferShape(int *ranks, int64_t **shapes, void *extra)
 #define INFER_TYPE(name) \
   extern "C" int name##InferType(std::vector<int> types, void *extra) { return types[0]; }
+#define INFER_TYPES(name, outputs) \
+  extern "C" std::vector<int> name##InferType(std::vector<int> types, void *extra) { \
+    return std::vector<int>(outputs, types[0]); \
+  }
 #define KERNEL(name)                                                                                          \
   extern "C" int name(int count, void **tensors, int *ranks, int64_t **shapes, const char **types, void *stream, \
                       void *extra)
 #define TENSOR(index) static_cast<const float *>(tensors[index])
 #define OUTPUT static_cast<float *>(tensors[count - 1])
+#define OUTPUTS(outputs, index) static_cast<float *>(tensors[count - (outputs) + (index)])
 
 // x w^T + b: x (..., K), w (N, K), b (N). MindSpore has two changes of shape, a product and a sum in its place.
 INFER_TYPE(linear)
@@ -214,21 +478,18 @@ INFER_SHAPE(linear) {
   return shape;
 }
 KERNEL(linear) {
-  static const Products multiply = products();
-  if (!multiply) return 1;
-  const float *x = TENSOR(0), *weight = TENSOR(1), *bias = TENSOR(2);
+  Inputs inputs{tensors, shapes, 1};
+  const float *x = TENSOR(0);
+  const Linear layer = inputs.linear();
   float *y = OUTPUT;
-  const int64_t rows = product(shapes[0], 0, ranks[0] - 1), depth = shapes[1][1], columns = shapes[1][0];
-  // A product takes about as long as an element does elsewhere for every 256 of its multiplications.
-  in_pieces(rows, rows * depth * columns / 256, [=](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) std::copy_n(bias, columns, y + row * columns);
-    multiply('N', 'T', end - begin, columns, depth, 1, x + begin * depth, depth, weight, depth, 1, y + begin * columns,
-             columns, nullptr);
+  const int64_t rows = product(shapes[0], 0, ranks[0] - 1);
+  in_pieces(rows, layer.elements(rows), [=](int64_t begin, int64_t end) {
+    layer(x + begin * layer.depth, layer.depth, end - begin, y + begin * layer.columns, layer.columns);
   });
   return 0;
 }
 
-// x / (1 + e^-2u), u = sqrt(2 / pi) (x + 0.044715 x^3): GELU with tanh. x of any shape.
+// GELU with tanh, x of any shape.
 INFER_TYPE(gelu_tanh)
 INFER_SHAPE(gelu_tanh) { return {shapes[0], shapes[0] + ranks[0]}; }
 KERNEL(gelu_tanh) {
@@ -236,31 +497,8 @@ KERNEL(gelu_tanh) {
   float *y = OUTPUT;
   const int64_t size = product(shapes[0], 0, ranks[0]);
   in_pieces(size, size, [=](int64_t begin, int64_t end) {
-#pragma omp simd
-    for (int64_t i = begin; i < end; ++i) {
-      y[i] = x[i] / (1 + exponential(-1.59576912f * (x[i] + 0.044715f * x[i] * x[i] * x[i])));
-    }
-  });
-  return 0;
-}
-
-// norm(x) (1 + scale) + shift over the last axis: x (B, L, D), scale and shift (B, D), epsilon a scalar.
-INFER_TYPE(layer_norm_modulate)
-INFER_SHAPE(layer_norm_modulate) { return {shapes[0], shapes[0] + ranks[0]}; }
-KERNEL(layer_norm_modulate) {
-  const float *x = TENSOR(0), *scale = TENSOR(1), *shift = TENSOR(2);
-  const float epsilon = *TENSOR(3);
-  float *y = OUTPUT;
-  const int64_t length = shapes[0][1], width = shapes[0][2], rows = shapes[0][0] * length;
-  in_pieces(rows, rows * width, [=](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const float *from = x + row * width, *by = scale + row / length * width, *add = shift + row / length * width;
-      float *to = y + row * width;
-      const float centre = mean(from, width);
-      const float factor = 1 / std::sqrt(mean_square(from, width, centre) + epsilon);
-#pragma omp simd
-      for (int64_t i = 0; i < width; ++i) to[i] = (from[i] - centre) * factor * (1 + by[i]) + add[i];
-    }
+    std::copy(x + begin, x + end, y + begin);
+    gelu(y + begin, end - begin);
   });
   return 0;
 }
@@ -313,39 +551,189 @@ KERNEL(group_norm) {
   return 0;
 }
 
-// x + gate y: x and y (B, L, D), gate (B, D).
-INFER_TYPE(gated_add)
-INFER_SHAPE(gated_add) { return {shapes[0], shapes[0] + ranks[0]}; }
-KERNEL(gated_add) {
-  const float *x = TENSOR(0), *gate = TENSOR(1), *y = TENSOR(2);
-  float *z = OUTPUT;
-  const int64_t length = shapes[0][1], width = shapes[0][2], rows = shapes[0][0] * length;
-  in_pieces(rows, rows * width, [=](int64_t begin, int64_t end) {
+// norm(x) (1 + scale) + shift over the last axis of x (B, L, D), scale and shift from a linear layer of silu(c), c (B, E):
+// x, c, the layer, epsilon.
+INFER_TYPE(ada_layer_norm)
+INFER_SHAPE(ada_layer_norm) { return {shapes[0], shapes[0] + ranks[0]}; }
+KERNEL(ada_layer_norm) {
+  Inputs inputs{tensors, shapes, 0};
+  const float *x = inputs.tensor(), *condition = inputs.tensor();
+  const Linear layer = inputs.linear();
+  const float epsilon = *inputs.tensor();
+  const int64_t batch = shapes[0][0], length = shapes[0][1], width = shapes[0][2], step = layer.columns;
+  Scratch scratch;
+  float *scales = scratch.floats(batch * step), *y = OUTPUT;
+  of_silu(layer, condition, batch, scales);
+  in_pieces(batch * length, batch * length * width, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      const float *by = gate + row / length * width;
-#pragma omp simd
-      for (int64_t i = 0; i < width; ++i) z[row * width + i] = x[row * width + i] + by[i] * y[row * width + i];
+      const float *scale = scales + row / length * step;
+      modulate(x + row * width, width, scale, scale + width, epsilon, y + row * width);
     }
   });
   return 0;
 }
 
-// A single block's attention: queries, keys and values (B, L, heads * d), the RMSNorms' weights of queries and keys (d),
-// cosine and sine (L, d), epsilon a scalar.
-INFER_TYPE(attention)
-INFER_SHAPE(attention) { return {shapes[0], shapes[0] + ranks[0]}; }
-KERNEL(attention) {
-  const Stream whole{TENSOR(0), TENSOR(1), TENSOR(2), TENSOR(3), TENSOR(4), shapes[0][1]};
-  attend_all(&whole, 1, shapes[0], TENSOR(5), TENSOR(6), *TENSOR(7), shapes[3][0], OUTPUT);
+// w silu(v x + a) + b of x (B, K): x and the two layers.
+INFER_TYPE(timestep_embedding)
+INFER_SHAPE(timestep_embedding) { return {shapes[0][0], shapes[3][0]}; }
+KERNEL(timestep_embedding) {
+  Inputs inputs{tensors, shapes, 0};
+  const float *x = inputs.tensor();
+  const Linear first = inputs.linear(), second = inputs.linear();
+  const int64_t batch = shapes[0][0];
+  Scratch scratch;
+  float *hidden = scratch.floats(batch * first.columns), *y = OUTPUT;
+  first(x, first.depth, batch, hidden, first.columns);
+  of_silu(second, hidden, batch, y);
   return 0;
 }
 
-// A double block's: the text's queries, keys, values and weights, then the image's, as above; the text's rows first.
-INFER_TYPE(joint_attention)
-INFER_SHAPE(joint_attention) { return {shapes[0][0], shapes[0][1] + shapes[5][1], shapes[0][2]}; }
-KERNEL(joint_attention) {
-  const Stream streams[] = {{TENSOR(0), TENSOR(1), TENSOR(2), TENSOR(3), TENSOR(4), shapes[0][1]},
-                            {TENSOR(5), TENSOR(6), TENSOR(7), TENSOR(8), TENSOR(9), shapes[5][1]}};
-  attend_all(streams, 2, shapes[5], TENSOR(10), TENSOR(11), *TENSOR(12), shapes[3][0], OUTPUT);
+// A double block without the end of its text stream: image (B, S, D), text (B, T, D), modulation vector (B, D), cosine
+// and sine (T + S, d), the epsilons of LayerNorm and RMSNorm (2), the image's weights as Attending and FeedForward read
+// them, the text's as Attending does. Then come the image behind the block and what behind_double takes for the text:
+// what it attends to, gate, shift, scale and gate of the MLP.
+INFER_TYPES(double_block, 6)
+INFER_SHAPES(double_block) {
+  const std::vector<int64_t> image(shapes[0], shapes[0] + 3), text(shapes[1], shapes[1] + 3);
+  const std::vector<int64_t> vector(shapes[2], shapes[2] + 2);
+  return {image, text, vector, vector, vector, vector};
+}
+KERNEL(double_block) {
+  Inputs inputs{tensors, shapes, 0};
+  const float *x[] = {inputs.tensor(), inputs.tensor()}, *condition = inputs.tensor();
+  const float *cosine = inputs.tensor(), *sine = inputs.tensor(), *epsilons = inputs.tensor();
+  const int64_t batch = shapes[0][0], width = shapes[0][2], step = 6 * width;
+  const int64_t lengths[] = {shapes[0][1], shapes[1][1]};
+  const Rotary rotary{cosine, sine, epsilons[1], shapes[3][1]};
+  Scratch scratch;
+  const Attending image(&inputs);
+  float *attended[] = {scratch.floats(batch * lengths[0] * width), OUTPUTS(6, 1)};
+  float *modulations[] = {scratch.floats(batch * step), scratch.floats(batch * step)};
+  // Of a modulation's six parts, shift, scale, gate, and those of the MLP.
+  const float *m = modulations[0];
+  const FeedForward feed_forward(&inputs,
+                                 {x[0], attended[0], m + 2 * width, m + 3 * width, m + 4 * width, m + 5 * width, step,
+                                  batch, lengths[0], width},
+                                 epsilons[0], OUTPUTS(6, 0), &scratch);
+  const Attending halves[] = {image, Attending(&inputs)};
+  float *normed[2], *queries[2], *keys[2], *values[2], *heads[2];
+  for (int i = 0; i < 2; ++i) {
+    for (float **buffer : {&normed[i], &queries[i], &keys[i], &values[i], &heads[i]}) {
+      *buffer = scratch.floats(batch * lengths[i] * width);
+    }
+  }
+  std::vector<Stream> streams;
+  for (int i : {1, 0}) {
+    const Attending &half = halves[i];
+    streams.push_back({queries[i], keys[i], values[i], half.query_norm, half.key_norm, lengths[i], heads[i]});
+  }
+  for (int i = 0; i < 2; ++i) of_silu(halves[i].modulation, condition, batch, modulations[i]);
+  for (int64_t sample = 0; sample < batch; ++sample) {
+    for (int part = 2; part < 6; ++part) {
+      std::copy_n(modulations[1] + sample * step + part * width, width, OUTPUTS(6, part) + sample * width);
+    }
+  }
+  const int64_t rows[] = {batch * lengths[0], batch * lengths[1]}, elements = image.out.elements(rows[0] + rows[1]);
+  in_pieces_of_both(rows, 3 * elements, [&](int i, int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const float *by = modulations[i] + row / lengths[i] * step;
+      modulate(x[i] + row * width, width, by + width, by, epsilons[0], normed[i] + row * width);
+    }
+    const int64_t start = begin * width, count = end - begin;
+    halves[i].query(normed[i] + start, width, count, queries[i] + start, width);
+    halves[i].key(normed[i] + start, width, count, keys[i] + start, width);
+    halves[i].value(normed[i] + start, width, count, values[i] + start, width);
+  });
+  attend_all(streams, batch, width, width, rotary);
+  in_pieces_of_both(rows, elements, [&](int i, int64_t begin, int64_t end) {
+    halves[i].out(heads[i] + begin * width, width, end - begin, attended[i] + begin * width, width);
+  });
+  in_pieces(rows[0], feed_forward.elements(), feed_forward);
+  return 0;
+}
+
+// behind_double: a stream (B, L, D), what it attends to, gate, shift, scale and gate of the MLP (B, D), the epsilons, and
+// the weights as FeedForward reads them.
+INFER_TYPE(behind_double)
+INFER_SHAPE(behind_double) { return {shapes[0], shapes[0] + ranks[0]}; }
+KERNEL(behind_double) {
+  const int64_t batch = shapes[0][0], length = shapes[0][1], width = shapes[0][2];
+  const Attended from{TENSOR(0), TENSOR(1), TENSOR(2), TENSOR(3), TENSOR(4), TENSOR(5), width, batch, length, width};
+  Inputs inputs{tensors, shapes, 7};
+  Scratch scratch;
+  const FeedForward feed_forward(&inputs, from, *TENSOR(6), OUTPUT, &scratch);
+  in_pieces(batch * length, feed_forward.elements(), feed_forward);
+  return 0;
+}
+
+// A single block: image (B, S, D), text (B, T, D), modulation vector (B, D), cosine and sine (T + S, d), the epsilons,
+// then weights and biases of modulation, queries, keys, values, the RMSNorms' weights, MLP and output. Both streams
+// behind it, text first.
+INFER_TYPES(single_block, 2)
+INFER_SHAPES(single_block) {
+  return {{shapes[1], shapes[1] + 3}, {shapes[0], shapes[0] + 3}};
+}
+KERNEL(single_block) {
+  Inputs inputs{tensors, shapes, 0};
+  const float *image = inputs.tensor(), *text = inputs.tensor(), *condition = inputs.tensor();
+  const float *cosine = inputs.tensor(), *sine = inputs.tensor(), *epsilons = inputs.tensor();
+  const Linear modulation = inputs.linear(), query = inputs.linear(), key = inputs.linear(), value = inputs.linear();
+  const float *query_norm = inputs.tensor(), *key_norm = inputs.tensor();
+  const Linear mlp = inputs.linear(), out = inputs.linear();
+  const int64_t batch = shapes[0][0], width = shapes[0][2], step = 3 * width;
+  const int64_t text_length = shapes[1][1], length = text_length + shapes[0][1], rows = batch * length;
+  const Rotary rotary{cosine, sine, epsilons[1], shapes[3][1]};
+  Scratch scratch;
+  float *modulations = scratch.floats(batch * step), *normed = scratch.floats(rows * width);
+  float *queries = scratch.floats(rows * width), *keys = scratch.floats(rows * width);
+  float *values = scratch.floats(rows * width), *wide = scratch.floats(rows * out.depth);
+  float *added = normed;
+  // Where a row of both streams' tokens lies in the one or the other.
+  const auto place = [=](auto *texts, auto *images, int64_t row) {
+    const int64_t sample = row / length, token = row % length;
+    return token < text_length ? texts + (sample * text_length + token) * width
+                               : images + (sample * (length - text_length) + token - text_length) * width;
+  };
+  of_silu(modulation, condition, batch, modulations);
+  in_pieces(rows, 3 * query.elements(rows) + mlp.elements(rows), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const float *by = modulations + row / length * step;
+      modulate(place(text, image, row), width, by + width, by, epsilons[0], normed + row * width);
+    }
+    const int64_t start = begin * width, count = end - begin;
+    query(normed + start, width, count, queries + start, width);
+    key(normed + start, width, count, keys + start, width);
+    value(normed + start, width, count, values + start, width);
+    mlp(normed + start, width, count, wide + begin * out.depth + width, out.depth);
+    for (int64_t row = begin; row < end; ++row) gelu(wide + row * out.depth + width, mlp.columns);
+  });
+  attend_all({{queries, keys, values, query_norm, key_norm, length, wide}}, batch, width, out.depth, rotary);
+  in_pieces(rows, out.elements(rows), [&](int64_t begin, int64_t end) {
+    out(wide + begin * out.depth, out.depth, end - begin, added + begin * width, width);
+    for (int64_t row = begin; row < end; ++row) {
+      const float *gate = modulations + row / length * step + 2 * width;
+      add_gated(place(text, image, row), gate, added + row * width, width, place(OUTPUTS(2, 0), OUTPUTS(2, 1), row));
+    }
+  });
+  return 0;
+}
+
+// mean|r - p| / mean|r| of two tensors of one shape: (1), since MindSpore takes an output of no axes for a number.
+INFER_TYPE(relative_difference)
+INFER_SHAPE(relative_difference) { return {1}; }
+KERNEL(relative_difference) {
+  const float *reference = TENSOR(0), *probe = TENSOR(1);
+  const int64_t width = shapes[0][ranks[0] - 1], rows = product(shapes[0], 0, ranks[0] - 1);
+  double change = 0, size = 0;
+  for (int64_t row = 0; row < rows; ++row) {
+    float differences = 0, values = 0;
+    for (int64_t i = row * width; i < (row + 1) * width; ++i) {
+      differences += std::abs(reference[i] - probe[i]);
+      values += std::abs(reference[i]);
+    }
+    change += differences;
+    size += values;
+  }
+  *OUTPUT = change / size;
   return 0;
 }

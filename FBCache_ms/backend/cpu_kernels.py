@@ -24,7 +24,7 @@ logger = logging.get_logger(__name__)
 SOURCE = Path(__file__).with_suffix(".cc")
 # Not -ffast-math: it switches denormals off for the whole process, and what is no number has to stay none.
 FLAGS = (
-    *("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
+    *("-O3", "-march=native", "-fopenmp-simd", "-pthread", "-shared", "-fPIC"),
     *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"),
 )
 
@@ -52,16 +52,23 @@ COMPILER = shutil.which("g++")
 KERNELS_FILE = COMPILER and compiled(COMPILER, users_folder())
 
 
-def kernel(name, inputs):
+def kernel(name, inputs, outputs=1):
     """A kernel of so many float32 tensors as an operator, None where there is no library."""
     if KERNELS_FILE is None:
         return None
-    # The library tells the output's shape: a graph that is compiled while it runs cannot ask Python.
-    info = CustomRegOp(name).target("CPU").output(0, "output")
+    # The library tells the outputs' shapes: a graph that is compiled while it runs cannot ask Python.
+    info = CustomRegOp(name).target("CPU")
     for index in range(inputs):
         info.input(index, f"input{index}")
-    info.dtype_format(*[DataType.F32_Default] * (inputs + 1))
+    for index in range(outputs):
+        info.output(index, f"output{index}")
+    info.dtype_format(*[DataType.F32_Default] * (inputs + outputs))
     return ops.Custom(f"{KERNELS_FILE}:{name}", func_type="aot", reg_info=info.get_op_info())
+
+
+def product_kernel(*arguments):
+    """A kernel that multiplies matrices, None too where MindSpore brings nothing along to do so with."""
+    return kernel(*arguments) if has_products() else None
 
 
 def has_products():
@@ -73,11 +80,13 @@ def has_products():
     return hasattr(library, "dnnl_threadpool_interop_sgemm")
 
 
-LINEAR = kernel("linear", 3) if has_products() else None
 GELU_TANH = kernel("gelu_tanh", 1)
 LAYER_NORM = kernel("layer_norm", 2)
-LAYER_NORM_MODULATE = kernel("layer_norm_modulate", 4)
 GROUP_NORM = kernel("group_norm", 5)
-GATED_ADD = kernel("gated_add", 3)
-ATTENTION = kernel("attention", 8)
-JOINT_ATTENTION = kernel("joint_attention", 13)
+RELATIVE_DIFFERENCE = kernel("relative_difference", 2)
+LINEAR = product_kernel("linear", 3)
+ADA_LAYER_NORM = product_kernel("ada_layer_norm", 5)
+TIMESTEP_EMBEDDING = product_kernel("timestep_embedding", 5)
+DOUBLE_BLOCK = product_kernel("double_block", 34, 6)
+BEHIND_DOUBLE = product_kernel("behind_double", 11)
+SINGLE_BLOCK = product_kernel("single_block", 20, 2)

@@ -47,7 +47,7 @@ class FluxDenoiseLoop(nn.Cell):
         sigmas,
         start,
         stop,
-        schedule,
+        limits,
         coordinates,
         numbers,
         attention_kwargs=None,
@@ -62,7 +62,7 @@ class FluxDenoiseLoop(nn.Cell):
             true_cfg_scale: scalar; not used with one branch.
             timesteps, sigmas: (N,) in [0, 1000] and (N + 1,) in [0, 1], padded to any fixed length.
             start, stop: int32 scalars; a start of 0 begins a generation, any other goes on with the last.
-            schedule, coordinates, numbers: what gates.knobs makes of a CacheConfig.
+            limits, coordinates, numbers: what gates.knobs makes of a CacheConfig.
             attention_kwargs: what attention gets beside the streams, tensors and tuples of them by name, a branch each
                 on a leading axis; None for nothing.
         """
@@ -82,35 +82,39 @@ class FluxDenoiseLoop(nn.Cell):
         times = times.broadcast_to((times.shape[0], batch, times.shape[2]))
         conditions = stacked, terms[:-1], times, rotary
         updates = sigmas[1:] - sigmas[:-1], true_cfg_scale
-        cache.knobs.set(schedule, coordinates, numbers)
+        cache.knobs.set(limits, coordinates, numbers)
         if start == 0:
             for branch in range(cache.branches):
                 cache.select(branch)
                 cache.reset()
         # One loop over the calls of the transformer, two a step under true CFG: an NPU's host reads every condition.
-        call, last, positive = start * cache.branches, stop * cache.branches, ops.zeros_like(latents)
-        nested, pending = len(cache.gates) == 1, ()
-        if nested:
-            temb = batch, cache.shape[2]
-            shapes = (temb,) + reached_shapes(transformer, cache.gates[0], cache.shape, contexts.shape[1:], temb)
-            # Never read; no constants, as which MindSpore 2.10.0 then takes what the loop puts in their places.
-            pending = tuple([ops.broadcast_to(start.to(dtype), shape) for shape in shapes])
+        call, last = start * cache.branches, stop * cache.branches
+        if len(cache.gates) == 1:
+            return self.computed_and_reused(call, last, latents, contexts.shape[1:], conditions, updates)
+        positive = ops.zeros_like(latents)
         while call < last:
-            if nested:
-                call, latents, positive, pending = self.reuses(
-                    call, last, latents, positive, pending, conditions, updates
-                )
-                if call < last:
-                    given = pending[:1] + self.condition(call, conditions)[1][1:]
-                    image, text = compute(transformer, cache.gates[0], pending[1:], given)
-                    output = self.output(image, text, given)
-                    latents, positive = self.advance(call, latents, positive, output, updates)
-                    call = call + 1
-            else:
-                context, given = self.condition(call, conditions)
-                output = cached_step(transformer, cache, latents, context, given)
-                latents, positive = self.advance(call, latents, positive, output, updates)
-                call = call + 1
+            context, given = self.condition(call, conditions)
+            output = cached_step(transformer, cache, latents, context, given)
+            latents, positive = self.advance(call, latents, positive, output, updates)
+            call = call + 1
+        return latents
+
+    def computed_and_reused(self, call, last, latents, text_shape, conditions, updates):
+        """The latents after the calls up to ``last``, under one gate: each that computes, and those that reuse it."""
+        transformer, gate, shape = self.transformer, self.cache.gates[0], self.cache.shape
+        temb = shape[0], shape[2]
+        shapes = (temb,) + reached_shapes(transformer, gate, shape, text_shape, temb)
+        # Never read; no constants, as which MindSpore 2.10.0 then takes what the loop puts in their places.
+        pending = tuple([ops.broadcast_to(call.to(latents.dtype), shape) for shape in shapes])
+        positive = ops.zeros_like(latents)
+        call, latents, positive, pending = self.reuses(call, last, latents, positive, pending, conditions, updates)
+        while call < last:
+            given = pending[:1] + self.condition(call, conditions)[1][1:]
+            image, text = compute(transformer, gate, pending[1:], given)
+            latents, positive = self.advance(call, latents, positive, self.output(image, text, given), updates)
+            call, latents, positive, pending = self.reuses(
+                call + 1, last, latents, positive, pending, conditions, updates
+            )
         return latents
 
     def reuses(self, call, last, latents, positive, pending, conditions, updates):
@@ -121,19 +125,16 @@ class FluxDenoiseLoop(nn.Cell):
         and with 57 blocks that takes a CPU's host longer than all that a reuse runs.
         """
         transformer, gate = self.transformer, self.cache.gates[0]
-        going = call < last
-        while going:
+        while call < last:
             context, given = self.condition(call, conditions)
             image = transformer.x_embedder(latents)
             reached = approach(transformer, gate, 0, image, context, given)
             pending = given[:1] + reached
-            if gate.decide(reached[2:]):
-                image, text = reuse(gate, reached)
-                latents, positive = self.advance(call, latents, positive, self.output(image, text, given), updates)
-                call = call + 1
-                going = call < last
-            else:
-                going = ops.zeros_like(going)
+            if not gate.decide(reached[2:]):
+                break
+            image, text = reuse(gate, reached)
+            latents, positive = self.advance(call, latents, positive, self.output(image, text, given), updates)
+            call = call + 1
         return call, latents, positive, pending
 
     def condition(self, call, conditions):

@@ -85,29 +85,38 @@ def controlled(transformer, index, image, given):
 def divided_block(transformer, index, image, text, given):
     """Block number ``index`` without what only the text stream behind it needs: the image stream, and what finishes it.
 
-    The latter is text_behind's argument. The equations are those of mindone 0.5.0's FluxTransformerBlock and
-    FluxSingleTransformerBlock.
+    The latter is text_behind's argument.
     """
-    temb, rotary, doubles = given[0], given[1], stacks(transformer)[0]
-    attention_kwargs = given[2] or {}
+    doubles, attention_kwargs = stacks(transformer)[0], given[2] or {}
     if index < doubles:
         cell = transformer.transformer_blocks[index]
-        normed, gate, shift, scale, mlp_gate = cell.norm1(image, emb=temb)
-        text_normed, text_gate, text_shift, text_scale, text_mlp_gate = cell.norm1_context(text, emb=temb)
-        attended = cell.attn(
-            hidden_states=normed, encoder_hidden_states=text_normed, image_rotary_emb=rotary, **attention_kwargs
-        )
-        image = behind_double(cell.norm2, cell.ff, image, attended[0], gate, shift, scale, mlp_gate)
-        if len(attended) == 3:
-            image = image + attended[2]
-        unfinished = text, attended[1], text_gate, text_shift, text_scale, text_mlp_gate
+        image, unfinished = divided_double(cell, image, text, given[0], given[1], attention_kwargs)
     else:
-        cell, text_len = transformer.single_transformer_blocks[index - doubles], text.shape[1]
-        normed, gate = cell.norm(mint.cat((text, image), dim=1), emb=temb)
-        attended = cell.attn(hidden_states=normed, image_rotary_emb=rotary, **attention_kwargs)
-        image = behind_single(cell, image, normed[:, text_len:], attended[:, text_len:], gate)
-        unfinished = text, normed[:, :text_len], attended[:, :text_len], gate
+        cell = transformer.single_transformer_blocks[index - doubles]
+        image, unfinished = divided_single(cell, image, text, given[0], given[1], attention_kwargs)
     return controlled(transformer, index, image, given), unfinished
+
+
+def divided_double(cell, image, text, temb, rotary, attention_kwargs):
+    """A double block, divided; the equations are those of mindone 0.5.0's FluxTransformerBlock."""
+    normed, gate, shift, scale, mlp_gate = cell.norm1(image, emb=temb)
+    text_normed, text_gate, text_shift, text_scale, text_mlp_gate = cell.norm1_context(text, emb=temb)
+    attended = cell.attn(
+        hidden_states=normed, encoder_hidden_states=text_normed, image_rotary_emb=rotary, **attention_kwargs
+    )
+    image = behind_double(cell.norm2, cell.ff, image, attended[0], gate, shift, scale, mlp_gate)
+    if len(attended) == 3:
+        image = image + attended[2]
+    return image, (text, attended[1], text_gate, text_shift, text_scale, text_mlp_gate)
+
+
+def divided_single(cell, image, text, temb, rotary, attention_kwargs):
+    """A single block, divided; the equations are those of mindone 0.5.0's FluxSingleTransformerBlock."""
+    text_len = text.shape[1]
+    normed, gate = cell.norm(mint.cat((text, image), dim=1), emb=temb)
+    attended = cell.attn(hidden_states=normed, image_rotary_emb=rotary, **attention_kwargs)
+    image = behind_single(cell, image, normed[:, text_len:], attended[:, text_len:], gate)
+    return image, (text, normed[:, :text_len], attended[:, :text_len], gate)
 
 
 def text_behind(transformer, index, unfinished):
@@ -198,7 +207,7 @@ def reached_shapes(transformer, gate, image, text, temb):
 def reuse(gate, reached):
     """Both streams behind a gate's span, forecast from where ``approach`` has come to."""
     image, text = reached[:2]
-    gate.counters.hit()
+    gate.tallies.hit()
     image_residual, text_residual = gate.forecast(reached[2:])
     if gate.needs_text:
         text = text + text_residual.to(text.dtype)
@@ -211,7 +220,7 @@ def compute(transformer, gate, reached, given):
     image, text = reached[:2]
     unfinished = reached[2 + len(gate.seen) :]
     if not gate.inner:
-        gate.counters.miss()
+        gate.tallies.miss()
     if len(unfinished) > 0:
         text = text_behind(transformer, first - 1, unfinished)
     behind, text_behind_span = run_gates(transformer, gate.inner, first, last, image, text, given)
