@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 from scipy.special import erf
@@ -7,6 +9,7 @@ from mindspore import mint, nn, ops
 
 from FBCache_ms.backend import cpu, cpu_kernels
 from FBCache_ms.device import prepare_device
+from FBCache_ms.models import transformer_flux_withFBCache
 
 FLOATS = (np.float32, np.float16)
 RNG = np.random.default_rng(0)
@@ -20,7 +23,8 @@ def random(*shape, dtype=np.float32):
 def installed(request, monkeypatch):
     """Either kind of the stand-ins that there are two of."""
     if request.param == "plain":
-        monkeypatch.setattr(cpu_kernels, "KERNELS_FILE", None)
+        for name in ("KERNELS_FILE", "LINEAR"):
+            monkeypatch.setattr(cpu_kernels, name, None)
     elif cpu_kernels.KERNELS_FILE is None:
         pytest.skip("no C++ compiler")
     cpu.install()
@@ -335,9 +339,21 @@ class Blocks(nn.Cell):
         return ops.concat(self.block(image, text, temb, (cosine, sine)), 1)
 
 
-def test_double_block(installed):
-    block = with_random_weights(cpu.transformer_flux.FluxTransformerBlock(8, 2, 4), 0.3)
-    image, text, temb, cosine, sine = random(2, 5, 8), random(2, 3, 8), random(2, 8), random(8, 4), random(8, 4)
+SIZES = [(2, 5, 3, 2, 4), (1, 40, 9, 2, 64), (3, 17, 50, 4, 32)]
+"""Samples, image and text tokens, heads and their width: in one piece, and shared among threads."""
+
+
+def block_inputs(batch, image, text, heads, width):
+    streams = random(batch, image, heads * width), random(batch, text, heads * width)
+    return (*streams, random(batch, heads * width), random(image + text, width), random(image + text, width))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_double_block(size, installed):
+    heads, width = size[3:]
+    block = cpu.transformer_flux.FluxTransformerBlock(heads * width, heads, width)
+    with_random_weights(block, 0.8 / math.sqrt(heads * width))
+    image, text, temb, cosine, sine = block_inputs(*size)
     modulations = [modulation(norm, temb, 6) for norm in (block.norm1, block.norm1_context)]
     normed = [layer_norm(x) * (1 + by[1]) + by[0] for x, by in zip((image, text), modulations)]
     outputs = block.attn(*map(ms.Tensor, normed), image_rotary_emb=(ms.Tensor(cosine), ms.Tensor(sine)))
@@ -349,15 +365,88 @@ def test_double_block(installed):
     check_cell(Blocks(block), np.concatenate(behind[::-1], 1), image, text, temb, cosine, sine)
 
 
-def test_single_block(installed):
-    block = with_random_weights(cpu.transformer_flux.FluxSingleTransformerBlock(8, 2, 4), 0.3)
-    image, text, temb, cosine, sine = random(2, 5, 8), random(2, 3, 8), random(2, 8), random(8, 4), random(8, 4)
+@pytest.mark.parametrize("size", SIZES)
+def test_single_block(size, installed):
+    heads, width = size[3:]
+    block = cpu.transformer_flux.FluxSingleTransformerBlock(heads * width, heads, width)
+    with_random_weights(block, 0.8 / math.sqrt(heads * width))
+    image, text, temb, cosine, sine = block_inputs(*size)
     x = np.concatenate([text, image], 1)
     shift, scale, gate = modulation(block.norm, temb, 3)
     normed = layer_norm(x) * (1 + scale) + shift
     attended = block.attn(ms.Tensor(normed), image_rotary_emb=(ms.Tensor(cosine), ms.Tensor(sine))).asnumpy()
     wide = np.concatenate([attended, gelu_tanh(linear(block.proj_mlp, normed))], 2)
     check_cell(Blocks(block), x + gate * linear(block.proj_out, wide), image, text, temb, cosine, sine)
+
+
+class Divided(nn.Cell):
+    """A double block, divided and put together again."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def construct(self, image, text, temb, cosine, sine):
+        image, unfinished = transformer_flux_withFBCache.divided_double(
+            self.block, image, text, temb, (cosine, sine), {}
+        )
+        text = transformer_flux_withFBCache.behind_double(self.block.norm2_context, self.block.ff_context, *unfinished)
+        return ops.concat((text, image), 1)
+
+
+def test_a_divided_double_block_is_the_whole_one(installed):
+    block = with_random_weights(cpu.transformer_flux.FluxTransformerBlock(16, 2, 8), 0.2)
+    inputs = block_inputs(2, 5, 3, 2, 8)
+    whole = Blocks(block)(*map(ms.Tensor, inputs)).asnumpy()
+    check_cell(Divided(block), whole, *inputs)
+
+
+class Doubled(nn.Cell):
+    """A linear layer in another's place, as an adapter is."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.weight, self.bias = layer, layer.weight, layer.bias
+
+    def construct(self, x):
+        return 2 * self.layer(x)
+
+
+@pytest.mark.parametrize("kind", ["FluxTransformerBlock", "FluxSingleTransformerBlock"])
+def test_a_block_with_an_adapter_is_more_than_its_kernel(kind, installed):
+    block = with_random_weights(getattr(cpu.transformer_flux, kind)(16, 2, 8), 0.2)
+    inputs = block_inputs(1, 5, 3, 2, 8)
+    key = block.attn.to_k.weight, block.attn.to_k.bias
+    layer, values = block.attn.to_k, [parameter.asnumpy().copy() for parameter in key]
+    for parameter, value in zip(key, values):
+        parameter.set_data(ms.Tensor(2 * value))
+    expected = Blocks(block)(*map(ms.Tensor, inputs)).asnumpy()
+    for parameter, value in zip(key, values):
+        parameter.set_data(ms.Tensor(value))
+    block.attn.to_k = Doubled(layer)
+    check_cell(Blocks(block), expected, *inputs)
+
+
+def test_timesteps_and_their_embedding(installed):
+    times = np.concatenate([[0, 0.5, 1000, 3500], RNG.uniform(0, 1000, 300)]).astype(np.float32)
+    angles = times[:, None] * (10000.0 ** (-np.arange(128, dtype=np.float32) / 128)).astype(np.float32)
+    expected = np.concatenate([np.cos(angles, dtype=np.float64), np.sin(angles, dtype=np.float64)], 1)
+    projected = cpu.embeddings.Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)(ms.Tensor(times))
+    # A frequency is off by rounding, and its angle by that times the time.
+    assert (np.abs(projected.asnumpy() - expected) <= 2e-6 * (1 + times[:, None])).all()
+    cell, x = with_random_weights(cpu.embeddings.TimestepEmbedding(8, 24), 0.3), random(3, 8)
+    hidden = linear(cell.linear_1, x)
+    check_cell(cell, linear(cell.linear_2, hidden / (1 + np.exp(-hidden))), x)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 8), (2, 300, 64)])
+def test_relative_difference(shape, installed):
+    reference, probe = random(*shape), random(*shape)
+    difference = cpu.rules.relative_difference(ms.Tensor(reference), ms.Tensor(probe))
+    expected = np.abs(reference - probe).mean(dtype=np.float64) / np.abs(reference).mean(dtype=np.float64)
+    assert difference.shape == () and difference.asnumpy() == pytest.approx(expected, rel=1e-6)
+    nothing = ms.Tensor(np.zeros(shape), ms.float32)
+    assert not np.isfinite(cpu.rules.relative_difference(nothing, ms.Tensor(probe)).asnumpy())
 
 
 class SeeImages(nn.Cell):

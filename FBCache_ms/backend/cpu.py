@@ -439,6 +439,16 @@ def fused_single_block(
     return streams[:, :text_len], streams[:, text_len:]
 
 
+def fused_timesteps_cell(self, timesteps):
+    """mindone's Timesteps.construct."""
+    if not self.flip_sin_to_cos or self.num_channels % 2 == 1:
+        settings = self.flip_sin_to_cos, self.downscale_freq_shift, self.scale
+        return embeddings.get_timestep_embedding(timesteps, self.num_channels, *settings)
+    half = self.num_channels // 2
+    exponents = -math.log(10000) * arange(0, half).astype(ms.float32) / (half - self.downscale_freq_shift)
+    return kernels.SINUSOIDS(timesteps.astype(ms.float32), self.scale * ops.exp(exponents))
+
+
 def fused_timestep_embedding_cell(self, sample, condition=None):
     """mindone's TimestepEmbedding.construct."""
     if self.kernel_weights is not None and condition is None and sample.ndim == 2 and sample.dtype == ms.float32:
@@ -510,6 +520,7 @@ FUSED_STAND_INS = (
     (mint.nn.GroupNorm, "construct", fused_group_norm_cell),
     (normalization.AdaLayerNormContinuous, "kernel_weights", Weights(ada_layer_norm_continuous_layers)),
     (normalization.AdaLayerNormContinuous, "construct", fused_ada_layer_norm_continuous_cell),
+    (embeddings.Timesteps, "construct", fused_timesteps_cell),
     (embeddings.TimestepEmbedding, "kernel_weights", Weights(timestep_embedding_layers)),
     (embeddings.TimestepEmbedding, "construct", fused_timestep_embedding_cell),
     (attention.FeedForward, "kernel_weights", Weights(feed_forward_layers)),

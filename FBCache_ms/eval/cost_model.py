@@ -28,7 +28,7 @@ from FBCache_ms.eval.published import (
 from FBCache_ms.eval.tables import markdown, write_tables
 from FBCache_ms.gates import every_gate, knobs, plan
 from FBCache_ms.roofline import PYNATIVE, WHOLE_LOOP, Accelerator, Shapes, seconds, step, work_seconds
-from FBCache_ms.schedules import COMPUTE, MAX_STEPS, REUSE
+from FBCache_ms.schedules import MAX_STEPS
 
 SIZES, STEPS, BATCHES, ORDERS = (512, 768, 1024, 1536, 2048), (4, 14, 28, 50), (1, 2, 4, 8), (0, 1, 2, 3)
 FIGURES = {
@@ -62,9 +62,11 @@ class Run:
 
 def known_steps(config, steps):
     """For each gate the least and the most steps that it can compute; equal where its schedule says all."""
-    gates = every_gate(plan(config))
-    actions = knobs(config, steps, np.linspace(1, 0, steps))[0][: len(gates), :steps]
-    return [(int((row == COMPUTE).sum()), int((row != REUSE).sum())) for row in actions]
+    limits, known = knobs(config, steps, np.linspace(1, 0, steps))[0], []
+    for gate, rows in zip(every_gate(plan(config)), limits):
+        least = int((rows[:steps, 0] == -np.inf).sum())
+        known.append((least, steps if gate.rules else least))
+    return known
 
 
 def computed_steps(config, steps, given=None):
