@@ -235,15 +235,21 @@ def leaders_table(found):
     ]
 
 
-def text_of(args, steps, cells, found):
-    """The text for one number of steps."""
+def text_of(args, steps, cells, found, shown):
+    """The text for one number of steps, with the table of the cells that are shown."""
     title = f"{steps} steps, {len(args.prompts)} prompts, {len(cells)} settings"
     if not found:
-        return f"{title}: none leads by {args.lead:g}x\n\n{markdown(table_of(cells))}"
+        return f"{title}: none leads by {args.lead:g}x\n\n{markdown(table_of(shown))}"
     return (
         f"{title}; who leads by {args.lead:g}x or more, the winner first:\n\n{markdown(leaders_table(found))}\n"
-        f"{markdown(table_of(cells))}"
+        f"{markdown(table_of(shown))}"
     )
+
+
+def outstanding(cells, found):
+    """The cells of the front, those of the leaders, and plain First-Block Cache's, which they lead over."""
+    leading = [cell for run in found.values() for cell in run]
+    return [cell for cell in cells if cell["front"] or cell["case"] == PLAIN or any(cell is each for each in leading)]
 
 
 def measure(run):
@@ -263,19 +269,20 @@ def measure(run):
 
 
 def work(args):
-    """All numbers of steps; writes frontier.md, frontier.csv and frontier.json."""
-    texts, table, data = [], [], {"machine": machine(), "prompts": args.prompts, "runs": []}
+    """All numbers of steps; writes frontier.md, .csv and .json, and puts what stands out into a page."""
+    texts, summaries, table, data = [], [], [], {"machine": machine(), "prompts": args.prompts, "runs": []}
     for run in args.runs:
         steps = run.num_inference_steps
         cells, common = measure(run)
         found = leaders(cells, args.lead)
-        texts.append(text_of(args, steps, cells, found))
+        texts.append(text_of(args, steps, cells, found, cells))
+        summaries.append(text_of(args, steps, cells, found, outstanding(cells, found)))
         table += table_of(cells)
         names = {family: [cell["name"] for cell in leading] for family, leading in found.items()}
         data["runs"].append({"settings": {**common, "steps": steps}, "leaders": names, "cells": cells})
     text = "\n".join(texts)
     write_tables(args.save_path, "frontier", text, table, data)
-    put_into(args.into, text)
+    put_into(args.into, "\n".join(summaries))
     print(text, end="")
 
 

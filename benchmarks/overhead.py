@@ -5,9 +5,10 @@
 A generation's limit is its computed steps at the time of a step without a cache, and its reused steps at the time of a
 step through the first block alone: what a reuse must run. The former comes from the loop without a gate, the latter
 from the same loop around a transformer that has no other block, where the compiler drops what only the next block would
-need: the end of the first one's text stream. Two transformers: the embedded checkpoint's, and one of FLUX.1's 19 double
-and 38 single blocks, 64 wide and randomly initialised, whose steps differ so much that its thresholds are larger. All
-loops of a number of steps are run in turn; every turn gives its own ratios.
+need: the end of the first one's text stream. Three transformers: the embedded checkpoint's, and two of FLUX.1's 19
+double and 38 single blocks, randomly initialised, whose steps differ so much that their thresholds are larger: "deep",
+64 wide, and "large", as wide as the embedded one and on 256 image tokens in the place of 64. All loops of a number of
+steps are run in turn; every turn gives its own ratios.
 
 A second table tells where the time over the limit goes, from the same graphs: under a schedule that computes every
 step, and under one that reuses all but the first. Ends with status 1 if a generation takes more than 1.03 of its limit.
@@ -31,7 +32,12 @@ from FBCache_ms.schedules import MAX_STEPS
 
 PROMPT = "a big red circle in the center, blue background"
 ORDERS = (0, 1, 2)
-THRESHOLDS = {"embedded": (0.05, 0.08, 0.12, 0.2), "deep": (0.35, 0.5)}
+THRESHOLDS = {"embedded": (0.05, 0.08, 0.12, 0.2), "deep": (0.35, 0.5), "large": (0.35, 0.5)}
+FLUX = {"num_layers": 19, "num_single_layers": 38}
+CHANGES = {"embedded": {}, "deep": {**FLUX, "num_attention_heads": 2}, "large": FLUX}
+SIDES = {"embedded": 64, "deep": 64, "large": 128}
+"""Pixels of a picture."""
+
 MOST = 1.03
 
 FULL, FIRST = "full step", "first block"
@@ -84,7 +90,10 @@ def with_transformer(pipe, transformer):
 
 
 def pipelines(names):
-    """{transformer's name: (pipeline, pipeline with its first block alone)}, and a prompt's embeddings."""
+    """{transformer's name: (pipeline, pipeline with its first block alone)}, and a prompt's embeddings.
+
+    The pipelines' default size is the transformer's.
+    """
     from FBCache_ms import FluxPipeline
     from FBCache_ms.checkpoint import TINY_FLUX
 
@@ -94,10 +103,12 @@ def pipelines(names):
     pairs = {}
     for name in names:
         transformer = pipe.transformer
-        if name == "deep":
-            transformer = transformer_of(transformer.config, num_layers=19, num_single_layers=38, num_attention_heads=2)
+        if CHANGES[name]:
+            transformer = transformer_of(transformer.config, **CHANGES[name])
         first = transformer_of(transformer.config, transformer, num_layers=1, num_single_layers=0)
         pairs[name] = with_transformer(pipe, transformer), with_transformer(pipe, first)
+        for each in pairs[name]:
+            each.default_sample_size = SIDES[name] // each.vae_scale_factor
     return pairs, prompt
 
 

@@ -71,7 +71,7 @@ inline float mean_square(const float *x, int64_t width, float shift) {
 class Helpers {
  public:
   Helpers() {
-    for (unsigned i = 1; i < std::thread::hardware_concurrency(); ++i) std::thread(&Helpers::help, this).detach();
+    for (int64_t i = 1; i < threads(); ++i) std::thread(&Helpers::help, this).detach();
   }
 
   // Never deleted: a thread that ends with the process may still look at it.
@@ -80,7 +80,14 @@ class Helpers {
     return helpers;
   }
 
-  static int64_t threads() { return std::max<int64_t>(std::thread::hardware_concurrency(), 1); }
+  // One for each processor that the process may run on.
+  static int64_t threads() {
+    static const int64_t count = [] {
+      cpu_set_t processors;
+      return sched_getaffinity(0, sizeof(processors), &processors) == 0 ? CPU_COUNT(&processors) : 1;
+    }();
+    return count;
+  }
 
   // Calls work(piece) for each in [0, pieces), which is less than 2^20.
   void run(int64_t pieces, const std::function<void(int64_t)> &work) {
@@ -101,6 +108,7 @@ class Helpers {
   }
 
  private:
+  // A helper looks for work so many times, for about a tenth of a millisecond, before it sleeps.
   static constexpr int kBits = 20, kPatience = 2000;
 
   // Does a piece that is left; false where none is. Tickets are the number of pieces and of those that are taken.
