@@ -25,6 +25,8 @@ SOURCE = Path(__file__).with_suffix(".cc")
 # Not -ffast-math: it switches denormals off for the whole process, and what is no number has to stay none.
 FLAGS = (
     *("-O3", "-march=native", "-fopenmp-simd", "-pthread", "-shared", "-fPIC"),
+    # Its threads outlive the last graph that uses it, and with it what loaded it.
+    "-Wl,-z,nodelete",
     *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"),
 )
 

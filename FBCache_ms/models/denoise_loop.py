@@ -107,35 +107,15 @@ class FluxDenoiseLoop(nn.Cell):
         # Never read; no constants, as which MindSpore 2.10.0 then takes what the loop puts in their places.
         pending = tuple([ops.broadcast_to(call.to(latents.dtype), shape) for shape in shapes])
         positive = ops.zeros_like(latents)
-        call, latents, positive, pending = self.reuses(call, last, latents, positive, pending, conditions, updates)
+        call, latents, positive, pending = reuses(self, call, last, latents, positive, pending, conditions, updates)
         while call < last:
             given = pending[:1] + self.condition(call, conditions)[1][1:]
             image, text = compute(transformer, gate, pending[1:], given)
             latents, positive = self.advance(call, latents, positive, self.output(image, text, given), updates)
-            call, latents, positive, pending = self.reuses(
-                call + 1, last, latents, positive, pending, conditions, updates
+            call, latents, positive, pending = reuses(
+                self, call + 1, last, latents, positive, pending, conditions, updates
             )
         return latents
-
-    def reuses(self, call, last, latents, positive, pending, conditions, updates):
-        """Calls that reuse, up to one that has to compute, under the one gate: (call, latents, positive, pending).
-
-        ``pending`` is what the computing call begins with, its modulation vector and what ``approach`` returns. The
-        loop is one of its own, since a graph's branch is handed the weights of the blocks within it, taken or not,
-        and with 57 blocks that takes a CPU's host longer than all that a reuse runs.
-        """
-        transformer, gate = self.transformer, self.cache.gates[0]
-        while call < last:
-            context, given = self.condition(call, conditions)
-            image = transformer.x_embedder(latents)
-            reached = approach(transformer, gate, 0, image, context, given)
-            pending = given[:1] + reached
-            if not gate.decide(reached[2:]):
-                break
-            image, text = reuse(gate, reached)
-            latents, positive = self.advance(call, latents, positive, self.output(image, text, given), updates)
-            call = call + 1
-        return call, latents, positive, pending
 
     def condition(self, call, conditions):
         """What a call gets beside the latents: the text stream, and what every block gets; turns the cache to it."""
@@ -168,6 +148,28 @@ class FluxDenoiseLoop(nn.Cell):
     def release(self):
         """Gives the cache's memory back."""
         self.cache.release()
+
+
+def reuses(loop, call, last, latents, positive, pending, conditions, updates):
+    """Calls that reuse, up to one that has to compute, under the one gate: (call, latents, positive, pending).
+
+    ``pending`` is what the computing call begins with, its modulation vector and what ``approach`` returns. The
+    loop is one of its own, since a graph's branch is handed the weights of the blocks within it, taken or not,
+    and with 57 blocks that takes a CPU's host longer than all that a reuse runs. It is no method, since MindSpore holds
+    one that a graph calls twice, and its cell with it, for good.
+    """
+    transformer, gate = loop.transformer, loop.cache.gates[0]
+    while call < last:
+        context, given = loop.condition(call, conditions)
+        image = transformer.x_embedder(latents)
+        reached = approach(transformer, gate, 0, image, context, given)
+        pending = given[:1] + reached
+        if not gate.decide(reached[2:]):
+            break
+        image, text = reuse(gate, reached)
+        latents, positive = loop.advance(call, latents, positive, loop.output(image, text, given), updates)
+        call = call + 1
+    return call, latents, positive, pending
 
 
 def of_branch(stacked, branch):
