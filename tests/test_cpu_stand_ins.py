@@ -449,6 +449,25 @@ def test_relative_difference(shape, installed):
     assert not np.isfinite(cpu.rules.relative_difference(nothing, ms.Tensor(probe)).asnumpy())
 
 
+@pytest.mark.parametrize("order", [0, 1, 2, 3, 4])
+@pytest.mark.parametrize("shape", [(1, 3, 8), (2, 300, 64)])
+def test_differences_and_their_weighted_sum(shape, order):
+    """Those of every order against the equations that they stand for."""
+    value, before = random(*shape), random(order + 1, *shape)
+    gaps, weights = 1 + RNG.random(order).astype(np.float32), random(order + 1)
+    for filled in range(order + 2):
+        expected = [value]
+        for each in range(order):
+            difference = (expected[each] - before[each]) / gaps[each]
+            expected.append(difference if each < filled else 0 * value)
+        arguments = ms.Tensor(value), ms.Tensor(before), ms.Tensor(filled, ms.int32), tuple(map(ms.Tensor, gaps))
+        differences = cpu.fused_finite_differences(*arguments).asnumpy()
+        np.testing.assert_allclose(differences, np.stack(expected), rtol=1e-6, atol=1e-6)
+    expected = before[0] + np.tensordot(weights[1:], before[1:], 1)
+    summed = cpu.fused_weighted_sum(tuple(map(ms.Tensor, weights)), ms.Tensor(before)).asnumpy()
+    np.testing.assert_allclose(summed, expected, rtol=1e-5, atol=1e-5)
+
+
 class SeeImages(nn.Cell):
     """A double block's attention with image prompts: its three parts as one tensor."""
 

@@ -27,7 +27,7 @@ from mindspore import mint, ops
 from .. import rules
 from ..models import transformer_flux_withFBCache
 from ..models.transformer_flux_withFBCache import behind_double, behind_single, divided_double
-from ..rules import relative_difference
+from ..rules import finite_differences, relative_difference, weighted_sum
 from . import cpu_kernels as kernels
 
 try:
@@ -483,6 +483,20 @@ def number(value):
     return ms.Tensor(value, ms.float32)
 
 
+def fused_weighted_sum(weights, derivatives):
+    """rules.weighted_sum."""
+    if derivatives.shape[0] not in (2, 3, 4) or derivatives.dtype != ms.float32:
+        return weighted_sum(weights, derivatives)
+    return kernels.WEIGHTED_SUM[derivatives.shape[0] - 1](derivatives, *weights)
+
+
+def fused_finite_differences(value, derivatives, filled, gaps):
+    """rules.finite_differences."""
+    if derivatives.shape[0] not in (2, 3, 4) or not value.dtype == derivatives.dtype == ms.float32:
+        return finite_differences(value, derivatives, filled, gaps)
+    return kernels.FINITE_DIFFERENCES[derivatives.shape[0] - 1](value, derivatives, filled.astype(ms.float32), *gaps)
+
+
 STAND_INS = (
     (ms.Tensor, "repeat", repeat),
     (mint, "chunk", chunk),
@@ -531,6 +545,8 @@ FUSED_STAND_INS = (
     (transformer_flux_withFBCache, "divided_double", fused_divided_double),
     (transformer_flux_withFBCache, "behind_double", fused_behind_double),
     (rules, "relative_difference", fused_relative_difference),
+    (rules, "weighted_sum", fused_weighted_sum),
+    (rules, "finite_differences", fused_finite_differences),
 )
 """Those made of compiled kernels, in the places of others."""
 

@@ -756,6 +756,61 @@ KERNEL(sinusoids) {
   return 0;
 }
 
+// The sum of w_i D_i: differences D (K, ...), and K weights of one element each, the first of which counts as 1.
+void weighted_sum(int count, void **tensors, const int *ranks, int64_t *const *shapes) {
+  const float *differences = TENSOR(0);
+  float *y = OUTPUT;
+  const int64_t orders = shapes[0][0], size = product(shapes[0], 1, ranks[0]);
+  in_pieces(size, orders * size, [=](int64_t begin, int64_t end) {
+    std::copy(differences + begin, differences + end, y + begin);
+    for (int64_t order = 1; order < orders; ++order) {
+      const float weight = *TENSOR(1 + order), *difference = differences + order * size;
+#pragma omp simd
+      for (int64_t i = begin; i < end; ++i) y[i] += weight * difference[i];
+    }
+  });
+}
+
+// The differences at a computed step: D'_0 = Y, D'_{i+1} = (D'_i - D_i) / gap_i while i is less than the filled orders,
+// else 0: value Y (...), differences D (K, ...), filled and K - 1 gaps of one element each.
+void finite_differences(int count, void **tensors, const int *ranks, int64_t *const *shapes) {
+  const float *value = TENSOR(0), *before = TENSOR(1);
+  const float filled = *TENSOR(2);
+  float *y = OUTPUT;
+  const int64_t orders = shapes[1][0], size = product(shapes[0], 0, ranks[0]);
+  in_pieces(size, orders * size, [=](int64_t begin, int64_t end) {
+    std::copy(value + begin, value + end, y + begin);
+    for (int64_t order = 0; order + 1 < orders; ++order) {
+      const float gap = *TENSOR(3 + order), *newer = y + order * size, *older = before + order * size;
+      float *next = y + (order + 1) * size;
+      if (order >= filled) {
+        std::fill(next + begin, next + end, 0.0f);
+        continue;
+      }
+#pragma omp simd
+      for (int64_t i = begin; i < end; ++i) next[i] = (newer[i] - older[i]) / gap;
+    }
+  });
+}
+
+// A kernel has a fixed number of inputs: one of each kind for every order but 0, which has neither weight nor gap.
+#define OF_ORDER(order)                                                                     \
+  INFER_TYPE(weighted_sum_##order)                                                          \
+  INFER_SHAPE(weighted_sum_##order) { return {shapes[0] + 1, shapes[0] + ranks[0]}; }       \
+  KERNEL(weighted_sum_##order) {                                                            \
+    weighted_sum(count, tensors, ranks, shapes);                                            \
+    return 0;                                                                               \
+  }                                                                                         \
+  INFER_TYPE(finite_differences_##order)                                                    \
+  INFER_SHAPE(finite_differences_##order) { return {shapes[1], shapes[1] + ranks[1]}; }     \
+  KERNEL(finite_differences_##order) {                                                      \
+    finite_differences(count, tensors, ranks, shapes);                                      \
+    return 0;                                                                               \
+  }
+OF_ORDER(1)
+OF_ORDER(2)
+OF_ORDER(3)
+
 // mean|r - p| / mean|r| of two tensors of one shape: (1), since MindSpore takes an output of no axes for a number.
 INFER_TYPE(relative_difference)
 INFER_SHAPE(relative_difference) { return {1}; }
