@@ -1,10 +1,13 @@
 import json
+import shutil
 from argparse import Namespace
 from pathlib import Path
 
+import frontier
 import pytest
 
 from FBCache_ms.checkpoint import TINY_FLUX
+from FBCache_ms.eval import ascend_acceptance, benchmark, learn_mask, sweep, tune
 from FBCache_ms.eval.prompts import OWN_PROMPTS, choose_prompts, coco_captions, read_prompts
 from FBCache_ms.eval.scenes import parse_caption
 
@@ -77,3 +80,13 @@ def test_without_a_file_the_prompts_are_our_own(tmp_path):
     with pytest.raises(ValueError, match="--prompts"):
         choose_prompts(args)
     assert len(set(OWN_PROMPTS)) == len(OWN_PROMPTS)
+
+
+@pytest.mark.parametrize("program", [ascend_acceptance, benchmark, frontier, learn_mask, sweep, tune])
+def test_our_own_prompts_are_as_many_as_a_program_draws_when_it_is_not_told(program, tmp_path):
+    shutil.copytree(TINY_FLUX, tmp_path / "other")
+    vocabulary = tmp_path / "other" / "tokenizer_2" / "tokenizer.json"
+    vocabulary.write_text(vocabulary.read_text() + "\n")
+    options = ["--ckpt", str(tmp_path / "other"), "--save_path", str(tmp_path / "results")]
+    options += ["--min_speedup", "2"] if program is tune else []
+    assert set(program.parse_arguments(options).prompts) <= set(OWN_PROMPTS)
