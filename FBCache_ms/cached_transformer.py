@@ -3,6 +3,7 @@
 from contextlib import contextmanager
 from dataclasses import replace
 from inspect import signature
+from weakref import ref
 
 import numpy as np
 from mindone.diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor as ImagePromptAttention
@@ -54,15 +55,15 @@ class CachedTransformer(StandIn):
     Args:
         transformer: mindone's FluxTransformer2DModel.
         config: the CacheConfig; another one may take its place between generations.
-        scheduler: a function that gives the pipeline's scheduler of the moment.
+        pipe: the pipeline that it is in.
         most: how many shapes' graphs and buffers are kept.
     """
 
-    def __init__(self, transformer, config, scheduler, most):
+    def __init__(self, transformer, config, pipe, most):
         super().__init__(
             transformer,
             cache_settings=config,
-            scheduler=scheduler,
+            pipe=ref(pipe),
             steps=KeptGraphs(most),
             chosen={},
             active=None,
@@ -78,6 +79,24 @@ class CachedTransformer(StandIn):
             return None
         stats = self.active.cache_context.stats(self.costs)
         return stats if stats.uncond.reused else replace(stats, uncond=None)
+
+    def told_scheduler(self):
+        """The pipeline's scheduler; one that has been put there since is told of this cache.
+
+        Raises ValueError if there is no such pipeline any more.
+        """
+        pipe = self.pipe()
+        if pipe is None:
+            raise ValueError(
+                "Invalid cache state: the pipeline that this transformer's cache was put into is gone; "
+                "call apply_cache_on_pipe with the one that it is in now"
+            )
+        told = pipe.scheduler
+        if type(told) is not ToldScheduler or told.cached is not self:
+            plain = told.stood_for if type(told) is ToldScheduler else told
+            told = pipe.__dict__["scheduler"] = ToldScheduler(plain, self)
+            self.begin_generation()
+        return told
 
     def begin_generation(self):
         """The scheduler's word that a new generation begins."""
@@ -97,7 +116,7 @@ class CachedTransformer(StandIn):
             self.branch = None
 
     def __call__(self, hidden_states, *args, **kwargs):
-        scheduler = self.scheduler(self)
+        scheduler = self.told_scheduler()
         if self.calls == len(BRANCHES):
             raise ValueError(f"Invalid cache state: more than {len(BRANCHES)} calls of the transformer in one step")
         branch = self.branch or BRANCHES[self.calls]

@@ -1,6 +1,11 @@
-"""Cells with their compiled graphs, kept for as long as they are right and wanted."""
+"""Cells with their compiled graphs, kept for as long as they are right and wanted.
+
+A compiled graph never looks again at what it was made from: layers, adapters and their scales are constants of it, and
+after Parameter.set_data it computes with neither the old weights nor the new ones (MindSpore 2.7.0 and 2.10.0, CPU).
+"""
 
 from collections import OrderedDict
+from contextlib import contextmanager
 
 from mindone.peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -11,22 +16,18 @@ MOST = 16
 class KeptGraphs:
     """The most recently used cells that run a transformer, by what they were made for.
 
-    A compiled graph never looks again at what it was made from: layers, adapters and their scales are constants of it,
-    and after Parameter.set_data it computes with neither the old weights nor the new ones (MindSpore 2.7.0 and 2.10.0,
-    CPU). So a cell is found again only under the layers and scales that it was made with, and none where weights have
-    moved in memory.
-
-    A cell that has to go is told so by its release().
+    A cell is found again only under the layers and scales that it was made with, and with its weights where they were
+    in memory when it last ran. One that has to go is told so by its release().
     """
 
     def __init__(self, most=MOST):
-        self.most, self._cells, self._addresses = most, OrderedDict(), []
+        self.most, self._cells = most, OrderedDict()
 
     def __len__(self):
         return len(self._cells)
 
     def __iter__(self):
-        return (cell for cell, _ in self._cells.values())
+        return (kept.cell for kept in self._cells.values())
 
     def get(self, transformer, key, make, in_use=0):
         """The cell for this transformer as it is and this key; make() makes one.
@@ -35,38 +36,76 @@ class KeptGraphs:
         """
         parameters = list(transformer.get_parameters())
         key = (key, tuple(map(id, parameters)), constants(transformer))
-        if any(parameter.data_ptr() != address for parameter, address in self._addresses):
-            self._drop(len(self._cells))
-        self._addresses = []
+        if key in self._cells and not self._cells[key].is_true():
+            self._cells.pop(key).cell.release()
         if key not in self._cells:
-            # With its Parameters, so that no other takes the place of one of them and its id.
-            self._cells[key] = make(), parameters
+            self._cells[key] = _Kept(make(), parameters)
         self._cells.move_to_end(key)
-        self._drop(len(self._cells) - max(self.most, in_use + 1))
-        return self._cells[key][0]
-
-    def _drop(self, count):
-        """Lets so many cells go, the oldest first."""
-        for _ in range(count):
-            _, (cell, _) = self._cells.popitem(last=False)
-            cell.release()
+        for _ in range(len(self._cells) - max(self.most, in_use + 1)):
+            _, oldest = self._cells.popitem(last=False)
+            oldest.cell.release()
+        return self._cells[key].cell
 
     def settle(self):
-        """To be called when a cell has run: only then weights have their addresses."""
-        if not self._addresses:
-            _, parameters = next(reversed(self._cells.values()))
-            self._addresses = [(parameter, parameter.data_ptr()) for parameter in parameters]
+        """To be called when the cell that get() gave last has run: only then weights have their addresses."""
+        next(reversed(self._cells.values())).settle()
 
 
-def constants(transformer):
-    """What a graph takes from a transformer's layers beside their Parameters: adapters, their scales, processors."""
+class _Kept:
+    """A cell and the Parameters that it was made with, so that no other takes the place of one of them and its id."""
+
+    def __init__(self, cell, parameters):
+        self.cell, self.parameters, self.addresses = cell, parameters, None
+
+    def is_true(self):
+        """Whether all weights are where they were when it ran; one that never ran to the end is not to be trusted."""
+        return self.addresses == addresses(self.parameters)
+
+    def settle(self):
+        self.addresses = self.addresses or addresses(self.parameters)
+
+
+@contextmanager
+def true_graphs(model, scale=None):
+    """Here a model that MindSpore compiles by itself does so anew, if anything in its graph is not as it was.
+
+    MindSpore finds a cell's graph again by the cell and its inputs alone. ``scale`` is what its adapters will be given.
+    """
+    if model is None:
+        yield
+        return
+    before = getattr(model, "made_of", None)
+    if before is not None and before != made_of(model, scale):
+        for _, cell in model.cells_and_names():
+            cell.compile_cache.clear()
+        before = None
+    try:
+        yield
+    finally:
+        if before is None:
+            model.made_of = made_of(model, scale)
+
+
+def made_of(model, scale):
+    """All that a graph has of a model, to be compared."""
+    parameters, (adapters, processors) = list(model.get_parameters()), constants(model)
+    return tuple(map(id, parameters)), addresses(parameters), adapters and (adapters, scale), processors
+
+
+def addresses(parameters):
+    """Where the Parameters' values are in memory."""
+    return [parameter.data_ptr() for parameter in parameters]
+
+
+def constants(model):
+    """What a graph takes from a model's layers beside their Parameters: adapters, their scales, processors."""
     adapters = tuple(
         (name, tuple(layer.active_adapters), tuple(layer.scaling.items()), layer.disable_adapters, layer.merged)
-        for name, layer in transformer.cells_and_names()
+        for name, layer in model.cells_and_names()
         if isinstance(layer, BaseTunerLayer)
     )
     processors = tuple(
         (name, type(processor), str(getattr(processor, "scale", None)))
-        for name, processor in transformer.attn_processors.items()
+        for name, processor in getattr(model, "attn_processors", {}).items()
     )
     return adapters, processors

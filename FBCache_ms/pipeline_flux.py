@@ -6,7 +6,6 @@ import time
 from contextlib import contextmanager, nullcontext
 from inspect import Parameter, signature
 from pathlib import Path
-from weakref import ref
 
 import numpy as np
 from mindone.diffusers import FlowMatchEulerDiscreteScheduler
@@ -34,7 +33,7 @@ from .config import CacheConfig
 from .device import current_device, prepare_device
 from .flops import step_costs
 from .gates import knobs
-from .kept_graphs import MOST, KeptGraphs
+from .kept_graphs import MOST, KeptGraphs, true_graphs
 from .models.denoise_loop import FluxDenoiseLoop
 from .schedules import MAX_STEPS, row
 
@@ -91,7 +90,8 @@ class FluxPipeline(MindoneFluxPipeline):
             image_encoder,
             feature_extractor,
         )
-        self.default_sample_size = vae.config.sample_size // self.vae_scale_factor
+        if vae is not None:
+            self.default_sample_size = vae.config.sample_size // self.vae_scale_factor
         self.cache_config = CacheConfig()
         self.use_graph_mode = True
         self.device = current_device()
@@ -202,7 +202,7 @@ class FluxPipeline(MindoneFluxPipeline):
         row(config, steps, 1.0)
         config = for_steps(config, steps)
         begin = time.perf_counter()
-        with graph_mode(self.use_graph_mode):
+        with graph_mode(self.use_graph_mode), true_graphs(self.vae), true_graphs(self.image_encoder):
             reason = self.why_not_cached()
             if reason:
                 logger.warning(f"{reason}: this call runs without the cache, step by step")
@@ -221,6 +221,14 @@ class FluxPipeline(MindoneFluxPipeline):
             Parameter("cache_config", Parameter.KEYWORD_ONLY, default=DEFAULT),
         ]
     )
+
+    def encode_prompt(self, *args, **kwargs):
+        """mindone's."""
+        if kwargs.get("prompt_embeds") is not None:
+            return super().encode_prompt(*args, **kwargs)
+        scale = kwargs.get("lora_scale")
+        with true_graphs(self.text_encoder, scale), true_graphs(self.text_encoder_2, scale):
+            return super().encode_prompt(*args, **kwargs)
 
     @staticmethod
     def _prepare_latent_image_ids(batch_size, height, width, dtype):
@@ -262,6 +270,8 @@ class _WholeLoop:
         self.scheduler = pipe.scheduler
         self.true_cfg_scale = arguments.pop("true_cfg_scale")
         self.callback = arguments.pop("callback_on_step_end")
+        # mindone takes it out before it denoises.
+        self.lora_scale = (arguments["joint_attention_kwargs"] or {}).get("scale")
         self.arguments = arguments
         self.image_embeds = []
 
@@ -391,6 +401,7 @@ class _WholeLoop:
             pooled_prompt_embeds=pooled_embeds,
             num_images_per_prompt=given["num_images_per_prompt"],
             max_sequence_length=given["max_sequence_length"],
+            lora_scale=self.lora_scale,
         )
         repeats = prompt_embeds.shape[0] // embeds.shape[0]
         embeds, pooled_embeds = embeds.tile((repeats, 1, 1)), pooled_embeds.tile((repeats, 1))
@@ -412,7 +423,12 @@ class _WholeLoop:
             return latents, prompt_embeds
         tensors = {"latents": latents, "prompt_embeds": prompt_embeds}
         chosen = {name: tensors[name] for name in self.arguments["callback_on_step_end_tensor_inputs"]}
-        tensors.update(self.callback(self.pipe, step, self.scheduler.timesteps[step], chosen))
+        attributes = self.pipe.__dict__
+        one_turn, attributes["scheduler"] = attributes["scheduler"], self.scheduler
+        try:
+            tensors.update(self.callback(self.pipe, step, self.scheduler.timesteps[step], chosen))
+        finally:
+            attributes["scheduler"] = one_turn
         return tensors["latents"], tensors["prompt_embeds"]
 
 
@@ -489,23 +505,16 @@ def apply_cache_on_pipe(pipe, config=None, kept_shapes=MOST):
         raise ValueError(f"Unsupported model {name}; the cache is for mindone's FluxTransformer2DModel")
     config.check_blocks(transformer.config.num_layers, transformer.config.num_single_layers)
     if type(transformer) is CachedTransformer:
-        transformer.cache_settings, transformer.steps.most = config, kept_shapes
-        transformer.begin_generation()
-        return pipe
+        if transformer.pipe() is pipe:
+            transformer.cache_settings, transformer.steps.most = config, kept_shapes
+            transformer.begin_generation()
+            return pipe
+        # Another pipeline's, among whose components this one's were.
+        transformer = transformer.stood_for
     prepare_device()
-    here = ref(pipe)
-
-    def scheduler(cached):
-        """The pipeline's scheduler; one that the user has put there since is told of the cache."""
-        told = here().scheduler
-        if type(told) is not ToldScheduler:
-            told = here().__dict__["scheduler"] = ToldScheduler(told, cached)
-            cached.begin_generation()
-        return told
-
     # Past DiffusionPipeline.__setattr__, which would write the stand-ins' classes into model_index.json.
-    pipe.__dict__["transformer"] = CachedTransformer(transformer, config, scheduler, kept_shapes)
-    scheduler(pipe.transformer)
+    pipe.__dict__["transformer"] = CachedTransformer(transformer, config, pipe, kept_shapes)
+    pipe.transformer.told_scheduler()
     return pipe
 
 

@@ -119,6 +119,19 @@ def test_a_lora_scale_is_taken_by_the_pipeline(components):
     np.testing.assert_array_equal(draw(pipe, joint_attention_kwargs={"scale": 0.5}), plain)
 
 
+def test_both_prompts_are_encoded_under_the_lora_scale(components, monkeypatch):
+    pipe, scales = whole_loop(components, CacheConfig(0.0)), []
+    encode = pipe.encode_prompt
+
+    def spy(*args, **kwargs):
+        scales.append(kwargs.get("lora_scale"))
+        return encode(*args, **kwargs)
+
+    monkeypatch.setattr(pipe, "encode_prompt", spy)
+    draw(pipe, **TRUE_CFG, joint_attention_kwargs={"scale": 0.5})
+    assert scales == [0.5, 0.5]
+
+
 def test_without_an_image_for_the_adapter_it_is_said_what_to_do(image_prompted):
     with pytest.raises(ValueError, match="give ip_adapter_image or ip_adapter_image_embeds"):
         draw(whole_loop(image_prompted, CacheConfig()))

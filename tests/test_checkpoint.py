@@ -97,6 +97,14 @@ def test_a_component_that_is_handed_over_is_not_compared_with_the_folder(pipe):
     assert other.text_encoder_2 is None and other.vae is pipe.vae
 
 
+def test_without_an_autoencoder_there_are_latents(pipe):
+    parts = {name: part for name, part in pipe.components.items() if name != "vae"}
+    other = FluxPipeline.from_pretrained(str(TINY_FLUX), vae=None, **{**parts, "image_encoder": None})
+    other.set_progress_bar_config(disable=True)
+    drawn = other("a red circle", height=64, width=64, num_inference_steps=1, output_type="latent")[0]
+    assert drawn.shape[0] == 1 and np.isfinite(drawn.asnumpy()).all()
+
+
 def test_an_autoencoder_that_does_not_say_its_factor_is_named(copy):
     (copy / "vae" / "config.json").write_text("{}")
     with pytest.raises(OSError, match="block_out_channels"):

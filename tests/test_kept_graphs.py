@@ -1,5 +1,7 @@
 """Compiled graphs are used for as long as they are right, and no longer."""
 
+import gc
+
 import mindone.diffusers
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from narrow import make_narrow
 import mindspore as ms
 
 from FBCache_ms import CacheConfig, FluxPipeline, apply_cache_on_pipe
+from FBCache_ms.kept_graphs import KeptGraphs
 
 CONFIG = CacheConfig(0.6)
 
@@ -35,11 +38,11 @@ def cached_step(first):
     return apply_cache_on_pipe(pipe, CONFIG)
 
 
-def draw(pipe, first, width=64, steps=6):
+def draw(pipe, first, width=64, steps=6, **more):
     embeds, pooled = first.prompt
     settings = {"height": 64, "width": width, "num_inference_steps": steps, "output_type": "latent"}
     generator = np.random.default_rng(0)
-    return pipe(prompt_embeds=embeds, pooled_prompt_embeds=pooled, generator=generator, **settings)[0].asnumpy()
+    return pipe(prompt_embeds=embeds, pooled_prompt_embeds=pooled, generator=generator, **settings, **more)[0].asnumpy()
 
 
 def lora(seed):
@@ -76,6 +79,145 @@ def test_adapters_and_weights_are_seen(first):
     np.testing.assert_array_equal(pictures[4], pictures[0])
     for index in (1, 2, 3, 5):
         assert all(np.abs(pictures[index] - other).max() > 1e-3 for other in pictures[:index])
+
+
+def text_lora(seed):
+    """A LoRA's state dict for a layer of each of CLIP's blocks."""
+    rng, tensors = np.random.default_rng(seed), {}
+    for part, shape in {"lora_A": (4, 64), "lora_B": (64, 4)}.items():
+        name = f"text_encoder.text_model.encoder.layers.0.self_attn.q_proj.{part}.weight"
+        tensors[name] = ms.Parameter(ms.Tensor(rng.normal(0, 0.5, shape), ms.float32), name=name)
+    return tensors
+
+
+def twice(parameter):
+    parameter.set_data(ms.Tensor(2 * parameter.asnumpy()))
+
+
+CHANGES = {
+    "CLIP": lambda pipe: twice(next(pipe.text_encoder.get_parameters())),
+    "T5": lambda pipe: twice(next(pipe.text_encoder_2.get_parameters())),
+    "autoencoder": lambda pipe: twice(pipe.vae.decoder.conv_out.weight),
+    "CLIP's adapter": lambda pipe: pipe.load_lora_weights(text_lora(0), adapter_name="one"),
+}
+
+
+@pytest.mark.parametrize("changed", CHANGES)
+def test_the_other_models_adapters_and_weights_are_seen(changed, tmp_path):
+    """The picture is that of a pipeline that has compiled nothing before, and what it was when all is undone."""
+    folder = str(make_narrow(tmp_path / "narrow"))
+    change = CHANGES[changed]
+
+    def load():
+        pipe = FluxPipeline.from_pretrained(folder, cache_config=None)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def picture(pipe, scale=None):
+        settings = {"num_inference_steps": 2, "output_type": "np", "generator": np.random.default_rng(0)}
+        scaled = None if scale is None else {"scale": scale}
+        return pipe("a red circle", height=64, width=64, joint_attention_kwargs=scaled, **settings)[0]
+
+    pipe, fresh = load(), load()
+    before = picture(pipe)
+    change(pipe)
+    change(fresh)
+    after = picture(pipe)
+    np.testing.assert_array_equal(after, picture(fresh))
+    assert np.abs(after - before).max() > 1e-4
+    if "adapter" in changed:
+        weaker = picture(pipe, scale=0.5)
+        assert np.abs(weaker - after).max() > 1e-4
+        np.testing.assert_array_equal(picture(pipe), after)
+        pipe.unload_lora_weights()
+        np.testing.assert_array_equal(picture(pipe), before)
+
+
+class Weight:
+    """A Parameter's place in memory."""
+
+    def __init__(self, address):
+        self.address = address
+
+    def data_ptr(self):
+        return self.address
+
+
+class Layers:
+    """A transformer without layers."""
+
+    attn_processors = {}
+
+    def __init__(self, *weights):
+        self.weights = weights
+
+    def get_parameters(self):
+        return iter(self.weights)
+
+    def cells_and_names(self):
+        return iter(())
+
+
+class Compiled:
+    """A cell."""
+
+    released = False
+
+    def release(self):
+        self.released = True
+
+
+def test_a_cell_is_made_anew_where_weights_have_moved():
+    graphs, first, second = KeptGraphs(), Layers(Weight(1)), Layers(Weight(2))
+    cells = []
+    for transformer in (first, second):
+        cells.append(graphs.get(transformer, "shape", Compiled))
+        graphs.settle()
+    first.weights[0].address = 3
+    assert graphs.get(second, "shape", Compiled) is cells[1] and not cells[1].released
+    assert graphs.get(first, "shape", Compiled) is not cells[0] and cells[0].released
+
+
+def test_a_cell_that_never_ran_to_its_end_is_made_anew():
+    graphs, transformer = KeptGraphs(), Layers(Weight(1))
+    cell = graphs.get(transformer, "shape", Compiled)
+    again = graphs.get(transformer, "shape", Compiled)
+    assert again is not cell and cell.released
+    graphs.settle()
+    assert graphs.get(transformer, "shape", Compiled) is again
+
+
+def test_weights_that_are_set_behind_a_broken_off_call_are_seen(first):
+    pipe, weight = whole_loop(first), first.transformer.single_transformer_blocks[0].attn.to_v.weight
+    old = weight.asnumpy().copy()
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    draw(pipe, first)
+    with pytest.raises(KeyboardInterrupt):
+        draw(pipe, first, callback_on_step_end=stop)
+    try:
+        weight.set_data(ms.Tensor(old * 2))
+        np.testing.assert_array_equal(draw(pipe, first), draw(whole_loop(first), first))
+    finally:
+        weight.set_data(ms.Tensor(old))
+
+
+def test_another_pipeline_may_take_a_cached_ones_components(first):
+    pipe = cached_step(first)
+    expected = draw(pipe, first)
+    other = mindone.diffusers.FluxPipeline(**pipe.components)
+    other.set_progress_bar_config(disable=True)
+    np.testing.assert_array_equal(draw(apply_cache_on_pipe(other, CONFIG), first), expected)
+    assert other.transformer.cache_stats.cached_steps
+    third = mindone.diffusers.FluxPipeline(**other.components)
+    third.set_progress_bar_config(disable=True)
+    del other
+    gc.collect()
+    with pytest.raises(ValueError, match="apply_cache_on_pipe"):
+        draw(third, first)
+    np.testing.assert_array_equal(draw(pipe, first), expected)
 
 
 def test_fused_adapters_are_seen(first, tmp_path):

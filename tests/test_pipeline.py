@@ -218,6 +218,7 @@ def test_pieces_of_the_loop_are_the_whole_loop_bit_for_bit(pipe):
 
     def watch(pipe, step, timestep, tensors):
         seen.append((step, float(timestep), sorted(tensors)))
+        assert float(pipe.scheduler.timesteps[step]) == float(timestep)
         return {}
 
     pieces = draw(pipe, cache_config=CONFIG, num_inference_steps=28, callback_on_step_end=watch)
