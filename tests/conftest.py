@@ -28,7 +28,42 @@ def pytest_configure(config):
     os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="FBCache_ms_tests_")
     config.add_cleanup(lambda: shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True))
     ms.set_device(config.getoption("--device"))
+    config.replaced = replaced() if config.getoption("--device") == "CPU" else {}
     prepare_device()
+
+
+def replaced():
+    """{(owner, name): what fused stand-ins alone take the place of}, None where there is nothing."""
+    from FBCache_ms.backend import cpu
+
+    plain = {(owner, name) for owner, name, _ in cpu.STAND_INS}
+    places = [(owner, name) for owner, name, _ in cpu.FUSED_STAND_INS if (owner, name) not in plain]
+    return {(owner, name): vars(owner).get(name) for owner, name in places}
+
+
+@pytest.fixture(params=["plain", "fused"])
+def installed(request, monkeypatch):
+    """Either kind of the stand-ins that there are two of: those without a C++ compiler, and those with one."""
+    if request.config.getoption("--device") != "CPU":
+        if request.param == "fused":
+            pytest.skip("no stand-ins on this device")
+        yield
+        return
+    from FBCache_ms.backend import cpu, cpu_kernels
+
+    if request.param == "plain":
+        for name in ("KERNELS_FILE", "LINEAR"):
+            monkeypatch.setattr(cpu_kernels, name, None)
+        for (owner, name), original in request.config.replaced.items():
+            delattr(owner, name) if original is None else setattr(owner, name, original)
+    elif cpu_kernels.KERNELS_FILE is None:
+        pytest.skip("no C++ compiler")
+    else:
+        assert cpu_kernels.LINEAR is not None
+    cpu.install()
+    yield
+    monkeypatch.undo()
+    cpu.install()
 
 
 @pytest.fixture(scope="session")

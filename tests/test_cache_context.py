@@ -5,11 +5,16 @@ from replay import Streams, replay
 
 import mindspore as ms
 
-from FBCache_ms import CacheConfig, CacheContext
-from FBCache_ms.rules import GAPS, WEIGHTS, finite_differences, relative_difference, weighted_sum
+from FBCache_ms import CacheConfig, CacheContext, rules
+from FBCache_ms.rules import GAPS, WEIGHTS
 from FBCache_ms.stats import CacheStats, GateStats
 
 SHAPE = (1, 4, 3)
+
+
+@pytest.fixture(autouse=True)
+def both_kinds(installed):
+    """Each of these tests is of the equations that Ascend runs, and of the kernels in their places on a CPU."""
 
 
 def single(value):
@@ -23,10 +28,10 @@ def forecast_from(values, nodes, x, order, rule="taylor"):
     for index, (node, value) in enumerate(zip(nodes, values)):
         gaps = GAPS[rule](single(node), last)
         filled = ms.Tensor(min(index, order + 1), ms.int32)
-        derivatives = finite_differences(single(np.full(SHAPE, value)), derivatives, filled, gaps)
+        derivatives = rules.finite_differences(single(np.full(SHAPE, value)), derivatives, filled, gaps)
         last = (single(node), *last[:-1])
     weights = WEIGHTS[rule](single(x), last, 0.5, 1.0)
-    return weighted_sum(weights, derivatives).asnumpy()
+    return rules.weighted_sum(weights, derivatives).asnumpy()
 
 
 @pytest.mark.parametrize("order", [0, 1, 2, 3])
@@ -118,7 +123,7 @@ def test_a_zero_reference_computes(strict_graph_mode):
 def test_the_relative_difference_is_a_ratio_of_two_means_in_float32(reduction):
     rng = np.random.default_rng(0)
     a, b = (rng.normal(size=(2, 5, 7)).astype(np.float32) for _ in range(2))
-    ratio = relative_difference(ms.Tensor(a), ms.Tensor(b), reduction).asnumpy()
+    ratio = rules.relative_difference(ms.Tensor(a), ms.Tensor(b), reduction).asnumpy()
     np.testing.assert_allclose(ratio, ref.d(a, b, reduction), rtol=1e-5)
     assert ratio.dtype == np.float32
 

@@ -1,4 +1,5 @@
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,20 +18,6 @@ RNG = np.random.default_rng(0)
 
 def random(*shape, dtype=np.float32):
     return RNG.normal(size=shape).astype(dtype)
-
-
-@pytest.fixture(params=["plain", "fused"])
-def installed(request, monkeypatch):
-    """Either kind of the stand-ins that there are two of."""
-    if request.param == "plain":
-        for name in ("KERNELS_FILE", "LINEAR"):
-            monkeypatch.setattr(cpu_kernels, name, None)
-    elif cpu_kernels.KERNELS_FILE is None:
-        pytest.skip("no C++ compiler")
-    cpu.install()
-    yield
-    monkeypatch.undo()
-    cpu.install()
 
 
 def check(stand_in, expected, *arguments, **settings):
@@ -245,6 +232,8 @@ def test_ada_layer_norm_continuous_cell(installed):
     scale, shift = np.split(linear(cell.linear, emb / (1 + np.exp(-emb))), 2, 1)
     normed = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
     check_cell(cell, normed * (1 + scale[:, None]) + shift[:, None], x, emb)
+    shared = normed * (1 + scale[:1, None]) + shift[:1, None]
+    check_cell(cell, shared, x, emb[:1])
 
 
 def linear(cell, x):
@@ -379,6 +368,15 @@ def test_single_block(size, installed):
     check_cell(Blocks(block), x + gate * linear(block.proj_out, wide), image, text, temb, cosine, sine)
 
 
+@pytest.mark.parametrize("kind", ["FluxTransformerBlock", "FluxSingleTransformerBlock"])
+def test_a_block_takes_one_modulation_vector_for_all_samples(kind, installed):
+    block = with_random_weights(getattr(cpu.transformer_flux, kind)(16, 2, 8), 0.2)
+    image, text, temb, *rotary = block_inputs(2, 5, 3, 2, 8)
+    shared = np.repeat(temb[:1], 2, 0)
+    expected = Blocks(block)(*map(ms.Tensor, (image, text, shared, *rotary))).asnumpy()
+    check_cell(Blocks(block), expected, image, text, temb[:1], *rotary)
+
+
 class Divided(nn.Cell):
     """A double block, divided and put together again."""
 
@@ -451,7 +449,7 @@ def test_relative_difference(shape, installed):
 
 @pytest.mark.parametrize("order", [0, 1, 2, 3, 4])
 @pytest.mark.parametrize("shape", [(1, 3, 8), (2, 300, 64)])
-def test_differences_and_their_weighted_sum(shape, order):
+def test_differences_and_their_weighted_sum(shape, order, installed):
     """Those of every order against the equations that they stand for."""
     value, before = random(*shape), random(order + 1, *shape)
     gaps, weights = 1 + RNG.random(order).astype(np.float32), random(order + 1)
@@ -461,10 +459,10 @@ def test_differences_and_their_weighted_sum(shape, order):
             difference = (expected[each] - before[each]) / gaps[each]
             expected.append(difference if each < filled else 0 * value)
         arguments = ms.Tensor(value), ms.Tensor(before), ms.Tensor(filled, ms.int32), tuple(map(ms.Tensor, gaps))
-        differences = cpu.fused_finite_differences(*arguments).asnumpy()
+        differences = cpu.rules.finite_differences(*arguments).asnumpy()
         np.testing.assert_allclose(differences, np.stack(expected), rtol=1e-6, atol=1e-6)
     expected = before[0] + np.tensordot(weights[1:], before[1:], 1)
-    summed = cpu.fused_weighted_sum(tuple(map(ms.Tensor, weights)), ms.Tensor(before)).asnumpy()
+    summed = cpu.rules.weighted_sum(tuple(map(ms.Tensor, weights)), ms.Tensor(before)).asnumpy()
     np.testing.assert_allclose(summed, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -543,6 +541,15 @@ def test_without_mindspores_onednn_linear_layers_are_its_own_operators(installed
     monkeypatch.setattr(cpu_kernels, "LINEAR", None)
     layer, x = with_random_weights(mint.nn.Linear(8, 5)), random(3, 8)
     check_cell(layer, linear(layer, x), x)
+
+
+def test_products_are_of_whichever_onednn_mindspore_brings_along(tmp_path, monkeypatch):
+    (library,) = (Path(ms.__file__).parent / "lib").glob("libdnnl.so.[23]")
+    for name in ("libdnnl.so.2", "libdnnl.so.3"):
+        (tmp_path / name / "lib").mkdir(parents=True)
+        (tmp_path / name / "lib" / name).symlink_to(library)
+        monkeypatch.setattr(cpu_kernels.ms, "__file__", str(tmp_path / name / "__init__.py"))
+        assert cpu_kernels.has_products()
 
 
 def test_what_is_no_number_stays_none(installed):

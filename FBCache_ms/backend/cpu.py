@@ -405,7 +405,8 @@ def fused_double_block(
 
 def fused_divided_double(cell, image, text, temb, rotary, attention_kwargs):
     """divided_double."""
-    if cell.kernel_weights is None or len(attention_kwargs) > 0 or image.dtype != ms.float32:
+    whole = cell.kernel_weights is not None and len(attention_kwargs) == 0 and image.dtype == ms.float32
+    if not whole or temb.shape[0] != image.shape[0]:
         return divided_double(cell, image, text, temb, rotary, attention_kwargs)
     epsilons = number((cell.norm2.eps, cell.attn.norm_q.eps))
     outputs = kernels.DOUBLE_BLOCK(image, text, temb, rotary[0], rotary[1], epsilons, *cell.kernel_weights)
@@ -414,7 +415,7 @@ def fused_divided_double(cell, image, text, temb, rotary, attention_kwargs):
 
 def fused_behind_double(norm, feed_forward, stream, attended, gate, shift, scale, mlp_gate):
     """behind_double."""
-    if feed_forward.kernel_weights is None or stream.dtype != ms.float32:
+    if feed_forward.kernel_weights is None or stream.dtype != ms.float32 or gate.shape[0] != stream.shape[0]:
         return behind_double(norm, feed_forward, stream, attended, gate, shift, scale, mlp_gate)
     modulation = gate, shift, scale, mlp_gate
     return kernels.BEHIND_DOUBLE(stream, attended, *modulation, number(norm.eps), *feed_forward.kernel_weights)
@@ -425,7 +426,8 @@ def fused_single_block(
 ):
     """FluxSingleTransformerBlock.construct."""
     kwargs = joint_attention_kwargs or {}
-    if self.kernel_weights is not None and len(kwargs) == 0 and hidden_states.dtype == ms.float32:
+    whole = self.kernel_weights is not None and len(kwargs) == 0 and hidden_states.dtype == ms.float32
+    if whole and temb.shape[0] == hidden_states.shape[0]:
         cos, sin = image_rotary_emb
         epsilons = number((self.norm.norm.eps, self.attn.norm_q.eps))
         return kernels.SINGLE_BLOCK(
@@ -464,7 +466,8 @@ def fused_timestep_embedding_cell(self, sample, condition=None):
 
 def fused_ada_layer_norm_continuous_cell(self, x, conditioning_embedding):
     """mindone's AdaLayerNormContinuous.construct."""
-    if self.kernel_weights is not None and x.dtype == ms.float32:
+    one_each = conditioning_embedding.shape[0] == x.shape[0]
+    if self.kernel_weights is not None and x.dtype == ms.float32 and one_each:
         return kernels.ADA_LAYER_NORM(x, conditioning_embedding, *self.kernel_weights, number(self.norm.eps))
     scale, shift = chunk(self.linear(self.silu(conditioning_embedding)), 2, 1)
     return self.norm(x) * (1 + scale.expand_dims(1)) + shift.expand_dims(1)

@@ -5,6 +5,7 @@
 
 #include <dlfcn.h>
 #include <sched.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -12,10 +13,14 @@
 #include <condition_variable>
 #include <cstdint>
 #include <cstring>
+#include <exception>
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <stdexcept>
+#include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -71,7 +76,10 @@ inline float mean_square(const float *x, int64_t width, float shift) {
 class Helpers {
  public:
   Helpers() {
-    for (int64_t i = 1; i < threads(); ++i) std::thread(&Helpers::help, this).detach();
+    try {
+      for (int64_t i = 1; i < threads(); ++i) std::thread(&Helpers::help, this).detach();
+    } catch (const std::system_error &) {  // As many as the process may have.
+    }
   }
 
   // Never deleted: a thread that ends with the process may still look at it.
@@ -84,7 +92,7 @@ class Helpers {
   static int64_t threads() {
     static const int64_t count = [] {
       cpu_set_t processors;
-      return sched_getaffinity(0, sizeof(processors), &processors) == 0 ? CPU_COUNT(&processors) : 1;
+      return sched_getaffinity(getpid(), sizeof(processors), &processors) == 0 ? CPU_COUNT(&processors) : 1;
     }();
     return count;
   }
@@ -105,6 +113,7 @@ class Helpers {
     }
     while (take()) continue;
     for (int waited = 0; done_ < pieces; ++waited) pause(waited);
+    if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
   }
 
  private:
@@ -119,7 +128,12 @@ class Helpers {
       if (piece >= pieces) return false;
       if (tickets_.compare_exchange_weak(tickets, tickets + 1)) {
         // What is taken is not done, so this is still the work that the ticket was for.
-        (*work_)(piece);
+        try {
+          (*work_)(piece);
+        } catch (...) {
+          std::lock_guard<std::mutex> lock(sleep_);
+          failure_ = std::current_exception();
+        }
         ++done_;
         return true;
       }
@@ -154,6 +168,7 @@ class Helpers {
   std::atomic<uint64_t> tickets_{0};
   std::atomic<int64_t> done_{0};
   const std::function<void(int64_t)> *work_ = nullptr;
+  std::exception_ptr failure_;
 };
 
 // Calls work(begin, end) for pieces of [0, size), of whole units: one, or up to one a thread where there are many
@@ -178,8 +193,11 @@ using Products = int (*)(char transpose_a, char transpose_b, int64_t rows, int64
 
 // MindSpore brings oneDNN along, and cpu_kernels.py has loaded it; null where it has not.
 Products products() {
-  void *library = dlopen("libdnnl.so.2", RTLD_LAZY | RTLD_NOLOAD);
-  return library ? reinterpret_cast<Products>(dlsym(library, "dnnl_threadpool_interop_sgemm")) : nullptr;
+  for (const char *name : {"libdnnl.so.2", "libdnnl.so.3"}) {
+    void *library = dlopen(name, RTLD_LAZY | RTLD_NOLOAD);
+    if (library) return reinterpret_cast<Products>(dlsym(library, "dnnl_threadpool_interop_sgemm"));
+  }
+  return nullptr;
 }
 
 const Products multiply = products();
@@ -327,7 +345,9 @@ struct Linear {
   // x w^T + b of so many rows; theirs lie x_row and y_row apart.
   void operator()(const float *x, int64_t x_row, int64_t rows, float *y, int64_t y_row) const {
     for (int64_t row = 0; row < rows; ++row) std::copy_n(bias, columns, y + row * y_row);
-    multiply('N', 'T', rows, columns, depth, 1, x, x_row, weight, depth, 1, y, y_row, nullptr);
+    if (multiply('N', 'T', rows, columns, depth, 1, x, x_row, weight, depth, 1, y, y_row, nullptr) != 0) {
+      throw std::runtime_error("oneDNN cannot multiply matrices");
+    }
   }
 
   // How many elements take about as long elsewhere as its products.

@@ -8,6 +8,7 @@ import ctypes
 import hashlib
 import shutil
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -35,7 +36,8 @@ def compiled(compiler, folder):
     """The kernels' library in a folder, compiled unless it is there; None, with a warning, where that fails."""
     try:
         # -march=native is for this processor, and a home folder may be shared with others.
-        processor = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")][:1]
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = [line for line in lines if line.startswith(("flags", "Features"))][:1]
         key = hashlib.sha256("\n".join((SOURCE.read_text(), *FLAGS, *processor)).encode()).hexdigest()[:16]
         library = folder / f"cpu_kernels_{key}.so"
         if not library.is_file():
@@ -75,11 +77,10 @@ def product_kernel(*arguments):
 
 def has_products():
     """Whether MindSpore brings along the oneDNN that cpu_kernels.cc multiplies with; loads it."""
-    try:
-        library = ctypes.CDLL(str(Path(ms.__file__).parent / "lib" / "libdnnl.so.2"))
-    except OSError:
-        return False
-    return hasattr(library, "dnnl_threadpool_interop_sgemm")
+    for library in (Path(ms.__file__).parent / "lib").glob("libdnnl.so.[23]"):
+        with suppress(OSError):
+            return hasattr(ctypes.CDLL(str(library)), "dnnl_threadpool_interop_sgemm")
+    return False
 
 
 GELU_TANH = kernel("gelu_tanh", 1)
