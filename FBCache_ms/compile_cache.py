@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from atexit import register
 from contextlib import suppress
 from functools import lru_cache
@@ -26,6 +27,9 @@ import mindspore as ms
 
 _SOURCES = ("*.py", "models/*.py", "backend/*.py", "backend/*.cc")
 _NUMBERS = itertools.count()
+
+LEFT_OVER = 24 * 3600
+"""Seconds after which an unfinished graph's folder belongs to no process any more."""
 
 MOST = 128
 """So many graphs a folder keeps; a generation has four: the loop, two text encoders and the autoencoder's decoder."""
@@ -116,8 +120,8 @@ class CompileCache:
         number = next(_NUMBERS)
         kept = self.path(key, number).resolve()
         found = kept.is_dir()
-        place = kept if found else kept.with_name(f"{kept.name}.{os.getpid()}")
-        place.mkdir(parents=True, exist_ok=True)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        place = kept if found else Path(tempfile.mkdtemp(dir=kept.parent, prefix=f"{kept.name}."))
         link = _link()
         link.unlink(missing_ok=True)
         link.symlink_to(place, target_is_directory=True)
@@ -135,7 +139,8 @@ class CompileCache:
             used = found and _times(place) == files
             if not found:
                 (place / "graph.json").write_text(key + "\n", encoding="utf-8")
-                if not kept.exists():
+                place.chmod(0o755)  # mkdtemp's is for its maker alone.
+                with suppress(OSError):  # Another process was faster.
                     place.rename(kept)
             with suppress(OSError):  # A folder to read from, or another process that does the same.
                 (kept / "graph.json").touch()
@@ -148,10 +153,12 @@ class CompileCache:
         return used
 
     def prune(self):
-        """Removes the graphs beyond MOST that were not used for longest."""
+        """Removes the graphs beyond MOST that were not used for longest, and what a killed process left for a day."""
         graphs = sorted(self.folder.glob("*/graph.json"), key=lambda file: file.stat().st_mtime)
-        for file in graphs[:-MOST]:
-            shutil.rmtree(file.parent, ignore_errors=True)
+        unfinished = self.folder.glob(f"*-{'[0-9a-f]' * 24}-*.*")
+        left = [place for place in unfinished if time.time() - place.stat().st_mtime > LEFT_OVER]
+        for place in [file.parent for file in graphs[:-MOST]] + left:
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def _times(folder):

@@ -1,6 +1,7 @@
 """Where Flux runs and how it is compiled there, and the folder of compiled graphs."""
 
 import json
+import os
 import subprocess
 import sys
 from itertools import repeat
@@ -226,6 +227,43 @@ def test_a_folder_keeps_the_graphs_used_last(tmp_path, monkeypatch):
     for name in "abac":
         CompileCache(tmp_path).compile(Compiled(), (), json.dumps({"cell": name}))
     assert sorted(path.name.split("-")[0] for path in tmp_path.iterdir()) == ["a", "c"]
+
+
+class Interrupted:
+    """A cell whose compilation is disturbed."""
+
+    def __init__(self, disturb):
+        self.disturb = disturb
+
+    def compile(self):
+        self.disturb()
+
+
+def test_two_processes_that_compile_one_graph_both_have_it(tmp_path):
+    cache, key = CompileCache(tmp_path), json.dumps({"cell": "a"})
+
+    def other_process():
+        (kept,) = tmp_path.iterdir()
+        kept = kept.with_suffix("")
+        kept.mkdir()
+        (kept / "graph.json").write_text("theirs")
+
+    assert not cache.compile(Interrupted(other_process), (), key)
+    (kept,) = tmp_path.iterdir()
+    assert (kept / "graph.json").read_text() == "theirs"
+
+
+def test_what_a_killed_process_left_is_no_other_ones_graph(tmp_path, monkeypatch):
+    cache, key = CompileCache(tmp_path), json.dumps({"cell": "a"})
+    monkeypatch.setattr(compile_cache, "_NUMBERS", repeat(0))
+    left = tmp_path / f"{cache.path(key, 0).name}.{os.getpid()}"
+    left.mkdir()
+    (left / "half.mindir").write_text("half")
+    cache.compile(Interrupted(lambda: None), (), key)
+    assert not (cache.path(key, 0) / "half.mindir").exists() and left.exists()
+    os.utime(left, (0, 0))
+    cache.compile(Interrupted(lambda: None), (), json.dumps({"cell": "b"}))
+    assert not left.exists() and cache.path(key, 0).exists()
 
 
 def chosen(program, *options):
