@@ -53,9 +53,8 @@ PRESETS = {
 }
 """Tags by name. slow to ultra and the four masks are cache-dit 1.5.3's, double_gate has Nunchaku's defaults.
 
-learnt_6 to learnt_12 are learnt on the embedded checkpoint, at 28 and at 50 steps. At 28, over 50 prompts that they
-were not learnt from, they give 44.8, 51.9, 57.4 and 60.4 dB at 2.33, 2.16, 1.88 and 1.68 times the uncached speed,
-which is 1.52 to 1.73 times plain First-Block Cache's at the same PSNR (benchmarks/frontier.py).
+learnt_6 to learnt_12 are learnt on the embedded checkpoint, at 28 and at 50 steps; what they gain over plain
+First-Block Cache on prompts that they were not learnt from, benchmarks/frontier.py measures, and README.md shows.
 """
 
 
@@ -81,8 +80,8 @@ class CacheConfig:
         (0, 1),
         "gate",
         "the gate's limit on the relative difference d = mean|r* - r| / mean|r*| of the probe r against its reference "
-        "r*; a step is reused while its score is strictly below it; 0: never, 1: whatever the difference "
-        "(ParaAttention, cache-dit)",
+        "r*; a step is reused while its score is strictly below it (ParaAttention); 0: never; 1, with gate fbcache and "
+        "span blocks: whatever the difference (cache-dit)",
         used_with=("gate", WITH_FBCACHE),
     )
     taylorseer_derivative: int = _option(
@@ -140,7 +139,7 @@ class CacheConfig:
         ("residual", "hidden"),
         "gate",
         "what the gate compares: what the first blocks add to the image stream, or the stream behind them "
-        "(ComfyUI-WaveSpeed, DiCache)",
+        "(Comfy-WaveSpeed, DiCache)",
         used_with=("gate", WITH_FBCACHE),
     )
     downsample_factor: int = _option(
@@ -378,8 +377,9 @@ class CacheConfig:
         or more, or a schedule says which steps are computed first.
         """
         said = self.warmup_steps or self.schedule or self.steps_computation_mask
-        asked = self.gate in ASKED and (self.residual_diff_threshold > 0 or self.gate in WITH_TEACACHE)
-        return steps <= FEW_STEPS and asked and not said
+        single = self.span == "stacks" and self.residual_diff_threshold_single > 0
+        reuses = self.residual_diff_threshold > 0 or single or self.gate in WITH_TEACACHE
+        return steps <= FEW_STEPS and self.gate in ASKED and reuses and not said
 
     @property
     def depends_on_steps(self):

@@ -69,6 +69,7 @@ def test_first_and_last_blocks_may_be_most_of_them(schnell, pipe):
         ("F1B0_W0_R0.8,steps_computation_mask=1101", 4, False),
         ("F0B0_W0_R0.12,gate=static,schedule=fora", 4, False),
         ("F1B0_W0_R0", 4, False),
+        ("F1B0_W0_R0,span=stacks,residual_diff_threshold_single=0.5", 4, True),
         ("F0B0_W0_R0.12,gate=teacache", 4, True),
         ("F0B0_W0_R0.12,gate=none", 4, False),
     ],
