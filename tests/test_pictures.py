@@ -93,6 +93,12 @@ def test_a_full_disk_is_told_and_loses_nothing_that_was_made(folder, file, fails
     assert not list(folder.path.glob(".*"))
 
 
+def test_another_rank_may_finish_a_file_while_one_looks_for_left_ones(tmp_path):
+    (tmp_path / ".00000.png.part").symlink_to(tmp_path / "gone")
+    with locked(tmp_path):
+        pass
+
+
 def test_two_runs_do_not_share_a_folder(tmp_path):
     script = "import sys; from pathlib import Path; from FBCache_ms.eval.files import locked\n"
     script += "with locked(Path(sys.argv[1])): pass"

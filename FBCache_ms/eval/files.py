@@ -6,7 +6,7 @@ import math
 import os
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -37,8 +37,9 @@ def locked(path, rank=0):
         except OSError as error:
             raise OSError(f"--save_path {path} is on a file system that cannot lock: {error.strerror}") from None
         for part in path.rglob(".*.part"):
-            if time.time() - part.stat().st_mtime > LEFT_OVER:
-                part.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # Another rank has finished it.
+                if time.time() - part.stat().st_mtime > LEFT_OVER:
+                    part.unlink()
         yield
 
 
