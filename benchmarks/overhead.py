@@ -5,10 +5,11 @@
 A generation's limit is its computed steps at the time of a step without a cache, and its reused steps at the time of a
 step through the first block alone: what a reuse must run. The former comes from the loop without a gate, the latter
 from the same loop around a transformer that has no other block, where the compiler drops what only the next block would
-need: the end of the first one's text stream. Three transformers: the embedded checkpoint's, and two of FLUX.1's 19
+need: the end of the first one's text stream. Four transformers: the embedded checkpoint's, and three of FLUX.1's 19
 double and 38 single blocks, randomly initialised, whose steps differ so much that their thresholds are larger: "deep",
-64 wide, and "large", as wide as the embedded one and on 256 image tokens in the place of 64. All loops of a number of
-steps are run in turn; every turn gives its own ratios.
+64 wide; "large", 128 wide as the embedded one and on 256 image tokens in the place of 64; and "wide", 256 wide and on
+256 tokens. FLUX.1 is 3,072 wide and has 4,096. All loops of a number of steps are run in turn; every turn gives its own
+ratios.
 
 A second table tells where the time over the limit goes, from the same graphs: under a schedule that computes every
 step, and under one that reuses all but the first. Ends with status 1 if a generation takes more than 1.03 of its limit.
@@ -32,10 +33,15 @@ from FBCache_ms.schedules import MAX_STEPS
 
 PROMPT = "a big red circle in the center, blue background"
 ORDERS = (0, 1, 2)
-THRESHOLDS = {"embedded": (0.05, 0.08, 0.12, 0.2), "deep": (0.35, 0.5), "large": (0.35, 0.5)}
+THRESHOLDS = {"embedded": (0.05, 0.08, 0.12, 0.2), "deep": (0.35, 0.5), "large": (0.35, 0.5), "wide": (0.35, 0.5)}
 FLUX = {"num_layers": 19, "num_single_layers": 38}
-CHANGES = {"embedded": {}, "deep": {**FLUX, "num_attention_heads": 2}, "large": FLUX}
-SIDES = {"embedded": 64, "deep": 64, "large": 128}
+CHANGES = {
+    "embedded": {},
+    "deep": {**FLUX, "num_attention_heads": 2},
+    "large": FLUX,
+    "wide": {**FLUX, "num_attention_heads": 8},
+}
+SIDES = {"embedded": 64, "deep": 64, "large": 128, "wide": 128}
 """Pixels of a picture."""
 
 MOST = 1.03
