@@ -133,7 +133,7 @@ def rules():
         Row("ParaAttention", "First-Block Cache + TaylorSeer", "F1B0_W0_T1O1_R0.2"),
         Row("ParaAttention", "First-Block Cache + TaylorSeer", "F1B0_W0_T1O2_R0.2"),
         Row("ParaAttention", "every 4th channel compared", "F1B0_W0_R0.12,downsample_factor=4"),
-        Row("ComfyUI-WaveSpeed", "hidden state compared", "F1B0_W0_R0.12,probe=hidden"),
+        Row("Comfy-WaveSpeed", "hidden state compared", "F1B0_W0_R0.12,probe=hidden"),
         Row("ComfyUI", "window, hits in a row", "F1B0_W0MC2_R0.2,start=0.1,end=0.9"),
         Row("cache-dit", "DBCache slow", "slow"),
         Row("cache-dit", "DBCache medium", "medium"),

@@ -298,7 +298,7 @@ def text_of(prediction):
         f"decisions of the {ATLAS.device.name}, with their neighbours and what ours takes at each:",
         neighbours_table(ATLAS, fit),
         "Predicted gains at the best of these decisions: from the published design to ours, in four rows that add up, "
-        "and three rows that each change ours:",
+        "and two rows that each change ours:",
         changes_table(ATLAS, prediction.changes),
         f"Predicted parts of a step of ours, {shapes}:",
         parts_table(prediction.parts),
