@@ -173,10 +173,11 @@ class ToldScheduler(StandIn):
 
 
 class CachedStep(nn.Cell):
-    """A transformer under cached_forward, with a CacheContext for one shape."""
+    """A transformer under cached_forward, with a CacheContext for one shape that is told of each new generation."""
 
     def __init__(self, transformer, cache_context):
         super().__init__(auto_prefix=False)
+        cache_context.told = True
         self.transformer, self.cache_context = transformer, cache_context
         for parameter in cache_context.parameters():
             self.insert_param_to_cell(parameter.name, parameter)

@@ -311,6 +311,7 @@ class CacheContext:
             buffers.append(Buffer(name, shape, initial, dtype, self.branch, branches))
             return buffers[-1]
 
+        self.told = False
         self.step = buffer("step", (), 0, ms.int32)
         self.timestep = buffer("timestep", (), 0, ms.float32)
         self.knobs = Knobs(max(len(every_gate(plans)), 1), self.step)
@@ -374,12 +375,13 @@ class CacheContext:
     def begin_step(self, timestep):
         """Resets if this timestep, a scalar falling within a generation, shows that a new generation has begun.
 
-        One that is as large as the last is a new generation's only after a first step: further on, a half-precision
-        schedule may repeat a value.
+        One that is as large as the last is a new generation's only after a first step, and only where forget() does not
+        tell of generations: a half-precision schedule may repeat a value.
         """
         last = self.timestep.read()
         timestep = timestep.astype(ms.float32)
-        if ops.logical_or(timestep > last, ops.logical_and(timestep == last, self.step.read() <= 1)):
+        first = 0 if self.told else 1
+        if ops.logical_or(timestep > last, ops.logical_and(timestep == last, self.step.read() <= first)):
             self.reset()
         self.timestep.write(timestep)
 

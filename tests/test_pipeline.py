@@ -211,6 +211,16 @@ def test_controlnet_residuals_go_to_mindones_blocks(pipe, graph_mode, repeat):
     np.testing.assert_allclose(step(**arguments)[0].asnumpy(), transformer(**arguments)[0].asnumpy(), atol=1e-4)
 
 
+def test_a_timestep_that_repeats_is_no_new_generation_where_these_are_told_of(pipe, graph_mode):
+    latents, embeds, pooled, text_ids, image_ids, guidance, *_ = loop_inputs(1)
+    step = CachedStep(pipe.transformer, CacheContext(1, 64, 128))
+    for _ in range(2):
+        step.cache_context.forget()
+        for _ in range(3):
+            step(latents, embeds[0], pooled[0], ms.Tensor([1.0], ms.float32), image_ids, text_ids, guidance)
+        assert len(step.cache_context.stats().reused) == 3
+
+
 def test_pieces_of_the_loop_are_the_whole_loop_bit_for_bit(pipe):
     whole = draw(pipe, cache_config=CONFIG, num_inference_steps=28)
     stats = pipe.cache_stats
