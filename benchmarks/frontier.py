@@ -93,6 +93,9 @@ def parse_arguments(argv=None):
     try:
         check_into(args.into)
         check_range("lead", args.lead, 1)
+        check_range("limit", args.limit, 1)
+        for cache in args.cache:
+            CacheConfig.named(cache)
         args.prompts = unseen_prompts(args)
         args.clip = clip_folder(args)
         args.runs = [run_of(args, steps) for steps in args.num_inference_steps]
@@ -253,7 +256,10 @@ def outstanding(cells, found):
 
 
 def measure(run):
-    """Draws what is missing for one number of steps; the cells with their leads, and what the pictures depend on."""
+    """Draws what is missing for one number of steps; the cells with their leads, and what the pictures depend on.
+
+    Of several ranks the first alone has cells.
+    """
     steps, cells, common = run.num_inference_steps, [], {}
     settings = {row: Setting.named(row.cache, row.steps_of(steps)) for row in run.rows}
 
@@ -274,12 +280,16 @@ def work(args):
     for run in args.runs:
         steps = run.num_inference_steps
         cells, common = measure(run)
+        if not cells:
+            continue
         found = leaders(cells, args.lead)
         texts.append(text_of(args, steps, cells, found, cells))
         summaries.append(text_of(args, steps, cells, found, outstanding(cells, found)))
         table += table_of(cells)
         names = {family: [cell["name"] for cell in leading] for family, leading in found.items()}
         data["runs"].append({"settings": {**common, "steps": steps}, "leaders": names, "cells": cells})
+    if not texts:
+        return
     text = "\n".join(texts)
     write_tables(args.save_path, "frontier", text, table, data)
     put_into(args.into, "\n".join(summaries))

@@ -41,6 +41,24 @@ def test_the_winner_leads_over_the_widest_range_without_a_gap():
     assert [(name, len(run)) for name, run in found.items()] == [("wide", 3), ("gap", 2)]
 
 
+def test_another_rank_than_the_first_draws_and_is_done(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(frontier, "draw_and_finish", lambda run, *_: drawn.append(run.num_inference_steps))
+    options = ["--families", "FBCache", "--num_inference_steps", "3", "4", "--save_path", str(tmp_path)]
+    assert frontier.main(options) == 0
+    assert drawn == [3, 4] and not (tmp_path / "frontier.json").exists()
+
+
+@pytest.mark.parametrize("options", [["--limit", "0"], ["--cache", "list.json"]])
+def test_what_cannot_be_is_one_line(options, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "list.json").write_text("[]")
+    with pytest.raises(SystemExit) as exit:
+        frontier.parse_arguments(options)
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and error.count("\n") == 1 and options[0].strip("-")[:4] in error
+
+
 def test_a_frontier_is_drawn_for_every_number_of_steps(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(frontier, "PLAIN_THRESHOLDS", (0.1, 1))
     monkeypatch.setattr(frontier, "SHARES", (0.5,))

@@ -3,11 +3,14 @@ import json
 import os
 import subprocess
 import sys
+from argparse import Namespace
 
 import numpy as np
 import pytest
 
+from FBCache_ms.config import CacheConfig
 from FBCache_ms.eval.arguments import exit_status
+from FBCache_ms.eval.drawing import Setting, draw_missing
 from FBCache_ms.eval.files import locked
 from FBCache_ms.eval.metrics import read_picture
 from FBCache_ms.eval.pictures import PictureFolder
@@ -109,11 +112,23 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
     assert subprocess.run(command).returncode == 0
 
 
-def test_ranks_are_those_of_msrun(monkeypatch):
+@pytest.fixture
+def new_process(request):
+    """What rank_and_world() remembers is forgotten, before and behind a test."""
+    rank_and_world.cache_clear()
+    request.addfinalizer(rank_and_world.cache_clear)
+
+
+RANK = {"MS_ROLE": "MS_WORKER", "MS_NODE_ID": "1", "MS_WORKER_NUM": "2"}
+
+
+def test_ranks_are_those_of_msrun(monkeypatch, new_process):
     assert rank_and_world() == (0, 1)
-    for name, value in {"MS_ROLE": "MS_WORKER", "MS_NODE_ID": "9", "MS_WORKER_NUM": "16"}.items():
+    for name, value in RANK.items():
         monkeypatch.setenv(name, value)
-    assert rank_and_world() == (9, 16)
+    rank_and_world.cache_clear()
+    assert rank_and_world() == rank_and_world() == (1, 2)
+    rank_and_world.cache_clear()
     monkeypatch.setenv("MS_ROLE", "MS_WORKER")
     monkeypatch.delenv("MS_NODE_ID")
     with pytest.raises(ValueError, match="--node_rank"):
@@ -122,6 +137,29 @@ def test_ranks_are_those_of_msrun(monkeypatch):
     with pytest.raises(SystemExit) as exit:
         rank_and_world()
     assert exit.value.code == 0
+
+
+def test_each_rank_times_the_uncached_run_beside_every_fourth_picture_of_its_own(tmp_path):
+    """And none does where its time is not asked for."""
+
+    class Painter:
+        args = Namespace(num_inference_steps=4)
+
+        def __init__(self):
+            self.uncached = 0
+
+        def draw(self, index, prompt, setting):
+            self.uncached += setting.config.gate == "none"
+            return PICTURE, {}, {"denoise": 1.0}
+
+    setting, prompts = Setting(CacheConfig(), 4), [f"prompt {index}" for index in range(16)]
+    for rank in range(2):
+        painter, folder = Painter(), PictureFolder(tmp_path / str(rank), {})
+        draw_missing(painter, {setting: folder}, prompts, (rank, 2))
+        assert painter.uncached == 2
+    painter = Painter()
+    draw_missing(painter, {setting: PictureFolder(tmp_path / "fid", {})}, prompts, uncached_beside=False)
+    assert painter.uncached == 0
 
 
 def test_the_first_rank_waits_for_the_others_but_not_for_ever():

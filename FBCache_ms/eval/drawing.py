@@ -17,7 +17,7 @@ from FBCache_ms.eval.ranks import rank_and_world, wait_until_empty
 from FBCache_ms.flops import step_costs
 
 UNCACHED_EVERY = 4
-"""The uncached run is timed beside every so many-th picture of another setting."""
+"""The uncached run is timed beside every so many-th picture that a rank draws under another setting."""
 
 KEPT_PROMPTS = 64
 """How many prompts' embeddings are kept; those of FLUX.1-dev take 4 MB each."""
@@ -191,21 +191,20 @@ def session(args):
         yield Painter(args), ranks
 
 
-def draw_and_finish(args, prompts, settings, finish, in_turn=False, name="pictures"):
+def draw_and_finish(args, prompts, settings, finish, name="pictures", **how):
     """Draws the prompts under the settings, with all ranks, and on the first one calls ``finish(painter, folders)``.
 
-    The pictures lie in the folder ``name`` of --save_path. With ``in_turn`` it is time that matters: each prompt is
-    drawn under every setting before the next one.
+    The pictures lie in the folder ``name`` of --save_path; ``how`` is what draw_missing takes.
     """
     with session(args) as (painter, ranks):
         folders = {setting: painter.folder(args.save_path / name, setting) for setting in settings}
-        draw_missing(painter, folders, prompts, ranks, in_turn)
+        draw_missing(painter, folders, prompts, ranks, **how)
         if ranks[0] == 0:
             wait_for_all(folders, len(prompts))
             finish(painter, folders)
 
 
-def draw_missing(painter, folders, prompts, ranks=(0, 1), in_turn=False):
+def draw_missing(painter, folders, prompts, ranks=(0, 1), in_turn=False, uncached_beside=True):
     """Draws this rank's share of what is missing, a picture a prompt and folder.
 
     Args:
@@ -213,7 +212,8 @@ def draw_missing(painter, folders, prompts, ranks=(0, 1), in_turn=False):
         folders: {Setting: its PictureFolder}.
         prompts: list of texts.
         ranks: this process's rank and how many there are; prompt i is drawn by rank i % world.
-        in_turn: every setting for one prompt before the next one; otherwise the uncached run is timed now and then.
+        in_turn: it is time that matters: every setting for one prompt before the next one.
+        uncached_beside: otherwise, whether the uncached run is timed beside every so many-th picture.
 
     Raises OSError if a folder holds pictures of other prompts or cannot be written.
     """
@@ -230,7 +230,8 @@ def draw_missing(painter, folders, prompts, ranks=(0, 1), in_turn=False):
     for setting, index in tqdm(work, desc=name, initial=done, total=done + len(work), disable=not work):
         picture, facts, seconds = painter.draw(index, prompts[index], setting)
         uncached = Setting.named(UNCACHED, painter.args.num_inference_steps)
-        if not in_turn and setting != uncached and index % UNCACHED_EVERY == 0:
+        timed_beside = uncached_beside and not in_turn and setting != uncached
+        if timed_beside and index // world % UNCACHED_EVERY == 0:
             seconds["uncached"] = painter.draw(index, prompts[index], uncached)[2]["denoise"]
         folders[setting].add(index, prompts[index], picture, facts, seconds, rank)
 

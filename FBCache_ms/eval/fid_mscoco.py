@@ -140,7 +140,10 @@ def main(argv=None):
         write_tables(args.save_path, "fid_mscoco", text, rows, data)
         print(text, end="")
 
-    return exit_status("fid_mscoco", lambda: draw_and_finish(args, args.prompts, settings.values(), finish))
+    def work():
+        draw_and_finish(args, args.prompts, settings.values(), finish, uncached_beside=False)
+
+    return exit_status("fid_mscoco", work)
 
 
 if __name__ == "__main__":

@@ -36,11 +36,16 @@ def locked(path, rank=0):
             raise OSError(f"--save_path {path}: another run is at work in this folder") from None
         except OSError as error:
             raise OSError(f"--save_path {path} is on a file system that cannot lock: {error.strerror}") from None
-        for part in path.rglob(".*.part"):
-            with suppress(FileNotFoundError):  # Another rank has finished it.
-                if time.time() - part.stat().st_mtime > LEFT_OVER:
-                    part.unlink()
+        clear(path)
         yield
+
+
+def clear(folder):
+    """Removes what killed processes left unfinished in a folder."""
+    for part in folder.glob(".*.part"):
+        with suppress(FileNotFoundError):  # Another rank has finished it.
+            if time.time() - part.stat().st_mtime > LEFT_OVER:
+                part.unlink()
 
 
 def write_file(path, write_to):

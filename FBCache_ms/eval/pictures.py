@@ -5,7 +5,7 @@ import os
 import time
 from pathlib import Path
 
-from FBCache_ms.eval.files import json_bytes, naming, write_file
+from FBCache_ms.eval.files import clear, json_bytes, naming, write_file
 
 
 class PictureFolder:
@@ -24,6 +24,7 @@ class PictureFolder:
     def __init__(self, path, settings):
         self.path, self.settings = Path(path), settings
         self.path.mkdir(parents=True, exist_ok=True)
+        clear(self.path)
         for picture in self.path.glob("[0-9]*.png"):
             if not picture.with_suffix(".json").is_file():
                 raise OSError(

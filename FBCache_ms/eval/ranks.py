@@ -3,11 +3,13 @@
 import os
 import sys
 import time
+from functools import lru_cache
 
 PATIENCE = 30 * 60
 """Seconds without a new picture after which the first rank gives the others up."""
 
 
+@lru_cache(maxsize=None)
 def rank_and_world():
     """This process's rank and how many there are: (0, 1) unless MindSpore's launcher msrun started it.
 
