@@ -9,7 +9,7 @@ from narrow import make_narrow
 import mindspore as ms
 
 from FBCache_ms import CacheConfig, apply_cache_on_pipe, remove_cache_from_pipe
-from FBCache_ms.eval.family import OTHER, PIPELINES, break_off, draw, load, uncached
+from FBCache_ms.eval.family import OTHER, PIPELINES, break_off, draw, load, measure, uncached
 from FBCache_ms.eval.metrics import psnr
 
 OFF, ON = CacheConfig(0.0), CacheConfig(0.4)
@@ -71,6 +71,14 @@ def test_off_it_is_mindones_on_it_is_near_removed_it_is_gone(family, name):
     remove_cache_from_pipe(pipe)
     assert pipe.transformer is transformer and pipe.scheduler is scheduler
     np.testing.assert_array_equal(uncached(pipe, **STEPS), plain)
+
+
+@pytest.mark.parametrize("cache", ["F1B0_W0_R0.6,span=stacks,residual_diff_threshold_single=0.6", "teacache"])
+def test_the_table_holds_every_gate_against_a_run_that_reuses_nothing(cache, tmp_path):
+    folder = make(tmp_path / "dev", "dev", make_narrow(tmp_path / "narrow", 3, 2))
+    row = measure("FluxPipeline", folder, CacheConfig.named(cache), 6, 1, {})
+    assert row["Cache off, Largest Difference"] < 1e-4 and not row["Reused"].startswith("0")
+    assert row["After Others"] == row["Removed"] == "the same bits"
 
 
 def test_an_xlabs_controlnets_residuals_are_taken_in_turn(tmp_path):

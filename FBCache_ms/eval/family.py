@@ -138,7 +138,7 @@ def measure(name, folder, config, steps, runs, components):
         components[key] = {part: getattr(pipe, part) for part in parts if hasattr(pipe, part)}
     before = {part: getattr(pipe, part) for part in ("transformer", "scheduler")}
     plain = uncached(pipe, num_inference_steps=steps)
-    never = config.changed(residual_diff_threshold=0.0)
+    never = config.switched_off()
     apply_cache_on_pipe(pipe, never)
     off = draw(pipe, num_inference_steps=steps)
     apply_cache_on_pipe(pipe, config)
