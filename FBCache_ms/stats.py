@@ -66,7 +66,7 @@ class CacheStats:
 
     @property
     def residual_diffs(self):
-        """The first gate's differences, or those of the gate within it where it has none."""
+        """The first gate's differences, or at a step where it has none those of the next one."""
         return tuple(
             next((diff for diff in step if diff is not None), None)
             for step in zip(*(gate.residual_diffs for gate in self.gates))

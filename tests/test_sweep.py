@@ -9,7 +9,7 @@ from FBCache_ms.config import GATES, CacheConfig, fields
 from FBCache_ms.eval import benchmark, fid_mscoco, sweep, tune
 from FBCache_ms.eval.cases import CASES, UNCACHED, own_mask
 from FBCache_ms.eval.drawing import Painter, Setting
-from FBCache_ms.eval.measure import Judge
+from FBCache_ms.eval.measure import Judge, difference_limit
 from FBCache_ms.eval.pictures import PictureFolder
 
 PROMPTS = ["a big red circle in the center, blue background", "a small green square on the left, white background"]
@@ -33,6 +33,19 @@ def test_every_rule_has_its_row():
     for name in ("max_consecutive_cache_hits", "max_accumulated_residual_diff", "end", "downsample_factor"):
         assert any(getattr(config, name) != getattr(CacheConfig(), name) for config in configs), name
     assert {config.gate for config in configs} == set(GATES)
+
+
+@pytest.mark.parametrize(
+    "cache, limit",
+    [
+        ("F1B0_W0_R0.2", 0.2),
+        ("F1B0_W0_R0.2,span=stacks,residual_diff_threshold_single=0.1", 0.2),
+        ("F1B0_W0_R0,span=stacks,residual_diff_threshold_single=0.1", 0.1),
+        ("teacache", None),
+    ],
+)
+def test_the_limit_is_that_of_the_gate_whose_differences_are_shown(cache, limit):
+    assert difference_limit(CacheConfig.named(cache)) == limit
 
 
 @pytest.mark.parametrize(

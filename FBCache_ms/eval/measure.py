@@ -101,10 +101,20 @@ def cell_of(row, setting, folder, root, judge):
         "name": row.name,
         "cache": row.cache_at(setting.steps),
         "threshold": row.threshold,
-        "difference_limit": setting.config.residual_diff_threshold if setting.config.gate in COMPARED else None,
+        "difference_limit": difference_limit(setting.config),
         "folder": folder.path.relative_to(root).as_posix(),
         **judge.judge(setting, folder),
     }
+
+
+def difference_limit(config):
+    """What CacheStats.residual_diffs have to stay below, None where a rule's score is another quantity."""
+    if config.gate not in COMPARED:
+        return None
+    if config.span == "stacks" and config.residual_diff_threshold == 0:
+        # The double stack's gate, which never reuses, is not asked.
+        return config.residual_diff_threshold_single
+    return config.residual_diff_threshold
 
 
 def table_of(cells):
