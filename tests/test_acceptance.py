@@ -1,16 +1,19 @@
 """The acceptance run: dry, with checks that fail, and on machines whose Ascend software is broken."""
 
 import json
+from argparse import Namespace
 
 import pytest
 from narrow import make_narrow
 
 import mindspore as ms
 
-from FBCache_ms import FluxPipeline
+from FBCache_ms import CacheConfig, FluxPipeline
+from FBCache_ms.checkpoint import TINY_FLUX
 from FBCache_ms.eval import acceptance_checks, ascend_acceptance, benchmark, environment
-from FBCache_ms.eval.acceptance_checks import CHECKS, Finding, agree
+from FBCache_ms.eval.acceptance_checks import CHECKS, Finding, agree, floor_of
 from FBCache_ms.eval.environment import Part
+from FBCache_ms.eval.floors import FLOOR_ELSEWHERE, FLOORS
 
 
 def prefixes(report):
@@ -127,6 +130,13 @@ def test_a_users_mistake_is_one_line(options, named, tmp_path, capsys):
     assert exit_info.value.code == 2
     error = capsys.readouterr().err
     assert named in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("dtype, floor", [("float32", FLOORS[0.12, 0]), ("bfloat16", FLOOR_ELSEWHERE)])
+def test_pictures_in_another_dtype_than_measured_have_a_floor_of_their_own(dtype, floor):
+    args = Namespace(ckpt=TINY_FLUX, num_inference_steps=28, image_size=None)
+    run = Namespace(args=args, painter=Namespace(device=Namespace(dtype=dtype)))
+    assert floor_of(run, CacheConfig(0.12)) == floor
 
 
 FIRST = {"reused": [False, True, False], "residual_diffs": [None, 0.1, 0.2]}

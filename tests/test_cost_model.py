@@ -200,6 +200,20 @@ def test_a_run_is_predicted_from_its_file(tmp_path):
     assert args.what.config == CacheConfig.from_tag("F1B0_W0_T1O1_R0.2")
 
 
+def test_a_run_of_two_gates_needs_the_computed_steps_of_each(tmp_path, capsys):
+    run = {"config": "double_gate", "steps": 14, "image_size": [512, 768], "computed_steps": [0, 1, 5]}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    options = ["--run", str(tmp_path / "run.json"), "--save_path", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        cost_model.parse_arguments(options)
+    assert "give --computed_steps, 2 in all" in capsys.readouterr().err
+    assert cost_model.parse_arguments([*options, "--computed_steps", "3", "4"]).what.computed == (3, 4)
+    (tmp_path / "run.json").write_text(json.dumps({**run, "config": "fora"}))
+    with pytest.raises(SystemExit):
+        cost_model.parse_arguments([*options, "--computed_steps", "3"])
+    assert "--run says --computed_steps too" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

@@ -298,7 +298,7 @@ def check_quality(run):
     baseline, *cached = cells
     misses, words = [], []
     for cell in cached:
-        floor = floor_of(args, CacheConfig.named(cell["cache"]))
+        floor = floor_of(run, CacheConfig.named(cell["cache"]))
         words.append(
             f"{cell['name']} {near_text(cell['psnr'], floor['psnr'])}, SSIM {cell['ssim']:.4f} ({floor['ssim']})"
         )
@@ -312,9 +312,10 @@ def check_quality(run):
     return Finding(not misses, text, table)
 
 
-def floor_of(args, config):
+def floor_of(run, config):
     """The PSNR and SSIM that a setting has to reach: the embedded checkpoint's, drawn as when they were measured."""
-    as_measured = is_embedded(args.ckpt) and args.num_inference_steps == 28 and args.image_size is None
+    args, dtype = run.args, run.painter.device.dtype
+    as_measured = is_embedded(args.ckpt) and (args.num_inference_steps, args.image_size, dtype) == (28, None, "float32")
     key = config.residual_diff_threshold, config.taylorseer_derivative
     return FLOORS[key] if as_measured else FLOOR_ELSEWHERE
 

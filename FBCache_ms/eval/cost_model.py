@@ -361,10 +361,13 @@ def run_of(args):
     """The Run that the command line asks for. Raises OSError, TypeError or ValueError for one that cannot be."""
     cache, steps, size, given = args.cache, args.num_inference_steps, args.image_size, args.computed_steps
     if args.run is not None:
-        if any(value is not None for value in (cache, steps, size, given)):
-            raise ValueError("--run says --cache, --num_inference_steps, --image_size and --computed_steps")
+        if any(value is not None for value in (cache, steps, size)):
+            raise ValueError("--run says --cache, --num_inference_steps and --image_size")
         cache, steps, size, computed = read_run(args.run)
-        given = [computed] if len(names_of(CacheConfig.named(cache))) == 1 else None
+        if len(names_of(CacheConfig.named(cache))) == 1:
+            if given is not None:
+                raise ValueError("--run says --computed_steps too, where there is one gate")
+            given = [computed]
     transformer, unit = FLUX_DEV, 16
     if args.ckpt is not None:
         transformer, unit = transformer_config(args.ckpt), image_unit(args.ckpt)
