@@ -14,6 +14,7 @@ KEYS = {
     "prompt",
     "seed",
     "steps",
+    "pictures",
     "image_size",
     "computed_steps",
     "cached_steps",
@@ -61,7 +62,15 @@ def test_a_run_writes_its_pictures_and_says_what_it_did(tmp_path, capsys):
     assert all(picture.size == (64, 64) for picture in pictures)
     assert np.any(np.asarray(pictures[0]) != np.asarray(pictures[1]))
     assert written(tmp_path) == ["output_0.png", "output_1.png", "run.json"]
-    assert f"{len(report['cached_steps'])} of 28 steps reused" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"{len(report['cached_steps'])} of 28 steps reused" in said and "output_0.png to output_1.png" in said
+
+
+def test_a_former_runs_pictures_go_away(tmp_path):
+    for name in ("output_0.png", "output_1.png", "output_2.png", "mine.png"):
+        (tmp_path / name).write_text("old")
+    cli.write(tmp_path, np.zeros((1, 8, 8, 3)), {})
+    assert written(tmp_path) == ["mine.png", "output_0.png", "run.json"]
 
 
 def test_compare_reports_the_gain_and_the_loss(tmp_path):
@@ -105,6 +114,7 @@ def test_another_size_and_true_cfg_and_operator_by_operator(tmp_path):
         (["--steps_computation_mask", "101"], "3 steps"),
         (["--image_size", "60", "64"], "image_size"),
         (["--image_size", "64"], "image_size"),
+        (["--compare", "--image_size", "8", "64"], "--compare needs an --image_size of 11 pixels"),
         (["--num_inference_steps", "0"], "num_inference_steps"),
         (["--num_inference_steps", "many"], "num_inference_steps"),
         (["--num_images_per_prompt", "0"], "num_images_per_prompt"),

@@ -8,6 +8,7 @@ import statistics
 import sys
 import time
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 from FBCache_ms.config import CacheConfig
@@ -24,6 +25,9 @@ from FBCache_ms.eval.arguments import (
     exit_status,
 )
 from FBCache_ms.eval.files import check_folder, json_bytes, locked, write_file
+
+SSIM_WINDOW = 11
+"""Pixels that SSIM looks at in each direction."""
 
 COMPARE_RUNS = 3
 """With --compare, how often the cached and the uncached run are timed, in turn; their medians are reported."""
@@ -69,6 +73,8 @@ def check_arguments(args):
     if args.compare and importlib.util.find_spec("skimage") is None:
         raise ValueError("--compare needs scikit-image; install FBCache_ms[eval]")
     check_model_and_size(args)
+    if args.compare and args.image_size is not None and min(args.image_size) < SSIM_WINDOW:
+        raise ValueError(f"--compare needs an --image_size of {SSIM_WINDOW} pixels or more, for SSIM")
     check_cache(args.config, args.ckpt, args.num_inference_steps)
     check_folder(args.save_path)
 
@@ -117,13 +123,18 @@ def compare(pipe, args, pictures):
 
 
 def write(save_path, pictures, report):
-    """Writes the pictures and run.json, each into a new file that then takes its name."""
+    """Writes the pictures and run.json, each into a new file that then takes its name; a former run's others go."""
     from PIL import Image
 
     for index, picture in enumerate(pictures):
         image = Image.fromarray((picture * 255).round().astype("uint8"))
         write_file(save_path / f"output_{index}.png", lambda stream: image.save(stream, format="PNG"))
     write_file(save_path / "run.json", lambda stream: stream.write(json_bytes(report)))
+    for index in count(len(pictures)):
+        former = save_path / f"output_{index}.png"
+        if not former.is_file():
+            break
+        former.unlink()
 
 
 @contextmanager
@@ -165,6 +176,7 @@ def run(args):
         "prompt": args.prompt,
         "seed": args.seed,
         "steps": args.num_inference_steps,
+        "pictures": len(pictures),
         "image_size": list(pictures.shape[1:3]),
         "computed_steps": stats.computed_steps,
         "cached_steps": stats.cached_steps,
@@ -205,7 +217,8 @@ def summary(report, save_path):
             f"without the cache: denoise {baseline['denoise']:.2f} s, so {baseline['speedup']:.2f} times as fast; "
             f"PSNR {baseline['psnr']:.1f} dB, SSIM {baseline['ssim']:.4f} against it"
         )
-    lines.append(f"written to {save_path}: output_0.png and run.json")
+    last = report["pictures"] - 1
+    lines.append(f"written to {save_path}: output_0.png{f' to output_{last}.png' if last else ''} and run.json")
     return "\n".join(lines)
 
 
