@@ -83,7 +83,7 @@ def test_learnt_masks_are_preset_files_that_cache_takes(tmp_path, capsys):
     prompts.write_text("a cat\ntwo dogs\nthree birds")
     options = ["--ckpt", str(make_narrow(tmp_path / "narrow")), "--image_size", "32", "32", "--prompts", str(prompts)]
     options += ["--num_inference_steps", "5", "--learn_from", "2", "--evaluations", "3", "--cache", "hicache"]
-    assert learn_mask.main([*options, "--computed", "2", "3", "--save_path", str(tmp_path / "out")]) == 0
+    assert learn_mask.main([*options, "--computed", "2", "2", "3", "--save_path", str(tmp_path / "out")]) == 0
     text = capsys.readouterr().out
     for computed in (2, 3):
         file = tmp_path / "out" / f"mask_{computed}_of_5.json"

@@ -1,3 +1,4 @@
+import csv
 import json
 import shutil
 from argparse import Namespace
@@ -31,6 +32,7 @@ COCO = {
         ("a.jsonl", '{"caption": "a cat"}\n\n"two dogs"\n', ["a cat", "two dogs"]),
         ("captions_val2017.json", json.dumps(COCO), ["a cat", "dogs"]),
         ("drawbench.csv", 'Prompts,Category\n"A cat, red.",Colors\nTwo dogs,Counting\n', ["A cat, red.", "Two dogs"]),
+        ("DRAWBENCH.CSV", "Prompts,Category\na cat,Animals\n", ["a cat"]),
         ("breaks.csv", 'caption\n"a cat\nsitting"\n', ["a cat sitting"]),
         ("parti.tsv", 'Prompt\tCategory\n"a cat\tAnimals\ntwo "dogs"\tAnimals\n', ['"a cat', 'two "dogs"']),
     ],
@@ -51,6 +53,7 @@ def test_prompts_are_read_as_they_are_published(name, text, prompts, tmp_path):
         ("a.json", b'{"annotations": [{"image_id": 3}]}', "MSCOCO's captions"),
         ("a.json", b'{"annotations": 7}', "MSCOCO's captions"),
         ("a.json", b'{"annotations": [{"image_id": 1, "id": 1, "caption": 3}]}', "MSCOCO's captions"),
+        ("a.json", b'{"annotations": [{"image_id": "x", "id": 1, "caption": "a"}]}', "MSCOCO's captions"),
         ("a.csv", b"number,colour\n1,red\n", "no column"),
     ],
 )
@@ -59,6 +62,16 @@ def test_a_file_of_another_shape_is_named(name, content, named, tmp_path):
     with pytest.raises(ValueError, match=named) as caught:
         read_prompts(tmp_path / name)
     assert str(tmp_path / name) in str(caught.value)
+
+
+def test_a_table_whose_quote_never_ends_is_named(tmp_path):
+    (tmp_path / "a.csv").write_text('caption\n"' + 2000 * "a")
+    before = csv.field_size_limit(1000)
+    try:
+        with pytest.raises(ValueError, match="a.csv is no table"):
+            read_prompts(tmp_path / "a.csv")
+    finally:
+        csv.field_size_limit(before)
 
 
 def test_mscoco_gives_the_first_caption_of_each_image(tmp_path):

@@ -49,6 +49,14 @@ def test_the_search_finds_the_best_of_every_family_without_trying_all(wish, name
     assert len(search.found) <= tried
 
 
+@pytest.mark.parametrize("option", ["--min_psnr", "--max_clip_score_loss", "--min_speedup"])
+@pytest.mark.parametrize("value", ["nan", "-1"])
+def test_a_wish_that_is_none_is_refused(option, value, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        tune.parse_arguments([option, value, "--save_path", str(tmp_path)])
+    assert f"{option} must be" in capsys.readouterr().err
+
+
 def test_a_lost_clip_score_is_a_share_of_the_uncached_one():
     wish, uncached = Wish(max_clip_score_loss=0.005), {"clip_score": 0.4}
     assert wish.good({"clip_score": 0.398}, uncached) and not wish.good({"clip_score": 0.3979}, uncached)

@@ -149,8 +149,8 @@ def check_model_and_size(args):
 
 
 def check_range(name, value, low, high=None):
-    """Raises ValueError, naming the option, for a number outside [low, high]."""
-    if value < low or high is not None and value > high:
+    """Raises ValueError, naming the option, for a number outside [low, high], or what is none."""
+    if not value >= low or high is not None and not value <= high:
         allowed = f"{low} or more" if high is None else f"in [{low}, {high}]"
         raise ValueError(f"--{name} must be {allowed}, not {value}")
 

@@ -346,9 +346,9 @@ def run(args):
             row: cell_of(row, setting, folders[setting], args.save_path, judge) for row, setting in settings.items()
         }
         print(write_sweep(args.save_path, {**painter.common, "steps": steps}, args.prompts, list(cells.values())))
-        for (row, search), computed in zip(searches.items(), args.computed):
+        for row, search in searches.items():
             preset = preset_of(args, painter, cells[row], search)
-            file = args.save_path / f"mask_{computed}_of_{steps}.json"
+            file = args.save_path / f"mask_{sum(CacheConfig.named(row.cache).steps_computation_mask)}_of_{steps}.json"
             write_file(file, lambda stream: stream.write(json_bytes(preset)))
             print(text_of(args, preset, file), end="")
 

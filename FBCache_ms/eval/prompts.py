@@ -110,12 +110,12 @@ def read_prompts(path):
 
     Raises OSError if it cannot be read, ValueError if it has another shape or holds no prompt.
     """
-    text = _read(path)
-    if path.suffix == ".json":
+    text, kind = _read(path), path.suffix.lower()
+    if kind == ".json":
         prompts = _from_json(path, _json(path, text))
-    elif path.suffix == ".jsonl":
+    elif kind == ".jsonl":
         prompts = _from_json(path, [_json(path, line) for line in text.split("\n") if line.strip()])
-    elif path.suffix in (".csv", ".tsv"):
+    elif kind in (".csv", ".tsv"):
         prompts = _from_table(path, text)
     else:
         prompts = text.split("\n")
@@ -131,14 +131,14 @@ def coco_captions(path):
 
     Raises OSError if it cannot be read, ValueError if it has another shape.
     """
+    content = _json(path, _read(path))
     try:
-        content = _json(path, _read(path))
         annotations = sorted(content["annotations"], key=lambda entry: (int(entry["image_id"]), int(entry["id"])))
         captions = {}
         for entry in annotations:
             captions.setdefault(int(entry["image_id"]), " ".join(entry["caption"].split()))
         files = {int(image["id"]): Path(image["file_name"]).name for image in content.get("images", ())}
-    except (AttributeError, KeyError, TypeError):
+    except (AttributeError, KeyError, TypeError, ValueError):
         raise ValueError(
             f'{path} has another shape than MSCOCO\'s captions: an object with "annotations", a list of objects with '
             '"image_id", "id" and "caption"'
@@ -184,7 +184,10 @@ def _text(entry):
 def _from_table(path, text):
     # Tab-separated tables do not quote.
     form = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
-    rows = list(csv.reader(io.StringIO(text, newline=""), **form))
+    try:
+        rows = list(csv.reader(io.StringIO(text, newline=""), **form))
+    except csv.Error as error:
+        raise ValueError(f"{path} is no table: {error}") from None
     column = next((i for i, name in enumerate(rows[0] if rows else ()) if name.strip().lower() in _COLUMNS), None)
     if column is None:
         raise ValueError(f"{path} has no column named one of {', '.join(_COLUMNS)} in its first line")

@@ -108,8 +108,9 @@ def parse_arguments(argv=None):
         check_range("limit", args.limit, 2)
         if (args.min_psnr, args.max_clip_score_loss, args.min_speedup) == (None, None, None):
             raise ValueError("one of --min_psnr, --max_clip_score_loss and --min_speedup is needed")
-        if args.max_clip_score_loss is not None:
-            check_range("max_clip_score_loss", args.max_clip_score_loss, 0, 100)
+        for name, high in {"min_psnr": None, "max_clip_score_loss": 100, "min_speedup": None}.items():
+            if getattr(args, name) is not None:
+                check_range(name, getattr(args, name), 0, high)
         lost = args.max_clip_score_loss
         args.wish = Wish(args.min_psnr, None if lost is None else lost / 100, args.min_speedup)
         args.prompts = choose_prompts(args)
