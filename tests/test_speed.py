@@ -1,10 +1,13 @@
 """The arithmetic of benchmarks/overhead.py, sweep_time.py and growth.py."""
 
+import cpu_stand_ins
 import numpy as np
 import overhead
 import pytest
 from growth import QUANTITIES, TERMS, VALUES, Point, fit_row, measure, power, shares, terms
 from machine import machine
+from mindone.diffusers import FluxTransformer2DModel
+from narrow import make_narrow
 from overhead import FIRST, FULL, ORDERS
 from sweep_time import configs, record, rows_of
 
@@ -83,6 +86,16 @@ def test_a_point_is_measured(strict_graph_mode):
     assert set(figures) == set(QUANTITIES) and len(figures["computed"]) == len(figures["reused"]) == 2
     assert min(figures["computed"]) > 0 and figures["peak_bytes"] > figures["cache_bytes"] > 4 * 2 * 16 * 64 * 3
     assert ms.get_context("mode") == ms.GRAPH_MODE
+
+
+@pytest.mark.parametrize("installed", ["plain"], indirect=True)
+def test_candidates_for_stand_ins_draw_the_same(installed, strict_graph_mode, tmp_path):
+    folder = make_narrow(tmp_path / "narrow") / "transformer"
+    transformer, arguments = FluxTransformer2DModel.from_pretrained(str(folder)), cpu_stand_ins.inputs(2)
+    loops = cpu_stand_ins.compiled(transformer, arguments, cpu_stand_ins.CANDIDATES)
+    rows = cpu_stand_ins.table_of(*cpu_stand_ins.measure(loops, arguments, 1))
+    assert [row["Candidate"] for row in rows] == [cpu_stand_ins.IN_USE, *cpu_stand_ins.CANDIDATES]
+    assert max(float(row["Largest Difference"]) for row in rows) < 1e-4
 
 
 def test_the_machine_has_a_name():
