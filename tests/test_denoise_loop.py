@@ -35,7 +35,7 @@ LIMITS = st.fixed_dictionaries(
 @pytest.fixture(scope="module")
 def pipelines(tmp_path_factory):
     """Our own pipeline, mindone's with the cached step, and a prompt's embeddings."""
-    whole = FluxPipeline.from_pretrained(str(make_narrow(tmp_path_factory.mktemp("loop") / "narrow")))
+    whole = FluxPipeline.from_pretrained(str(make_narrow(tmp_path_factory.mktemp("loop") / "narrow", 2, 2)))
     stepwise = mindone.diffusers.FluxPipeline(**whole.components)
     prompt = whole.encode_prompt("a red circle", max_sequence_length=32)[:2]
     for pipe in (whole, stepwise):
