@@ -1,7 +1,8 @@
 """Cells with their compiled graphs, kept for as long as they are right and wanted.
 
 A compiled graph never looks again at what it was made from: layers, adapters and their scales are constants of it, and
-after Parameter.set_data it computes with neither the old weights nor the new ones (MindSpore 2.7.0 and 2.10.0, CPU).
+after Parameter.set_data one that branches computes with neither the old weights nor the new ones (MindSpore 2.7.0 and
+2.10.0, CPU).
 """
 
 from collections import OrderedDict
@@ -59,7 +60,7 @@ class _Kept:
 
     def is_true(self):
         """Whether all weights are where they were when it ran; one that never ran to the end is not to be trusted."""
-        return self.addresses == addresses(self.parameters)
+        return self.addresses is not None and self.addresses == addresses(self.parameters)
 
     def settle(self):
         self.addresses = self.addresses or addresses(self.parameters)
@@ -67,29 +68,22 @@ class _Kept:
 
 @contextmanager
 def true_graphs(model, scale=None):
-    """Here a model that MindSpore compiles by itself does so anew, if anything in its graph is not as it was.
+    """Here a model that MindSpore compiles by itself does so anew, if its layers or adapters are not as they were.
 
     MindSpore finds a cell's graph again by the cell and its inputs alone. ``scale`` is what its adapters will be given.
     """
     if model is None:
         yield
         return
-    before = getattr(model, "made_of", None)
-    if before is not None and before != made_of(model, scale):
+    parameters, (adapters, processors) = list(model.get_parameters()), constants(model)
+    now = tuple(map(id, parameters)), adapters and (adapters, scale), processors
+    before, _ = getattr(model, "made_of", (now, None))
+    if before != now:
         for _, cell in model.cells_and_names():
             cell.compile_cache.clear()
-        before = None
-    try:
-        yield
-    finally:
-        if before is None:
-            model.made_of = made_of(model, scale)
-
-
-def made_of(model, scale):
-    """All that a graph has of a model, to be compared."""
-    parameters, (adapters, processors) = list(model.get_parameters()), constants(model)
-    return tuple(map(id, parameters)), addresses(parameters), adapters and (adapters, scale), processors
+    # With the Parameters, so that no other takes the place of one of them and its id.
+    model.made_of = now, parameters
+    yield
 
 
 def addresses(parameters):

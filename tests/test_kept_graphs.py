@@ -95,7 +95,8 @@ def twice(parameter):
 
 
 CHANGES = {
-    "CLIP": lambda pipe: twice(next(pipe.text_encoder.get_parameters())),
+    "CLIP's embedding": lambda pipe: twice(next(pipe.text_encoder.get_parameters())),
+    "CLIP's layer": lambda pipe: twice(pipe.text_encoder.text_model.encoder.layers[0].mlp.fc1.weight),
     "T5": lambda pipe: twice(next(pipe.text_encoder_2.get_parameters())),
     "autoencoder": lambda pipe: twice(pipe.vae.decoder.conv_out.weight),
     "CLIP's adapter": lambda pipe: pipe.load_lora_weights(text_lora(0), adapter_name="one"),
@@ -103,7 +104,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("changed", CHANGES)
-def test_the_other_models_adapters_and_weights_are_seen(changed, tmp_path):
+def test_the_other_models_adapters_and_weights_are_seen(changed, tmp_path, capfd):
     """The picture is that of a pipeline that has compiled nothing before, and what it was when all is undone."""
     folder = str(make_narrow(tmp_path / "narrow"))
     change = CHANGES[changed]
@@ -120,6 +121,7 @@ def test_the_other_models_adapters_and_weights_are_seen(changed, tmp_path):
 
     pipe, fresh = load(), load()
     before = picture(pipe)
+    assert "address" not in capfd.readouterr().err
     change(pipe)
     change(fresh)
     after = picture(pipe)
