@@ -359,6 +359,7 @@ class _WholeLoop:
             pipe.graph_compilations += 1
             # A graph's first launch allocates its memory: that belongs to the compilation, not to the first image.
             loop(*piece(latents, prompt_embeds, 0, 1)).asnumpy()
+            pipe._loops.settle()
         denoise_begin = time.perf_counter()
         if self.callback is None and not watched(pipe):
             latents = loop(*piece(latents, prompt_embeds, 0, steps))
