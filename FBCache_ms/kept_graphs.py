@@ -6,7 +6,6 @@ after Parameter.set_data one that branches computes with neither the old weights
 """
 
 from collections import OrderedDict
-from contextlib import contextmanager
 
 from mindone.peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -59,21 +58,20 @@ class _Kept:
         self.cell, self.parameters, self.addresses = cell, parameters, None
 
     def is_true(self):
-        """Whether all weights are where they were when it ran; one that never ran to the end is not to be trusted."""
+        """Whether all weights are where they were when it ran; one that has not run is not to be trusted."""
         return self.addresses is not None and self.addresses == addresses(self.parameters)
 
     def settle(self):
         self.addresses = self.addresses or addresses(self.parameters)
 
 
-@contextmanager
-def true_graphs(model, scale=None):
-    """Here a model that MindSpore compiles by itself does so anew, if its layers or adapters are not as they were.
+def drop_stale_graphs(model, scale=None):
+    """Lets a model that MindSpore compiles by itself do so anew, if its layers or adapters are not as they were.
 
-    MindSpore finds a cell's graph again by the cell and its inputs alone. ``scale`` is what its adapters will be given.
+    MindSpore finds a cell's graph again by the cell and its inputs alone. ``scale`` is what its adapters will be given;
+    no model, None, has no graphs.
     """
     if model is None:
-        yield
         return
     parameters, (adapters, processors) = list(model.get_parameters()), constants(model)
     now = tuple(map(id, parameters)), adapters and (adapters, scale), processors
@@ -83,7 +81,6 @@ def true_graphs(model, scale=None):
             cell.compile_cache.clear()
     # With the Parameters, so that no other takes the place of one of them and its id.
     model.made_of = now, parameters
-    yield
 
 
 def addresses(parameters):

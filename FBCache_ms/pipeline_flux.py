@@ -33,7 +33,7 @@ from .config import CacheConfig
 from .device import current_device, prepare_device
 from .flops import step_costs
 from .gates import knobs
-from .kept_graphs import MOST, KeptGraphs, true_graphs
+from .kept_graphs import MOST, KeptGraphs, drop_stale_graphs
 from .models.denoise_loop import FluxDenoiseLoop
 from .schedules import MAX_STEPS, row
 
@@ -202,7 +202,9 @@ class FluxPipeline(MindoneFluxPipeline):
         row(config, steps, 1.0)
         config = for_steps(config, steps)
         begin = time.perf_counter()
-        with graph_mode(self.use_graph_mode), true_graphs(self.vae), true_graphs(self.image_encoder):
+        drop_stale_graphs(self.vae)
+        drop_stale_graphs(self.image_encoder)
+        with graph_mode(self.use_graph_mode):
             reason = self.why_not_cached()
             if reason:
                 logger.warning(f"{reason}: this call runs without the cache, step by step")
@@ -223,12 +225,11 @@ class FluxPipeline(MindoneFluxPipeline):
     )
 
     def encode_prompt(self, *args, **kwargs):
-        """mindone's."""
-        if kwargs.get("prompt_embeds") is not None:
-            return super().encode_prompt(*args, **kwargs)
-        scale = kwargs.get("lora_scale")
-        with true_graphs(self.text_encoder, scale), true_graphs(self.text_encoder_2, scale):
-            return super().encode_prompt(*args, **kwargs)
+        """mindone's, with graphs that are true to the encoders' layers and adapters."""
+        if kwargs.get("prompt_embeds") is None:
+            for encoder in (self.text_encoder, self.text_encoder_2):
+                drop_stale_graphs(encoder, kwargs.get("lora_scale"))
+        return super().encode_prompt(*args, **kwargs)
 
     @staticmethod
     def _prepare_latent_image_ids(batch_size, height, width, dtype):

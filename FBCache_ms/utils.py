@@ -311,6 +311,7 @@ class CacheContext:
             buffers.append(Buffer(name, shape, initial, dtype, self.branch, branches))
             return buffers[-1]
 
+        # Whether forget() tells of every generation; otherwise the timesteps show where one begins.
         self.told = False
         self.step = buffer("step", (), 0, ms.int32)
         self.timestep = buffer("timestep", (), 0, ms.float32)
