@@ -32,6 +32,7 @@ COCO = {
         ("a.jsonl", '{"caption": "a cat"}\n\n"two dogs"\n', ["a cat", "two dogs"]),
         ("captions_val2017.json", json.dumps(COCO), ["a cat", "dogs"]),
         ("drawbench.csv", 'Prompts,Category\n"A cat, red.",Colors\nTwo dogs,Counting\n', ["A cat, red.", "Two dogs"]),
+        ("PARTI.TSV", 'Prompt\tCategory\n"a cat\tAnimals\n', ['"a cat']),
         ("DRAWBENCH.CSV", "Prompts,Category\na cat,Animals\n", ["a cat"]),
         ("breaks.csv", 'caption\n"a cat\nsitting"\n', ["a cat sitting"]),
         ("parti.tsv", 'Prompt\tCategory\n"a cat\tAnimals\ntwo "dogs"\tAnimals\n', ['"a cat', 'two "dogs"']),

@@ -42,7 +42,7 @@ def locked(path, rank=0):
 
 def clear(folder):
     """Removes what killed processes left unfinished in a folder."""
-    for part in folder.glob(".*.part"):
+    for part in folder.glob(".*.*.part"):
         with suppress(FileNotFoundError):  # Another rank has finished it.
             if time.time() - part.stat().st_mtime > LEFT_OVER:
                 part.unlink()

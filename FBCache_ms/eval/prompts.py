@@ -183,7 +183,7 @@ def _text(entry):
 
 def _from_table(path, text):
     # Tab-separated tables do not quote.
-    form = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
+    form = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix.lower() == ".tsv" else {}
     try:
         rows = list(csv.reader(io.StringIO(text, newline=""), **form))
     except csv.Error as error:
