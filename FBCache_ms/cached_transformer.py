@@ -1,13 +1,16 @@
 """What apply_cache_on_pipe puts in the places of a pipeline's transformer and scheduler: a cached step, one graph."""
 
+import copy
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import wraps
 from inspect import signature
+from threading import RLock, get_ident
 from weakref import ref
 
-import numpy as np
 from mindone.diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor as ImagePromptAttention
-from mindone.diffusers.utils import logging
+from mindone.diffusers.utils import logging, scale_lora_layers
+from mindone.peft.tuners.tuners_utils import BaseTunerLayer
 
 import mindspore as ms
 from mindspore import nn
@@ -16,6 +19,8 @@ from .device import current_device
 from .flops import step_costs
 from .kept_graphs import KeptGraphs
 from .models.transformer_flux_withFBCache import cached_forward
+from .originals import foreign_transformer
+from .schedules import progress_of
 from .stats import BRANCHES
 from .utils import CacheContext
 
@@ -42,6 +47,17 @@ class StandIn:
             self.__dict__[name] = value
         else:
             setattr(self.stood_for, name, value)
+
+    # A copy is one of what it stands for: the cache is one pipeline's.
+
+    def __copy__(self):
+        return copy.copy(self.stood_for)
+
+    def __deepcopy__(self, memo):
+        return copy.deepcopy(self.stood_for, memo)
+
+    def __reduce_ex__(self, protocol):
+        return self.stood_for.__reduce_ex__(protocol)
 
     @property
     def __class__(self):
@@ -70,6 +86,8 @@ class CachedTransformer(StandIn):
             branch=None,
             calls=0,
             costs=None,
+            sigmas=None,
+            thread=None,
         )
 
     @property
@@ -98,9 +116,9 @@ class CachedTransformer(StandIn):
             self.begin_generation()
         return told
 
-    def begin_generation(self):
-        """The scheduler's word that a new generation begins."""
-        self.calls, self.chosen = 0, {}
+    def begin_generation(self, sigmas=None):
+        """The scheduler's word that a new generation begins, with noise levels of the caller's own if any."""
+        self.calls, self.chosen, self.sigmas, self.thread = 0, {}, sigmas, get_ident()
 
     def end_step(self):
         """The scheduler's word that a step is done."""
@@ -116,7 +134,15 @@ class CachedTransformer(StandIn):
             self.branch = None
 
     def __call__(self, hidden_states, *args, **kwargs):
+        reason = foreign_transformer(self.stood_for)
+        if reason:
+            logger.warning(f"{reason}: this call runs without the cache")
+            return self.stood_for(hidden_states, *args, **kwargs)
         scheduler = self.told_scheduler()
+        if self.thread != get_ident():
+            raise ValueError(
+                "Invalid cache state: another thread has begun a generation with this pipeline; let threads take turns"
+            )
         if self.calls == len(BRANCHES):
             raise ValueError(f"Invalid cache state: more than {len(BRANCHES)} calls of the transformer in one step")
         branch = self.branch or BRANCHES[self.calls]
@@ -125,10 +151,11 @@ class CachedTransformer(StandIn):
         del given["transformer"], given["cache"]
         refuse_stg(given.get("joint_attention_kwargs"))
         given["joint_attention_kwargs"] = attention_inputs(self.stood_for, given.get("joint_attention_kwargs"))
-        self.active = self.step_for(hidden_states, given["encoder_hidden_states"].shape[1], scheduler)
-        with graph_mode(True), self.active.cache_context(branch):
-            output = self.active(**{name: graph_input(value) for name, value in given.items()})
-        self.steps.settle()
+        with turn(self), graph_mode(True):
+            self.active = self.step_for(hidden_states, given["encoder_hidden_states"].shape[1], scheduler)
+            with self.active.cache_context(branch):
+                output = self.active(**{name: graph_input(value) for name, value in given.items()})
+            self.steps.settle()
         return output
 
     def step_for(self, latents, text_len, scheduler):
@@ -149,7 +176,8 @@ class CachedTransformer(StandIn):
 
         step = self.steps.get(transformer, (*key, settings.structure), make, in_use=len(self.chosen))
         step.cache_context.forget()
-        step.cache_context.configure(settings, steps, sigmas, np.arange(begin, whole) / whole)
+        progress = progress_of(self.sigmas, whole)[begin:]
+        step.cache_context.configure(settings, steps, sigmas, progress)
         self.costs = step_costs(transformer.config, batch_size, seq_len, text_len)
         self.chosen[key] = step
         return step
@@ -163,9 +191,15 @@ class ToldScheduler(StandIn):
 
     @property
     def set_timesteps(self):
-        # The scheduler's own method, since mindone's retrieve_timesteps reads its signature.
-        self.cached.begin_generation()
-        return self.stood_for.set_timesteps
+        """The scheduler's own method, whose signature mindone reads, and the cache's word of it."""
+        method = self.stood_for.set_timesteps
+
+        @wraps(method)
+        def told(*args, **kwargs):
+            self.cached.begin_generation(signature(method).bind(*args, **kwargs).arguments.get("sigmas"))
+            return method(*args, **kwargs)
+
+        return told
 
     def step(self, *args, **kwargs):
         self.cached.end_step()
@@ -287,6 +321,50 @@ def refuse_stg(attention_kwargs):
     """Raises ValueError if spatiotemporal guidance is asked for: its perturbed calls would mix with the others."""
     if any(name.startswith(("stg", "skip_layer")) for name in attention_kwargs or ()):
         raise ValueError("STG is not supported with FBCache yet")
+
+
+_TURN, _DRAWING = RLock(), []
+
+
+@contextmanager
+def turn(drawing):
+    """Lets one thread draw at a time: MindSpore's mode and compiler and a graph's buffers are there once.
+
+    Raises ValueError if what draws is drawing already, further up in the same thread.
+    """
+    with _TURN:
+        if any(each is drawing for each in _DRAWING):
+            raise ValueError(f"this {type(drawing).__name__} is drawing; a callback cannot call it")
+        _DRAWING.append(drawing)
+        try:
+            yield
+        finally:
+            _DRAWING.pop()
+
+
+@contextmanager
+def adapters_scaled(scale, *models):
+    """Multiplies the active adapters' strengths by ``scale`` for a while; None leaves them and a None model is none.
+
+    A strength that somebody sets meanwhile stays.
+    """
+    layers = [
+        layer
+        for model in models
+        if model is not None and scale is not None
+        for _, layer in model.cells_and_names()
+        if isinstance(layer, BaseTunerLayer)
+    ]
+    before = [dict(layer.scaling) for layer in layers]
+    for model in models if layers else ():
+        if model is not None:
+            scale_lora_layers(model, scale)
+    scaled = [dict(layer.scaling) for layer in layers]
+    try:
+        yield
+    finally:
+        for layer, old, new in zip(layers, before, scaled):
+            layer.scaling.update({name: old[name] for name in old if layer.scaling.get(name) == new[name]})
 
 
 @contextmanager

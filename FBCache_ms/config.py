@@ -234,9 +234,16 @@ class CacheConfig:
         "does (FBCache_ms.eval.precision)",
     )
     start: float = _option(
-        0.0, Real, (0, 1), "schedule", "no reuse before this share of the sampling, i/N at step i of N (ComfyUI)"
+        0.0,
+        Real,
+        (0, 1),
+        "schedule",
+        "no reuse before this share of the sampling; step i of N lies at i/N, or at 1 - t where the caller gives noise "
+        "levels t of its own, before the scheduler shifts them (ComfyUI)",
     )
-    end: float = _option(1.0, Real, (0, 1), "schedule", "no reuse after this share of the sampling (ComfyUI)")
+    end: float = _option(
+        1.0, Real, (0, 1), "schedule", "no reuse after this share of the sampling, counted as for start (ComfyUI)"
+    )
     schedule: Optional[str] = _option(
         None,
         str,

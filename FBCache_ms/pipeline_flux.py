@@ -3,16 +3,19 @@
 import re
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from inspect import Parameter, signature
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
-from mindone.diffusers import FlowMatchEulerDiscreteScheduler
+from mindone.diffusers import DiffusionPipeline
 from mindone.diffusers import FluxPipeline as MindoneFluxPipeline
-from mindone.diffusers import FluxTransformer2DModel
+from mindone.diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
+from mindone.diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
 from mindone.diffusers.utils import logging
 from tqdm.auto import tqdm
+from tqdm.notebook import tqdm_notebook
 
 import mindspore as ms
 from mindspore import ops
@@ -21,13 +24,16 @@ from .cached_transformer import (
     CachedTransformer,
     StandIn,
     ToldScheduler,
+    adapters_scaled,
     attention_inputs,
     context_for,
     for_steps,
     graph_input,
     graph_mode,
     refuse_stg,
+    turn,
 )
+from .call_inputs import check_call, check_shape
 from .checkpoint import check_checkpoint, check_fit
 from .config import CacheConfig
 from .device import current_device, prepare_device
@@ -35,7 +41,9 @@ from .flops import step_costs
 from .gates import knobs
 from .kept_graphs import MOST, KeptGraphs, drop_stale_graphs
 from .models.denoise_loop import FluxDenoiseLoop
-from .schedules import MAX_STEPS, row
+from .models.transformer_flux_withFBCache import stacks
+from .originals import foreign_scheduler, foreign_transformer, replaced
+from .schedules import MAX_STEPS, progress_of, row
 
 logger = logging.get_logger(__name__)
 
@@ -44,6 +52,18 @@ _DEFAULT_TEXT_LENGTH = _SIGNATURE.parameters["max_sequence_length"].default
 
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 """A model's name on a hub; any other text is a folder's."""
+
+_PROMPT = ("prompt", "prompt_2", "prompt_embeds", "pooled_prompt_embeds")
+_SHIFT = {
+    "base_seq_len": "base_image_seq_len",
+    "max_seq_len": "max_image_seq_len",
+    "base_shift": "base_shift",
+    "max_shift": "max_shift",
+}
+"""What mindone's calculate_shift calls the scheduler's settings."""
+
+PIECE_SECONDS = 0.5
+"""So long a watched loop runs before its progress bar moves."""
 
 DEFAULT = object()
 """Stands for the pipeline's own cache_config, since None means no cache."""
@@ -162,9 +182,6 @@ class FluxPipeline(MindoneFluxPipeline):
         """mindone's checks, and: ValueError for an empty prompt list and for sizes that it would round."""
         if isinstance(prompt, list) and not prompt:
             raise ValueError("prompt is an empty list; give one prompt or more")
-        negative = kwargs.get("negative_prompt")
-        if isinstance(negative, list) and isinstance(prompt, list) and len(negative) not in (1, len(prompt)):
-            raise ValueError(f"negative_prompt lists {len(negative)} prompts; give one, or {len(prompt)} as in prompt")
         unit = self.vae_scale_factor * 2
         for name, size in {"height": height, "width": width}.items():
             if size < 1 or size % unit:
@@ -175,46 +192,21 @@ class FluxPipeline(MindoneFluxPipeline):
         """Draws; takes and returns what mindone's __call__ does, and for this call alone a cache_config.
 
         Prompts are padded to what the T5 tokenizer names as its length, at most mindone's 512, unless
-        max_sequence_length says otherwise.
+        max_sequence_length says otherwise. Threads take turns, whatever pipelines they call.
 
         Raises:
             TypeError: cache_config is neither a CacheConfig nor None.
-            ValueError: mindone's checks, an empty prompt list, a size that mindone would round, steps beyond [1, 1000].
+            ValueError: an input is not what it has to be, or does not fit another; the message names it.
         """
         call = _SIGNATURE.bind(self, *args, **kwargs)
         call.apply_defaults()
-        arguments = dict(call.arguments)
-        del arguments["self"]
-        steps = arguments["num_inference_steps"] if arguments["sigmas"] is None else len(arguments["sigmas"])
-        if not 1 <= steps <= MAX_STEPS:
-            raise ValueError(f"num_inference_steps must be in [1, {MAX_STEPS}], not {steps}")
-        if arguments["max_sequence_length"] == _DEFAULT_TEXT_LENGTH and self.tokenizer_2 is not None:
-            arguments["max_sequence_length"] = min(_DEFAULT_TEXT_LENGTH, self.tokenizer_2.model_max_length)
+        given = SimpleNamespace(**call.arguments)
         config = self.cache_config if cache_config is DEFAULT else cache_config
         check_config(config)
-        if config is None:
-            # The pipeline's own order, so that switching the cache off compiles nothing.
-            config = (self.cache_config or CacheConfig()).switched_off()
-        else:
-            refuse_stg(arguments["joint_attention_kwargs"])
-        layers = self.transformer.config
-        config.check_blocks(layers.num_layers, layers.num_single_layers)
-        row(config, steps, 1.0)
-        config = for_steps(config, steps)
-        begin = time.perf_counter()
-        drop_stale_graphs(self.vae)
-        drop_stale_graphs(self.image_encoder)
-        with graph_mode(self.use_graph_mode):
-            reason = self.why_not_cached()
-            if reason:
-                logger.warning(f"{reason}: this call runs without the cache, step by step")
-                self.cache_stats, self.seconds = None, {}
-                result = super().__call__(**arguments)
-            else:
-                with _WholeLoop(self, config, arguments).in_place():
-                    result = super().__call__(**arguments)
-                self.seconds["decode"] = time.perf_counter() - begin - self.seconds.pop("until_decode")
-        self.seconds["total"] = time.perf_counter() - begin
+        with turn(self):
+            begin = time.perf_counter()
+            result = self._draw(given, config)
+            self.seconds["total"] = time.perf_counter() - begin
         return result
 
     __call__.__signature__ = _SIGNATURE.replace(
@@ -224,12 +216,87 @@ class FluxPipeline(MindoneFluxPipeline):
         ]
     )
 
-    def encode_prompt(self, *args, **kwargs):
-        """mindone's, with graphs that are true to the encoders' layers and adapters."""
-        if kwargs.get("prompt_embeds") is None:
-            for encoder in (self.text_encoder, self.text_encoder_2):
-                drop_stale_graphs(encoder, kwargs.get("lora_scale"))
-        return super().encode_prompt(*args, **kwargs)
+    def _draw(self, given, config):
+        """Checks a call and draws it, cached where that can be."""
+        if given.max_sequence_length == _DEFAULT_TEXT_LENGTH and self.tokenizer_2 is not None:
+            given.max_sequence_length = min(_DEFAULT_TEXT_LENGTH, self.tokenizer_2.model_max_length)
+        check_call(self, given)
+        reason = self.why_not_cached()
+        if config is None:
+            # The pipeline's own order, so that switching the cache off compiles nothing.
+            config = (self.cache_config or CacheConfig()).switched_off()
+        elif reason is None:
+            refuse_stg(given.joint_attention_kwargs)
+            config.check_blocks(*stacks(self.transformer))
+            row(config, given.num_inference_steps, 1.0)
+            config = for_steps(config, given.num_inference_steps)
+        # The scale of adapters is set here and not in mindone's methods, so that it is taken back whatever happens.
+        kwargs = dict(given.joint_attention_kwargs or {})
+        scale, given.joint_attention_kwargs = kwargs.pop("scale", None), kwargs
+        adapted = self.transformer, self.text_encoder, self.text_encoder_2
+        with graph_mode(self.use_graph_mode), adapters_scaled(scale, *adapted):
+            drop_stale_graphs(self.vae)
+            drop_stale_graphs(self.image_encoder)
+            if reason is None:
+                return self._draw_cached(given, config)
+            logger.warning(f"{reason}: this call runs without the cache, step by step")
+            drop_stale_graphs(self.transformer)
+            self.cache_stats, self.seconds = None, {}
+            return super().__call__(**{name: getattr(given, name) for name in _SIGNATURE.parameters if name != "self"})
+
+    def _draw_cached(self, given, config):
+        """What mindone's __call__ does, by mindone's own parts, but for the denoise loop, which is one graph."""
+        begin = time.perf_counter()
+        self._guidance_scale, self._joint_attention_kwargs = given.guidance_scale, given.joint_attention_kwargs
+        self._current_timestep, self._interrupt = None, False
+        prompts = [self._encode(given, "")]
+        if given.true_cfg_scale > 1 and has_negative_prompt(given):
+            prompts.append(self._encode(given, "negative_"))
+        layers, embeds = self.transformer.config, prompts[0][0]
+        size = given.pictures, layers.in_channels // 4, given.height, given.width
+        latents, image_ids = self.prepare_latents(*size, embeds.dtype, given.generator, given.latents)
+        progress = self._set_timesteps(given, latents.shape[1])
+        scales = np.full(given.pictures, given.guidance_scale)
+        inputs = LoopInputs(
+            prompts,
+            image_ids,
+            guidance=ms.Tensor(scales, ms.float32) if layers.guidance_embeds else None,
+            true_cfg_scale=given.true_cfg_scale,
+            scheduler=self.scheduler,
+            numbers=knobs(config, self._num_timesteps, self.scheduler.sigmas.asnumpy(), progress),
+            attention=self._attention_inputs(given, len(prompts)),
+        )
+        encoded = time.perf_counter()
+        latents = self._denoise(given, config, latents, inputs)
+        denoised = time.perf_counter()
+        self._current_timestep = None
+        picture = self._decode(given, latents)
+        self.seconds.update(encode=encoded - begin, decode=time.perf_counter() - denoised)
+        return FluxPipelineOutput(images=picture) if given.return_dict else (picture,)
+
+    def _encode(self, given, kind):
+        """Embeddings (B, T, E), pooled ones (B, P) and ids of the prompts, or of the "negative_" ones."""
+        embeds, pooled, text_ids = self.encode_prompt(
+            **{part: getattr(given, kind + part) for part in _PROMPT},
+            num_images_per_prompt=given.num_images_per_prompt,
+            max_sequence_length=given.max_sequence_length,
+        )
+        return spread(embeds, given.pictures), spread(pooled, given.pictures), text_ids
+
+    def encode_prompt(self, *args, lora_scale=None, **kwargs):
+        """mindone's, with graphs that are true to the encoders' layers and adapters, and that the device keeps."""
+        encoders = {name: getattr(self, name) for name in ("text_encoder", "text_encoder_2")}
+        kept = dict(encoders)
+        if self.use_graph_mode and self.device.compile_cache is not None:
+            kept = {name: each and KeptEncoder(each, device=self.device) for name, each in encoders.items()}
+        with adapters_scaled(lora_scale, *encoders.values()):
+            for encoder in encoders.values():
+                drop_stale_graphs(encoder)
+            self.__dict__.update(kept)
+            try:
+                return super().encode_prompt(*args, **kwargs)
+            finally:
+                self.__dict__.update(encoders)
 
     @staticmethod
     def _prepare_latent_image_ids(batch_size, height, width, dtype):
@@ -237,204 +304,194 @@ class FluxPipeline(MindoneFluxPipeline):
         which takes MindSpore ten milliseconds."""
         return ms.Tensor(np.indices((1, height, width)).reshape(3, -1).T, dtype)
 
+    def _set_timesteps(self, given, tokens):
+        """Sets the scheduler as mindone does; returns the progress that schedules.row takes."""
+        scheduler, settings, steps = self.scheduler, self.scheduler.config, given.num_inference_steps
+        sigmas = np.linspace(1, 1 / steps, steps) if given.sigmas is None else given.sigmas
+        if settings.get("use_flow_sigmas"):
+            sigmas = None
+        shift = {name: settings[key] for name, key in _SHIFT.items() if key in settings}
+        retrieve_timesteps(scheduler, steps, sigmas=sigmas, mu=calculate_shift(tokens, **shift))
+        scheduler.set_begin_index(0)
+        self._num_timesteps = len(scheduler.timesteps)
+        return progress_of(sigmas, steps)
+
+    def _attention_inputs(self, given, branches):
+        """What attention gets beside the streams, stacked by branch; image prompts have negative ones."""
+        images = [
+            (given.ip_adapter_image, given.ip_adapter_image_embeds),
+            (given.negative_ip_adapter_image, given.negative_ip_adapter_image_embeds),
+        ]
+        inputs = [dict(given.joint_attention_kwargs) for _ in range(branches)]
+        if any(image is not None for pair in images for image in pair):
+            # As in mindone, black pictures take the place of the images that are not given.
+            black = [
+                np.zeros((given.width, given.height, 3), np.uint8)
+            ] * self.transformer.encoder_hid_proj.num_ip_adapters
+            for each, (image, embeds) in zip(inputs, images):
+                image = black if image is None and embeds is None else image
+                each["ip_adapter_image_embeds"] = self.prepare_ip_adapter_image_embeds(image, embeds, given.pictures)
+        inputs = [attention_inputs(self.transformer, each) for each in inputs]
+        return inputs[0] and {name: by_branch([each[name] for each in inputs]) for name in inputs[0]}
+
+    def _denoise(self, given, config, latents, inputs):
+        """The latents after all steps; sets ``cache_stats``, and in ``seconds`` what compiling and denoising took.
+
+        The loop runs in one piece. Where a person watches it runs in pieces of about PIECE_SECONDS, and step by step
+        for a callback: the same graph, and the same bits.
+        """
+        callback, steps = given.callback_on_step_end, self._num_timesteps
+        timesteps, scheduler = self.scheduler.timesteps.asnumpy(), self.scheduler
+        begin = time.perf_counter()
+        loop = self._loop_for(config, latents, inputs)
+        compiled = time.perf_counter()
+        watched, step = callback is not None or is_watched(self), 0
+        with self.progress_bar(total=steps) if watched else nullcontext() as bar:
+            while step < steps and not self.interrupt:
+                self._current_timestep = ms.Tensor(timesteps[step])
+                piece = 1 if callback else loop.steps_within(PIECE_SECONDS) if watched else steps
+                stop = min(step + piece, steps)
+                latents = loop.run(inputs, latents, step, stop, wait=callback is None)
+                # What scheduler.step would have counted.
+                scheduler._step_index = stop
+                if callback is not None:
+                    loop, latents = self._call_back(given, config, step, loop, latents, inputs)
+                if watched:
+                    for _ in range(step, stop):
+                        bar.update()
+                step = stop
+        latents.asnumpy()
+        self._loops.settle()
+        done = time.perf_counter()
+        tokens = latents.shape[1], inputs.text_len
+        self.cache_stats = loop.cache.stats(step_costs(self.transformer.config, latents.shape[0], *tokens))
+        ran = max(len(self.cache_stats.reused), 1)
+        self.seconds = {"compile": compiled - begin, "denoise": done - compiled, "per_step": (done - compiled) / ran}
+        return latents
+
+    def _call_back(self, given, config, step, loop, latents, inputs):
+        """Hands a finished step to callback_on_step_end; returns the loop and the latents that the next one takes.
+
+        Raises ValueError, naming it, for what the callback has put in place of something that the loop needs.
+        """
+        tensors, scheduler = {"latents": latents, "prompt_embeds": inputs.embeds}, self.scheduler
+        chosen = {name: tensors[name] for name in given.callback_on_step_end_tensor_inputs}
+        returned = given.callback_on_step_end(self, step, self._current_timestep, chosen)
+        if not isinstance(returned, dict):
+            raise ValueError(f"callback_on_step_end must return a dictionary, not {type(returned).__name__}")
+        for name, before in tensors.items():
+            after = returned.get(name, before)
+            check_shape(f"callback_on_step_end's {name}", after, before.shape)
+            tensors[name] = after.to(before.dtype)
+        reason = self.why_not_cached()
+        if reason or self.scheduler is not scheduler:
+            raise ValueError(f"callback_on_step_end changed the pipeline: {reason or 'it has another scheduler'}")
+        inputs.embeds = tensors["prompt_embeds"]
+        inputs.follow(scheduler)
+        # Adapters or weights may be others now, and a compiled graph would not see that.
+        self._loops.settle()
+        trace = loop.cache.trace()
+        other = self._loop_for(config, latents, inputs)
+        if other is not loop:
+            other.cache.go_on(trace)
+        return other, tensors["latents"]
+
+    def _decode(self, given, latents):
+        """What the latents (B, S, C) show, as output_type says."""
+        if given.output_type == "latent":
+            return latents
+        latents = self._unpack_latents(latents, given.height, given.width, self.vae_scale_factor)
+        scaling = self.vae.config
+        latents = latents / scaling.scaling_factor + scaling.shift_factor
+        tiles = getattr(self.vae, "use_tiling", True) or getattr(self.vae, "use_slicing", True)
+        if self.use_graph_mode and self.device.compile_cache is not None and not tiles:
+            self.device.compile(self.vae.decoder, (latents,), self.vae)
+        picture = self.vae.decode(latents, return_dict=False)[0]
+        return self.image_processor.postprocess(picture, output_type=given.output_type)
+
     def why_not_cached(self):
         """What keeps calls from the cached loop, in words; None if nothing does."""
-        config = self.scheduler.config
-        if not isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler) or config.stochastic_sampling:
-            return f"scheduler {type(self.scheduler).__name__} is no deterministic FlowMatchEulerDiscreteScheduler"
-        return None
+        return foreign_scheduler(self.scheduler) or foreign_transformer(self.transformer)
 
-    def _loop_for(self, transformer, config, latents, text_len, branches, steps, sigmas):
-        """The denoise loop for a shape and a structure."""
+    def _loop_for(self, config, latents, inputs):
+        """The denoise loop for these latents, inputs and structure, compiled; it becomes the pipeline's last one."""
+        transformer, branches, steps = self.transformer, inputs.branches, self._num_timesteps
 
         def make():
-            context = context_for(transformer, config, latents, text_len, branches, steps, sigmas)
+            sigmas = self.scheduler.sigmas.asnumpy()
+            context = context_for(transformer, config, latents, inputs.text_len, branches, steps, sigmas)
             loop = FluxDenoiseLoop(transformer, context)
             self.device.prepare(loop, transformer)
             return loop
 
-        key = (*latents.shape[:2], text_len, branches, latents.dtype, config.structure)
-        return self._loops.get(transformer, key, make)
+        key = (*latents.shape[:2], inputs.text_len, branches, latents.dtype, config.structure)
+        loop = self._loop = self._loops.get(transformer, key, make)
+        if self.use_graph_mode:
+            compiled_before = len(loop.compile_cache)
+            arguments = inputs(latents, 0, steps)
+            self.graphs_from_cache += self.device.compile(loop, arguments, transformer, config.structure)
+            if len(loop.compile_cache) > compiled_before:
+                self.graph_compilations += 1
+                # A graph's first launch allocates its memory: that belongs to the compilation, not to the first image.
+                loop.run(inputs, latents, 0, 1)
+                self._loops.settle()
+        return loop
 
 
-class _WholeLoop:
-    """What mindone's __call__ finds in the place of its transformer: one call of it denoises from start to end.
+class LoopInputs:
+    """What a generation's denoise loop is called with, but for the latents and the steps.
 
-    mindone's own loop then makes a single turn, since the scheduler it finds has one timestep, and hands on what
-    this returns.
+    Args:
+        prompts: embeddings (B, T, E), pooled ones (B, P) and text ids (T, 3), for each guidance branch.
+        image_ids: (S, 3).
+        guidance: (B,), or None for a model without guidance embedding.
+        true_cfg_scale: a number.
+        scheduler: whose noise levels the loop takes.
+        numbers: what gates.knobs makes of the CacheConfig.
+        attention: what attention gets beside the streams, stacked by branch, or None.
+
+    Raises ValueError if the branches' embeddings are not of one shape.
     """
 
-    def __init__(self, pipe, config, arguments):
-        self.pipe = pipe
-        self.cache_config = config
-        self.transformer = pipe.transformer
-        self.scheduler = pipe.scheduler
-        self.true_cfg_scale = arguments.pop("true_cfg_scale")
-        self.callback = arguments.pop("callback_on_step_end")
-        # mindone takes it out before it denoises.
-        self.lora_scale = (arguments["joint_attention_kwargs"] or {}).get("scale")
-        self.arguments = arguments
-        self.image_embeds = []
+    def __init__(self, prompts, image_ids, guidance, true_cfg_scale, scheduler, numbers, attention):
+        self.embeds, *self.others = [embeds for embeds, _, _ in prompts]
+        for other in self.others:
+            if other.shape != self.embeds.shape:
+                raise ValueError(
+                    f"negative_prompt's embeddings are {other.shape}, the prompt's {self.embeds.shape}; they have to "
+                    "be of one shape"
+                )
+        self.branches, self.text_len = len(prompts), self.embeds.shape[1]
+        pooled = ops.stack([pooled for _, pooled, _ in prompts])
+        timesteps, scale = padded(scheduler.timesteps.asnumpy(), MAX_STEPS), ms.Tensor(true_cfg_scale, ms.float32)
+        self._constants = [
+            graph_input(value) for value in (pooled, prompts[0][2], image_ids, guidance, scale, timesteps)
+        ]
+        self._numbers = tuple(map(ms.Tensor, numbers)) + (graph_input(attention),)
+        self.follow(scheduler)
 
-    def __getattr__(self, name):
-        return getattr(self.transformer, name)
+    @property
+    def embeds(self):
+        """The positive prompt's embeddings (B, T, E), which a callback may replace."""
+        return self._embeds
 
-    @contextmanager
-    def in_place(self):
-        """Stands in for the pipeline's transformer, scheduler and progress bar while the context lasts."""
-        pipe = self.pipe
-        mine = {
-            "transformer": self,
-            "scheduler": _OneTurn(self.scheduler),
-            "progress_bar": lambda total: tqdm(total=total, disable=True),
-            "prepare_ip_adapter_image_embeds": self.prepare_ip_adapter_image_embeds,
-        }
-        theirs = {"transformer": self.transformer, "scheduler": self.scheduler}
-        if pipe.use_graph_mode and pipe.device.compile_cache is not None:
-            for name, kind in _KEPT.items():
-                theirs[name] = component = getattr(pipe, name)
-                mine[name] = None if component is None else kind(component, device=pipe.device)
-        self.begin = time.perf_counter()
-        pipe.__dict__.update(mine)
-        try:
-            yield
-        finally:
-            pipe.__dict__.update(theirs)
-            del pipe.__dict__["progress_bar"], pipe.__dict__["prepare_ip_adapter_image_embeds"]
+    @embeds.setter
+    def embeds(self, embeds):
+        self._embeds, self._stacked = embeds, None
 
-    def prepare_ip_adapter_image_embeds(self, *args, **kwargs):
-        """mindone's, which it calls for the image prompts and then for the negative ones."""
-        embeds = type(self.pipe).prepare_ip_adapter_image_embeds(self.pipe, *args, **kwargs)
-        self.image_embeds.append(embeds)
-        return embeds
+    def follow(self, scheduler):
+        """Takes over the scheduler's noise levels as they are now."""
+        self._sigmas = padded(scheduler.sigmas.asnumpy(), MAX_STEPS + 1)
 
-    def cache_context(self, name):
-        return nullcontext()
-
-    def __call__(
-        self,
-        hidden_states,
-        timestep,
-        guidance,
-        pooled_projections,
-        encoder_hidden_states,
-        txt_ids,
-        img_ids,
-        joint_attention_kwargs=None,
-        **kwargs,
-    ):
-        """The latents after all steps, in the place of a velocity."""
-        pipe, scheduler, config = self.pipe, self.scheduler, self.cache_config
-        latents, prompt_embeds, pooled = hidden_states, encoder_hidden_states, pooled_projections
-        negative, negative_pooled = self.negative_embeds(prompt_embeds, pooled)
-        pipe._num_timesteps = steps = len(scheduler.timesteps)
-        branches, text_len, sigmas = 1 if negative is None else 2, prompt_embeds.shape[1], scheduler.sigmas.asnumpy()
-        loop = pipe._loop_for(self.transformer, config, latents, text_len, branches, steps, sigmas)
-        pipe._loop = loop
-
-        constants = (
-            txt_ids,
-            img_ids,
-            guidance,
-            ms.Tensor(self.true_cfg_scale, ms.float32),
-            padded(scheduler.timesteps, MAX_STEPS),
-            padded(scheduler.sigmas, MAX_STEPS + 1),
-        )
-        unshifted = self.arguments["sigmas"]
-        progress = None if unshifted is None else 1 - np.asarray(unshifted)
-        numbers = tuple(map(ms.Tensor, knobs(config, steps, sigmas, progress)))
-        attention = self.attention_inputs(joint_attention_kwargs, branches)
-        pooled = ops.stack([pooled] if negative is None else [pooled, negative_pooled])
-
-        def piece(latents, prompt_embeds, start, stop):
-            embeds = ops.stack([prompt_embeds] if negative is None else [prompt_embeds, negative])
-            bounds = ms.Tensor(start, ms.int32), ms.Tensor(stop, ms.int32)
-            inputs = latents, embeds, pooled, *constants, *bounds, *numbers
-            return tuple(map(graph_input, (*inputs, attention)))
-
-        compile_begin, compiled_before = time.perf_counter(), len(loop.compile_cache)
-        if pipe.use_graph_mode:
-            inputs = piece(latents, prompt_embeds, 0, steps)
-            pipe.graphs_from_cache += pipe.device.compile(loop, inputs, self.transformer, config.structure)
-        if len(loop.compile_cache) > compiled_before:
-            pipe.graph_compilations += 1
-            # A graph's first launch allocates its memory: that belongs to the compilation, not to the first image.
-            loop(*piece(latents, prompt_embeds, 0, 1)).asnumpy()
-            pipe._loops.settle()
-        denoise_begin = time.perf_counter()
-        if self.callback is None and not watched(pipe):
-            latents = loop(*piece(latents, prompt_embeds, 0, steps))
-        else:
-            with type(pipe).progress_bar(pipe, total=steps) as bar:
-                for step in range(steps):
-                    if pipe.interrupt:
-                        break
-                    pipe._current_timestep = scheduler.timesteps[step]
-                    latents = loop(*piece(latents, prompt_embeds, step, step + 1))
-                    latents, prompt_embeds = self.call_back(step, latents, prompt_embeds)
-                    bar.update()
-        latents.asnumpy()
-        pipe._loops.settle()
-        end = time.perf_counter()
-        batch_size, seq_len, _ = latents.shape
-        costs = step_costs(self.transformer.config, batch_size, seq_len, text_len)
-        pipe.cache_stats = loop.cache.stats(costs)
-        done = len(pipe.cache_stats.reused)
-        pipe.seconds = {
-            "encode": compile_begin - self.begin,
-            "compile": denoise_begin - compile_begin,
-            "denoise": end - denoise_begin,
-            "per_step": (end - denoise_begin) / max(done, 1),
-            "until_decode": end - self.begin,
-        }
-        return (latents,)
-
-    def negative_embeds(self, prompt_embeds, pooled):
-        """True CFG's negative prompt, encoded and as many as there are latents; (None, None) without true CFG."""
-        given = self.arguments
-        embeds, pooled_embeds = given["negative_prompt_embeds"], given["negative_pooled_prompt_embeds"]
-        has_negative = given["negative_prompt"] is not None or (embeds is not None and pooled_embeds is not None)
-        if self.true_cfg_scale <= 1 or not has_negative:
-            return None, None
-        embeds, pooled_embeds, _ = self.pipe.encode_prompt(
-            prompt=given["negative_prompt"],
-            prompt_2=given["negative_prompt_2"],
-            prompt_embeds=embeds,
-            pooled_prompt_embeds=pooled_embeds,
-            num_images_per_prompt=given["num_images_per_prompt"],
-            max_sequence_length=given["max_sequence_length"],
-            lora_scale=self.lora_scale,
-        )
-        repeats = prompt_embeds.shape[0] // embeds.shape[0]
-        embeds, pooled_embeds = embeds.tile((repeats, 1, 1)), pooled_embeds.tile((repeats, 1))
-        if embeds.shape != prompt_embeds.shape:
-            raise ValueError(f"negative_prompt's embeddings are {embeds.shape}, the prompt's {prompt_embeds.shape}")
-        return embeds, pooled_embeds
-
-    def attention_inputs(self, attention_kwargs, branches):
-        """What attention gets beside the streams, stacked by branch; image prompts have negative ones."""
-        given = [dict(attention_kwargs or {}) for _ in range(branches)]
-        for each, embeds in zip(given, self.image_embeds):
-            each["ip_adapter_image_embeds"] = embeds
-        given = [attention_inputs(self.transformer, each) for each in given]
-        return given[0] and {name: by_branch([each[name] for each in given]) for name in given[0]}
-
-    def call_back(self, step, latents, prompt_embeds):
-        """Hands a finished step to the user's callback_on_step_end, who may replace latents and prompt_embeds."""
-        if self.callback is None:
-            return latents, prompt_embeds
-        tensors = {"latents": latents, "prompt_embeds": prompt_embeds}
-        chosen = {name: tensors[name] for name in self.arguments["callback_on_step_end_tensor_inputs"]}
-        attributes = self.pipe.__dict__
-        one_turn, attributes["scheduler"] = attributes["scheduler"], self.scheduler
-        try:
-            tensors.update(self.callback(self.pipe, step, self.scheduler.timesteps[step], chosen))
-        finally:
-            attributes["scheduler"] = one_turn
-        return tensors["latents"], tensors["prompt_embeds"]
+    def __call__(self, latents, start, stop):
+        """The loop's arguments for the steps from start to stop - 1."""
+        if self._stacked is None:
+            self._stacked = graph_input(ops.stack([self._embeds, *self.others]))
+        bounds = ms.Tensor(start, ms.int32), ms.Tensor(stop, ms.int32)
+        return (graph_input(latents), self._stacked, *self._constants, self._sigmas, *bounds, *self._numbers)
 
 
-class _KeptEncoder(StandIn):
+class KeptEncoder(StandIn):
     """A text encoder whose graph the compile cache keeps."""
 
     def __call__(self, *args, **kwargs):
@@ -444,37 +501,6 @@ class _KeptEncoder(StandIn):
         call.apply_defaults()
         self.device.compile(encoder, call.args, encoder)
         return encoder(*call.args)
-
-
-class _KeptAutoencoder(StandIn):
-    """An autoencoder whose decoder's graph the compile cache keeps."""
-
-    def decode(self, latents, **options):
-        vae = self.stood_for
-        if not (vae.use_tiling or vae.use_slicing):
-            self.device.compile(vae.decoder, (latents,), vae)
-        return vae.decode(latents, **options)
-
-
-_KEPT = {"text_encoder": _KeptEncoder, "text_encoder_2": _KeptEncoder, "vae": _KeptAutoencoder}
-
-
-class _OneTurn:
-    """A scheduler that shows mindone's loop the first timestep alone and takes what it is given for the result."""
-
-    def __init__(self, scheduler):
-        self.scheduler = scheduler
-
-    def __getattr__(self, name):
-        return getattr(self.scheduler, name)
-
-    @property
-    def timesteps(self):
-        # Through NumPy: indexing a tensor takes MindSpore ten milliseconds.
-        return [ms.Tensor(self.scheduler.timesteps.asnumpy()[0])]
-
-    def step(self, model_output, *args, **kwargs):
-        return (model_output,)
 
 
 def apply_cache_on_pipe(pipe, config=None, kept_shapes=MOST):
@@ -501,18 +527,18 @@ def apply_cache_on_pipe(pipe, config=None, kept_shapes=MOST):
     if isinstance(pipe, FluxPipeline):
         pipe.cache_config, pipe._loops.most = config, kept_shapes
         return pipe
-    transformer = getattr(pipe, "transformer", None)
-    if not isinstance(transformer, FluxTransformer2DModel):
-        name = type(pipe if transformer is None else transformer).__name__
-        raise ValueError(f"Unsupported model {name}; the cache is for mindone's FluxTransformer2DModel")
-    config.check_blocks(transformer.config.num_layers, transformer.config.num_single_layers)
-    if type(transformer) is CachedTransformer:
-        if transformer.pipe() is pipe:
-            transformer.cache_settings, transformer.steps.most = config, kept_shapes
-            transformer.begin_generation()
-            return pipe
-        # Another pipeline's, among whose components this one's were.
-        transformer = transformer.stood_for
+    transformer = given = getattr(pipe, "transformer", pipe)
+    if type(given) is CachedTransformer:
+        # It may be another pipeline's, among whose components this one's were.
+        transformer = given.stood_for
+    reason = foreign_transformer(transformer)
+    if reason:
+        raise ValueError(reason)
+    config.check_blocks(*stacks(transformer))
+    if given is not transformer and given.pipe() is pipe:
+        given.cache_settings, given.steps.most = config, kept_shapes
+        given.begin_generation()
+        return pipe
     prepare_device()
     # Past DiffusionPipeline.__setattr__, which would write the stand-ins' classes into model_index.json.
     pipe.__dict__["transformer"] = CachedTransformer(transformer, config, pipe, kept_shapes)
@@ -529,10 +555,25 @@ def remove_cache_from_pipe(pipe):
             pipe.__dict__[name] = getattr(pipe, name).stood_for
 
 
-def watched(pipe):
-    """Whether a person sees the progress bar: unless told by set_progress_bar_config, if stderr is a terminal."""
+def is_watched(pipe):
+    """Whether a person sees the progress bar: one of the user's own, else as set_progress_bar_config says; unless told,
+    where stderr is a terminal or the process a notebook."""
+    if replaced(pipe, DiffusionPipeline, ("progress_bar",)):
+        return True
     disable = getattr(pipe, "_progress_bar_config", {}).get("disable")
-    return sys.stderr.isatty() if disable is None else not disable
+    return sys.stderr.isatty() or issubclass(tqdm, tqdm_notebook) if disable is None else not disable
+
+
+def has_negative_prompt(given):
+    """Whether a call brings a negative prompt, as text or as embeddings."""
+    embeds = given.negative_prompt_embeds, given.negative_pooled_prompt_embeds
+    return given.negative_prompt is not None or all(each is not None for each in embeds)
+
+
+def spread(tensor, number):
+    """A tensor's rows, each as often as needed for ``number`` of them."""
+    rows = tensor.shape[0]
+    return tensor if rows == number else ops.gather(tensor, ms.Tensor(np.arange(number) * rows // number), 0)
 
 
 def by_branch(values):
@@ -542,5 +583,4 @@ def by_branch(values):
 
 def padded(values, length):
     """A float32 vector, filled with zeros up to ``length``."""
-    values = values.asnumpy()
     return ms.Tensor(np.pad(values, (0, length - len(values))), ms.float32)

@@ -11,6 +11,9 @@ COMPUTE, REUSE, ASK = 1, 0, -1
 MAX_STEPS = 1000
 """Length of every row: Flux is trained on 1000 timesteps, no schedule has more."""
 
+ROUNDING = 1e-6
+"""Noise levels are float32: a step this near to the edge of a window is on it."""
+
 FLUX_MAG_RATIOS = (
     *(1.0, 1.21094, 1.11719, 1.07812, 1.0625, 1.03906, 1.03125, 1.03906, 1.02344, 1.03125, 1.02344, 0.98047, 1.01562),
     *(1.00781, 1.0, 1.00781, 1.0, 1.00781, 1.0, 1.0, 0.99609, 0.99609, 0.98047, 0.98828, 0.96484, 0.95703, 0.93359),
@@ -123,6 +126,18 @@ SCHEDULES = {
 }
 
 
+def progress_of(sigmas, steps):
+    """How much of the sampling lies before each step, (N,) in [0, 1], for ``start`` and ``end`` of a CacheConfig.
+
+    1 - t, t the noise levels (N,) that a caller gives, before the scheduler shifts them; i / N, Flux's own, where it
+    gives none, or where a scheduler makes another number of steps of them. ComfyUI tests the shifted levels, in the
+    same order.
+    """
+    if sigmas is None or len(sigmas) != steps:
+        return np.arange(steps) / steps
+    return 1 - np.asarray(sigmas, float)
+
+
 def row(config, steps, threshold, ends=False, progress=None):
     """COMPUTE, REUSE or ASK for each of the N steps of a generation, (N,).
 
@@ -131,8 +146,7 @@ def row(config, steps, threshold, ends=False, progress=None):
         steps: N.
         threshold: the gate's; at 0 it is never asked.
         ends: whether the gate always computes the first and the last step (TeaCache).
-        progress: (N,), how much of the sampling lies before each step, in [0, 1]: 1 - t, t the noise level before the
-            scheduler shifts it. Default: i / N, Flux's own. ComfyUI tests the shifted levels, in the same order.
+        progress: (N,), as progress_of gives it.
 
     Raises ValueError if config has a mask of another length.
     """
@@ -147,8 +161,8 @@ def row(config, steps, threshold, ends=False, progress=None):
             raise ValueError(f"steps_computation_mask is for {len(mask)} steps, the generation has {steps}")
     if mask is not None:
         actions[mask == 1] = COMPUTE
-    progress = np.arange(steps) / steps if progress is None else np.asarray(progress)[:steps]
-    actions[(progress < config.start) | (progress > config.end)] = COMPUTE
+    progress = progress_of(None, steps) if progress is None else np.asarray(progress)[:steps]
+    actions[(progress < config.start - ROUNDING) | (progress > config.end + ROUNDING)] = COMPUTE
     actions[: config.warmup_steps : config.warmup_interval] = COMPUTE
     actions[0] = COMPUTE
     if ends:

@@ -236,7 +236,8 @@ class Gate:
             buffer.value.asnumpy().reshape(-1, MAX_STEPS)[branch, :steps] for buffer in (self.reused, self.diffs)
         )
         decisions = tuple(None if mark == NOT_REACHED else mark == REUSED for mark in reused.tolist())
-        return GateStats(self.name, decisions, tuple(None if diff == NOT_COMPARED else diff for diff in diffs.tolist()))
+        compared = (diffs != NOT_COMPARED) & np.isfinite(diffs)
+        return GateStats(self.name, decisions, tuple(np.where(compared, diffs, None).tolist()))
 
     def store(self, seen, residual, text_residual):
         """Takes over a computed step: its probes as the references, what the span added into the differences."""
@@ -331,6 +332,7 @@ class CacheContext:
             for gate in plans
         )
         self.buffers = tuple(buffers)
+        self.traced = (self.step, *(each for gate in every_gate(self.gates) for each in (gate.reused, gate.diffs)))
         self.configure(config, steps, sigmas)
 
     def configure(self, config, steps=None, sigmas=None, progress=None):
@@ -374,21 +376,35 @@ class CacheContext:
             buffer.reset()
 
     def begin_step(self, timestep):
-        """Resets if this timestep, a scalar falling within a generation, shows that a new generation has begun.
+        """Resets if a new generation has begun: if forget() told so, or, where nobody tells, if this timestep shows it.
 
-        One that is as large as the last is a new generation's only after a first step, and only where forget() does not
-        tell of generations: a half-precision schedule may repeat a value.
+        Timesteps, scalars, fall within a generation. One that is as large as the last is a new generation's only after
+        a first step: a half-precision schedule may repeat a value.
         """
-        last = self.timestep.read()
-        timestep = timestep.astype(ms.float32)
-        first = 0 if self.told else 1
-        if ops.logical_or(timestep > last, ops.logical_and(timestep == last, self.step.read() <= first)):
-            self.reset()
-        self.timestep.write(timestep)
+        if self.told:
+            if self.step.read() == 0:
+                self.reset()
+        else:
+            last, timestep = self.timestep.read(), timestep.astype(ms.float32)
+            if ops.logical_or(timestep > last, ops.logical_and(timestep == last, self.step.read() <= 1)):
+                self.reset()
+            self.timestep.write(timestep)
 
     def end_step(self):
         """Goes on to the next step."""
         self.step.write(self.step.read() + 1)
+
+    def trace(self):
+        """The steps and decisions of the generation so far, NumPy arrays for ``go_on``."""
+        return [buffer.value.asnumpy() for buffer in self.traced]
+
+    def go_on(self, trace):
+        """Goes on with a generation that another context of this structure has begun; its next step computes."""
+        for branch in range(self.branches):
+            self.select(ms.Tensor(branch, ms.int32))
+            self.reset()
+        for buffer, values in zip(self.traced, trace):
+            ops.assign(buffer.value, ms.Tensor(values))
 
     def forget(self):
         """Makes the next step, of either branch, a generation's first."""

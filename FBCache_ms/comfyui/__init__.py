@@ -4,7 +4,7 @@ mindone 0.5.0's port has no diffusion model, so that its own loaders and sampler
 pipeline here, which patching nodes meet as ComfyUI's ModelPatcher.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Optional
 
 import numpy as np
@@ -54,13 +54,14 @@ class ApplyFBCacheOnModel:
     """Apply First Block Cache, with Comfy-WaveSpeed's inputs, defaults and limits.
 
     The probe is what the first block adds, as in ParaAttention; Comfy-WaveSpeed compares the stream behind that block,
-    so its thresholds for Flux are others. ``start`` and ``end`` count the share of the sampling.
+    so its thresholds for Flux are others.
     """
 
     CATEGORY, FUNCTION, RETURN_TYPES = CATEGORY, "patch", ("MODEL",)
 
     @classmethod
     def INPUT_TYPES(cls):
+        texts = {option.name: option.metadata["text"] for option in fields(CacheConfig)}
         share = {"min": 0.0, "max": 1.0, "step": 0.01}
         return {
             "required": {
@@ -70,8 +71,8 @@ class ApplyFBCacheOnModel:
                     "FLOAT",
                     {"default": 0.0, "min": 0.0, "max": 1.0, "step": 0.001, "tooltip": "0 puts the cache off"},
                 ),
-                "start": ("FLOAT", {"default": 0.0, **share, "tooltip": "no reuse before this share of the sampling"}),
-                "end": ("FLOAT", {"default": 1.0, **share, "tooltip": "no reuse after this share of the sampling"}),
+                "start": ("FLOAT", {"default": 0.0, **share, "tooltip": texts["start"]}),
+                "end": ("FLOAT", {"default": 1.0, **share, "tooltip": texts["end"]}),
                 "max_consecutive_cache_hits": (
                     "INT",
                     {"default": -1, "min": -1, "tooltip": "reuses in a row; -1: no limit, 0 puts the cache off"},
@@ -84,7 +85,8 @@ class ApplyFBCacheOnModel:
 
         Raises ValueError for a model that is not mindone's FluxTransformer2DModel, and for inputs out of their limits.
         """
-        from mindone.diffusers import FluxTransformer2DModel
+        from FBCache_ms.models.transformer_flux_withFBCache import stacks
+        from FBCache_ms.originals import foreign_transformer
 
         if residual_diff_threshold <= 0 or max_consecutive_cache_hits == 0:
             return (model,)
@@ -93,11 +95,10 @@ class ApplyFBCacheOnModel:
         )
         model = model.clone()
         transformer = model.get_model_object(object_to_patch)
-        if not isinstance(transformer, FluxTransformer2DModel):
-            raise ValueError(
-                f"Unsupported model {type(transformer).__name__}; the cache is for mindone's FluxTransformer2DModel"
-            )
-        config.check_blocks(transformer.config.num_layers, transformer.config.num_single_layers)
+        reason = foreign_transformer(transformer)
+        if reason:
+            raise ValueError(reason)
+        config.check_blocks(*stacks(transformer))
         return (replace(model, config=config),)
 
 

@@ -1,5 +1,7 @@
 """The whole denoise loop of Flux as one graph."""
 
+import time
+
 import mindspore as ms
 from mindspore import nn, ops
 
@@ -30,6 +32,7 @@ class FluxDenoiseLoop(nn.Cell):
         super().__init__(auto_prefix=False)
         self.transformer = transformer
         self.cache = cache_context
+        self.step_seconds = None
         # ms.export looks for the graph's Parameters in the Cell that it is given.
         for parameter in cache_context.parameters():
             self.insert_param_to_cell(parameter.name, parameter)
@@ -144,6 +147,22 @@ class FluxDenoiseLoop(nn.Cell):
         guided = output + true_cfg_scale.to(latents.dtype) * (positive - output)
         moved = euler_step(latents, guided, ops.gather(strides, call // branches, 0))
         return ops.where(call % branches == 1, moved, latents), output
+
+    def run(self, inputs, latents, start, stop, wait=True):
+        """The latents after steps start to stop - 1, ``inputs(latents, start, stop)`` being the loop's arguments.
+
+        With ``wait`` they are there when this returns, and the loop knows how long a step takes.
+        """
+        begin = time.perf_counter()
+        latents = self(*inputs(latents, start, stop))
+        if wait:
+            latents.asnumpy()
+            self.step_seconds = (time.perf_counter() - begin) / (stop - start)
+        return latents
+
+    def steps_within(self, seconds):
+        """How many steps take about so long, 1 or more, by how long they took last."""
+        return max(int(seconds / self.step_seconds), 1) if self.step_seconds else 1
 
     def release(self):
         """Gives the cache's memory back."""
