@@ -1,16 +1,23 @@
 """Cells with their compiled graphs, kept for as long as they are right and wanted.
 
-A compiled graph never looks again at what it was made from: layers, adapters and their scales are constants of it, and
-after Parameter.set_data one that branches computes with neither the old weights nor the new ones (MindSpore 2.7.0 and
-2.10.0, CPU).
+A compiled graph never looks again at what it was made from: layers, their methods, hooks and attributes, adapters and
+their scales are constants of it, and after Parameter.set_data one that branches computes with neither the old weights
+nor the new ones (MindSpore 2.7.0 and 2.10.0, CPU).
 """
 
 from collections import OrderedDict
 
 from mindone.peft.tuners.tuners_utils import BaseTunerLayer
 
+from mindspore import nn
+
+from .models.mindones import HOOKS
+
 MOST = 16
 """How many are kept unless told otherwise."""
+
+OWN_TO_MINDSPORE = frozenset(vars(nn.Cell())) | {"made_of"}
+"""A cell's attributes that say nothing of what it computes, but for those that _state names."""
 
 
 class KeptGraphs:
@@ -34,12 +41,12 @@ class KeptGraphs:
 
         The oldest has to go for a new one, but for the last ``in_use``.
         """
-        parameters = list(transformer.get_parameters())
-        key = (key, tuple(map(id, parameters)), constants(transformer))
+        state, objects = made_of(transformer)
+        key = key, state
         if key in self._cells and not self._cells[key].is_true():
             self._cells.pop(key).cell.release()
         if key not in self._cells:
-            self._cells[key] = _Kept(make(), parameters)
+            self._cells[key] = _Kept(make(), list(transformer.get_parameters()), objects)
         self._cells.move_to_end(key)
         for _ in range(len(self._cells) - max(self.most, in_use + 1)):
             _, oldest = self._cells.popitem(last=False)
@@ -52,10 +59,10 @@ class KeptGraphs:
 
 
 class _Kept:
-    """A cell and the Parameters that it was made with, so that no other takes the place of one of them and its id."""
+    """A cell and what it was made with, so that no other object takes the place of one of these and its id."""
 
-    def __init__(self, cell, parameters):
-        self.cell, self.parameters, self.addresses = cell, parameters, None
+    def __init__(self, cell, parameters, objects):
+        self.cell, self.parameters, self.objects, self.addresses = cell, parameters, objects, None
 
     def is_true(self):
         """Whether all weights are where they were when it ran; one that has not run is not to be trusted."""
@@ -73,14 +80,14 @@ def drop_stale_graphs(model, scale=None):
     """
     if model is None:
         return
-    parameters, (adapters, processors) = list(model.get_parameters()), constants(model)
-    now = tuple(map(id, parameters)), adapters and (adapters, scale), processors
+    state, objects = made_of(model)
+    adapted = any(isinstance(layer, BaseTunerLayer) for layer in objects)
+    now = state, scale if adapted else None
     before, _ = getattr(model, "made_of", (now, None))
     if before != now:
         for _, cell in model.cells_and_names():
             cell.compile_cache.clear()
-    # With the Parameters, so that no other takes the place of one of them and its id.
-    model.made_of = now, parameters
+    model.made_of = now, objects
 
 
 def addresses(parameters):
@@ -88,15 +95,34 @@ def addresses(parameters):
     return [parameter.data_ptr() for parameter in parameters]
 
 
-def constants(model):
-    """What a graph takes from a model's layers beside their Parameters: adapters, their scales, processors."""
-    adapters = tuple(
-        (name, tuple(layer.active_adapters), tuple(layer.scaling.items()), layer.disable_adapters, layer.merged)
-        for name, layer in model.cells_and_names()
-        if isinstance(layer, BaseTunerLayer)
-    )
-    processors = tuple(
-        (name, type(processor), str(getattr(processor, "scale", None)))
-        for name, processor in getattr(model, "attn_processors", {}).items()
-    )
-    return adapters, processors
+def made_of(model):
+    """What a graph takes from a model as constants, to be compared, and all objects that are compared by their id.
+
+    The latter have to be kept as long as the former.
+    """
+    objects = []
+
+    def frozen(value):
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value
+        if isinstance(value, (list, tuple)):
+            return tuple([frozen(each) for each in value])
+        if isinstance(value, dict):
+            return tuple([(name, frozen(each)) for name, each in value.items()])
+        objects.append(value)
+        return id(value)
+
+    def attributes(layer):
+        own, kind = vars(layer), type(layer)
+        kinds.update(dict.fromkeys(kind.__mro__))
+        names = sorted(own.keys() - OWN_TO_MINDSPORE)
+        return frozen(layer), frozen(kind), tuple([(name, frozen(own[name])) for name in names])
+
+    state, kinds = [], {}
+    for name, cell in model.cells_and_names():
+        hooks = tuple([frozen(getattr(cell, kind)) for kind in HOOKS])
+        state.append((name, cell.training, cell.mixed_precision_type, hooks, frozen(cell._params), attributes(cell)))
+        if "processor" in vars(cell):
+            state.append(attributes(cell.processor))
+    methods = [frozen(each) for kind in kinds if kind not in nn.Cell.__mro__ for each in vars(kind).values()]
+    return tuple(state + methods), objects

@@ -26,6 +26,7 @@ from mindspore import mint, ops
 
 from .. import rules
 from ..models import transformer_flux_withFBCache
+from ..models.mindones import is_mindones, is_theirs
 from ..models.transformer_flux_withFBCache import behind_double, behind_single, divided_double
 from ..rules import finite_differences, relative_difference, weighted_sum
 from . import cpu_kernels as kernels
@@ -346,51 +347,103 @@ class Weights:
 
     def __get__(self, cell, owner):
         layers = None if cell is None or kernels.LINEAR is None else self.layers(cell)
-        # An adapter is a layer of another type.
-        if layers is None or not {type(layer) for layer in layers} <= {mint.nn.Linear, normalization.RMSNorm}:
+        if layers is None:
             return None
         weights = ()
         for layer in layers:
-            weights += (layer.weight, layer.bias) if isinstance(layer, mint.nn.Linear) else (layer.weight,)
+            # An adapter is a layer of another type.
+            if is_mindones(layer, mint.nn.Linear):
+                weights += (layer.weight, layer.bias)
+            elif is_mindones(layer, normalization.RMSNorm) and layer.bias is None:
+                weights += (layer.weight,)
+            else:
+                return None
         return None if any(weight is None or weight.dtype != ms.float32 for weight in weights) else weights
+
+
+def layer_norm_layers(cell):
+    """What a LayerNorm within a kernel reads: nothing."""
+    plain = is_mindones(cell, mint.nn.LayerNorm) and cell.weight is None and cell.bias is None
+    return () if plain and len(cell.normalized_shape) == 1 else None
+
+
+def modulation_layers(cell, kind):
+    """What a block's AdaLayerNorm reads within a kernel."""
+    plain = is_mindones(cell, kind) and getattr(cell, "emb", None) is None and is_mindones(cell.silu, mint.nn.SiLU)
+    return (cell.linear,) if plain and layer_norm_layers(cell.norm) is not None else None
 
 
 def feed_forward_layers(cell):
     """What FeedForward's kernel reads."""
-    first, _, last = cell.net
-    plain = type(first) is activations.GELU and first.approximate == "tanh"
+    if not is_mindones(cell, attention.FeedForward) or len(cell.net) != 3:
+        return None
+    first, dropout, last = cell.net
+    plain = is_mindones(first, activations.GELU) and first.approximate == "tanh" and drops_nothing(dropout)
     return (first.proj, last) if plain else None
+
+
+def drops_nothing(cell):
+    """Whether a Dropout hands on what it is given."""
+    return is_mindones(cell, mint.nn.Dropout) and not (cell.training and cell.p > 0)
+
+
+def attends_plainly(attn, added):
+    """Whether an attention is what a block's kernel does, with or without a text stream of its own."""
+    if not is_mindones(attn, transformer_flux.FluxAttention) or attn.fused_projections or attn.pre_only == added:
+        return False
+    functions = transformer_flux.apply_rotary_emb, transformer_flux._get_qkv_projections
+    return (
+        is_mindones(attn.processor, transformer_flux.FluxAttnProcessor)
+        and all(map(is_theirs, functions))
+        and (attn.added_kv_proj_dim is not None) == added
+        and attn.query_dim == attn.inner_dim == attn.out_dim == attn.heads * attn.head_dim
+    )
 
 
 def double_block_layers(block):
     """What a double block's kernel reads."""
     attn, feed_forward = block.attn, feed_forward_layers(block.ff)
-    if type(attn.processor) is not transformer_flux.FluxAttnProcessor or attn.fused_projections or not feed_forward:
+    norms = [modulation_layers(norm, normalization.AdaLayerNormZero) for norm in (block.norm1, block.norm1_context)]
+    if None in (*norms, feed_forward, layer_norm_layers(block.norm2)) or not attends_plainly(attn, added=True):
         return None
-    image = block.norm1.linear, attn.to_q, attn.to_k, attn.to_v, attn.norm_q, attn.norm_k, attn.to_out[0]
-    added = attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, attn.norm_added_q, attn.norm_added_k, attn.to_add_out
-    return (*image, *feed_forward, block.norm1_context.linear, *added)
+    inner = attn.norm_q, attn.norm_k, attn.norm_added_q, attn.norm_added_k
+    if not one_epsilon(block.norm1.norm, block.norm1_context.norm, block.norm2) or not one_epsilon(*inner):
+        return None
+    if not drops_nothing(attn.to_out[1]):
+        return None
+    image = attn.to_q, attn.to_k, attn.to_v, attn.norm_q, attn.norm_k, attn.to_out[0]
+    text = attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, attn.norm_added_q, attn.norm_added_k, attn.to_add_out
+    return (*norms[0], *image, *feed_forward, *norms[1], *text)
+
+
+def one_epsilon(*norms):
+    """Whether norms have the same epsilon, since a kernel is given one."""
+    return len({norm.eps for norm in norms}) == 1
 
 
 def single_block_layers(block):
     """What a single block's kernel reads."""
-    attn = block.attn
-    if type(attn.processor) is not transformer_flux.FluxAttnProcessor or attn.fused_projections:
+    attn, norm = block.attn, modulation_layers(block.norm, normalization.AdaLayerNormZeroSingle)
+    activation = is_mindones(block.act_mlp, transformer_flux.GELU) and block.act_mlp.approximate == "tanh"
+    if (
+        norm is None
+        or not activation
+        or not attends_plainly(attn, added=False)
+        or not one_epsilon(attn.norm_q, attn.norm_k)
+    ):
         return None
-    attending = block.norm.linear, attn.to_q, attn.to_k, attn.to_v, attn.norm_q, attn.norm_k
-    return (*attending, block.proj_mlp, block.proj_out)
+    return (*norm, attn.to_q, attn.to_k, attn.to_v, attn.norm_q, attn.norm_k, block.proj_mlp, block.proj_out)
 
 
 def timestep_embedding_layers(cell):
     """What TimestepEmbedding's kernel reads."""
-    plain = cell.cond_proj is None and type(cell.act) is mint.nn.SiLU and cell.post_act is None
+    plain = cell.cond_proj is None and is_mindones(cell.act, mint.nn.SiLU) and cell.post_act is None
     return (cell.linear_1, cell.linear_2) if plain else None
 
 
 def ada_layer_norm_continuous_layers(cell):
     """What AdaLayerNormContinuous's kernel reads."""
-    plain = type(cell.norm) is normalization.LayerNorm and cell.norm.weight is None
-    return (cell.linear,) if plain else None
+    return modulation_layers(cell, normalization.AdaLayerNormContinuous)
 
 
 def fused_double_block(
@@ -415,7 +468,10 @@ def fused_divided_double(cell, image, text, temb, rotary, attention_kwargs):
 
 def fused_behind_double(norm, feed_forward, stream, attended, gate, shift, scale, mlp_gate):
     """behind_double."""
-    if feed_forward.kernel_weights is None or stream.dtype != ms.float32 or gate.shape[0] != stream.shape[0]:
+    whole = (
+        getattr(norm, "kernel_weights", None) is not None and getattr(feed_forward, "kernel_weights", None) is not None
+    )
+    if not whole or stream.dtype != ms.float32 or gate.shape[0] != stream.shape[0]:
         return behind_double(norm, feed_forward, stream, attended, gate, shift, scale, mlp_gate)
     modulation = gate, shift, scale, mlp_gate
     return kernels.BEHIND_DOUBLE(stream, attended, *modulation, number(norm.eps), *feed_forward.kernel_weights)
@@ -540,6 +596,7 @@ FUSED_STAND_INS = (
     (embeddings.Timesteps, "construct", fused_timesteps_cell),
     (embeddings.TimestepEmbedding, "kernel_weights", Weights(timestep_embedding_layers)),
     (embeddings.TimestepEmbedding, "construct", fused_timestep_embedding_cell),
+    (mint.nn.LayerNorm, "kernel_weights", Weights(layer_norm_layers)),
     (attention.FeedForward, "kernel_weights", Weights(feed_forward_layers)),
     (transformer_flux.FluxTransformerBlock, "kernel_weights", Weights(double_block_layers)),
     (transformer_flux.FluxTransformerBlock, "construct", fused_double_block),
@@ -560,9 +617,11 @@ if parser is not None:
 
 
 def install():
-    """Puts every stand-in in its place; to do so again changes nothing."""
+    """Puts every stand-in in its place, but not in that of a function of the user's; to do so again changes nothing."""
     for owner, name, stand_in in STAND_INS + (FUSED_STAND_INS if kernels.KERNELS_FILE else ()):
         if callable(stand_in):
             # MindSpore's parser looks some methods up again by the function's own name.
             stand_in.__name__ = name
+            if not is_theirs(getattr(owner, name)):
+                continue
         setattr(owner, name, stand_in)

@@ -1,9 +1,18 @@
 """One denoise step of Flux with First-Block Cache and TaylorSeer, on mindone's FluxTransformer2DModel."""
 
 from mindone.diffusers.models.modeling_outputs import Transformer2DModelOutput
+from mindone.diffusers.models.normalization import AdaLayerNormZero
+from mindone.diffusers.models.transformers.transformer_flux import (
+    GELU,
+    FluxSingleTransformerBlock,
+    FluxTransformerBlock,
+)
+from mindone.peft.tuners.lora.layer import Linear as LoraLinear
 
 import mindspore as ms
 from mindspore import mint
+
+from .mindones import is_mindones
 
 
 def embed_condition(transformer, encoder_hidden_states, txt_ids, img_ids):
@@ -80,6 +89,30 @@ def controlled(transformer, index, image, given):
     if residuals is not None:
         image = image + residuals[controlnet_index(index, blocks, len(residuals), repeat)]
     return image
+
+
+def is_divisible_double(cell):
+    """Whether a double block runs divided_double's equations."""
+    return is_mindones(cell, FluxTransformerBlock)
+
+
+def is_divisible_single(cell):
+    """Whether a single block runs divided_single's equations, and layers that see each token by itself."""
+    if not is_mindones(cell, FluxSingleTransformerBlock):
+        return False
+    return is_by_token(cell.proj_mlp) and is_mindones(cell.act_mlp, GELU) and is_by_token(cell.proj_out)
+
+
+def is_by_token(layer):
+    """Whether a layer is a linear one, with or without adapters."""
+    if is_mindones(layer, LoraLinear):
+        return is_by_token(layer.base_layer)
+    return is_mindones(layer, mint.nn.Linear)
+
+
+# A graph can ask a cell for an attribute alone. This one is told when the graph is parsed, and so of the block as it is.
+FluxTransformerBlock.is_divisible = property(is_divisible_double)
+FluxSingleTransformerBlock.is_divisible = property(is_divisible_single)
 
 
 def divided_block(transformer, index, image, text, given):
@@ -175,12 +208,33 @@ def modulated(transformer, gate, before, now, temb):
     return transformer.transformer_blocks[0].norm1(before[0], emb=temb)[0]
 
 
+def why_not_probed(transformer):
+    """What keeps ``modulated``, which TeaCache looks at, from a transformer, in words; None if nothing does."""
+    if stacks(transformer)[0] == 0:
+        return "the transformer has no double block"
+    block = transformer.transformer_blocks[0]
+    norm = getattr(block, "norm1", None)
+    if is_mindones(norm, AdaLayerNormZero):
+        return None
+    if norm is None:
+        return f"the first block, {type(block).__name__}, has no norm1"
+    return f"the first block's norm1, {type(norm).__name__}, is not mindone's AdaLayerNormZero as it is there"
+
+
 PROBES = {"residual": residual, "hidden": hidden, "modulated": modulated}
 
 
-def divides(gate, start, first):
-    """Whether block number first - 1, before a gate's span, is divided: only the span needs the text stream behind."""
-    return start < first and not gate.needs_text and not gate.probes_text
+def divides(transformer, gate, start, first):
+    """Whether block number first - 1, before a gate's span, is divided: only the span needs the text stream behind.
+
+    A block of the user's own is run as it is.
+    """
+    if start >= first or gate.needs_text or gate.probes_text:
+        return False
+    doubles = stacks(transformer)[0]
+    if first > doubles:
+        return getattr(transformer.single_transformer_blocks[first - 1 - doubles], "is_divisible", False)
+    return getattr(transformer.transformer_blocks[first - 1], "is_divisible", False)
 
 
 def approach(transformer, gate, start, image, text, given):
@@ -188,7 +242,7 @@ def approach(transformer, gate, start, image, text, given):
     text_behind takes where the block before the span is divided.
     """
     first, before, unfinished = gate.span(*stacks(transformer))[0], (image, text), ()
-    divided = divides(gate, start, first)
+    divided = divides(transformer, gate, start, first)
     image, text = run_blocks(transformer, start, first - 1 if divided else first, image, text, given)
     if divided:
         image, unfinished = divided_block(transformer, first - 1, image, text, given)
@@ -201,7 +255,7 @@ def reached_shapes(transformer, gate, image, text, temb):
     """The shapes of what approach returns from the first block on, from those of streams and modulation vector."""
     doubles, first = stacks(transformer)[0], gate.span(*stacks(transformer))[0]
     unfinished = (text, text, text, temb) if first > doubles else (text, text, temb, temb, temb, temb)
-    return (image, text) + gate.seen_shapes + (unfinished if divides(gate, 0, first) else ())
+    return (image, text) + gate.seen_shapes + (unfinished if divides(transformer, gate, 0, first) else ())
 
 
 def reuse(gate, reached):

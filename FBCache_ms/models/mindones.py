@@ -1,0 +1,29 @@
+"""What of a transformer is mindone's own: only that may be run by equations or kernels that stand for it."""
+
+AUTHORS = "mindone", "mindspore", "builtins", __name__.partition(".")[0]
+"""Packages whose functions are not the user's: this one has the CPU's stand-ins, MindSpore has some written in C++."""
+
+HOOKS = "_forward_pre_hook", "_forward_hook"
+
+
+def is_theirs(function):
+    """Whether a function is not the user's; a wrapper, a partial function and an object that can be called are."""
+    module = getattr(function, "__globals__", {}).get("__name__", type(function).__module__)
+    return module.partition(".")[0] in AUTHORS
+
+
+def is_mindones(thing, kind):
+    """Whether a cell, or an attention processor, computes what a class of mindone's or MindSpore's does.
+
+    It has the methods of that class, whatever its own, and none of them is the user's; it has no hook, and is not cast
+    to another precision.
+    """
+    own = {name for name, value in vars(kind).items() if callable(value) and not isinstance(value, type)}
+    methods = {name for name in own | {"construct", "__call__"} if hasattr(kind, name)} - {"__init__"}
+    return (
+        all(getattr(type(thing), name, None) is getattr(kind, name) for name in methods)
+        and all(is_theirs(getattr(kind, name)) for name in methods)
+        and methods.isdisjoint(vars(thing))
+        and not any(getattr(thing, hooks, None) for hooks in HOOKS)
+        and getattr(thing, "mixed_precision_type", None) is None
+    )
