@@ -18,8 +18,8 @@ from mindspore import nn
 from .device import current_device
 from .flops import step_costs
 from .kept_graphs import KeptGraphs
+from .models.mindones import foreign_transformer
 from .models.transformer_flux_withFBCache import cached_forward
-from .originals import foreign_transformer
 from .schedules import progress_of
 from .stats import BRANCHES
 from .utils import CacheContext
@@ -159,11 +159,9 @@ class CachedTransformer(StandIn):
         return output
 
     def step_for(self, latents, text_len, scheduler):
-        """The cached step for these shapes: the generation's own after its first call for them, which resets it."""
+        """The cached step for these shapes; the first call of a generation resets it."""
         batch_size, seq_len, _ = latents.shape
         key = (batch_size, seq_len, text_len, latents.dtype)
-        if key in self.chosen:
-            return self.chosen[key]
         begin, whole = scheduler.begin_index or 0, len(scheduler.timesteps)
         steps, sigmas = whole - begin, scheduler.sigmas.asnumpy()[begin:]
         settings, transformer = for_steps(self.cache_settings, steps), self.stood_for
@@ -174,10 +172,15 @@ class CachedTransformer(StandIn):
             current_device().prepare(step, transformer)
             return step
 
+        before = self.chosen.get(key)
         step = self.steps.get(transformer, (*key, settings.structure), make, in_use=len(self.chosen))
+        if step is before:
+            return step
         step.cache_context.forget()
-        progress = progress_of(self.sigmas, whole)[begin:]
-        step.cache_context.configure(settings, steps, sigmas, progress)
+        step.cache_context.configure(settings, steps, sigmas, progress_of(self.sigmas, whole)[begin:])
+        if before is not None:
+            # A callback has changed adapters or weights, which a compiled graph does not see.
+            step.cache_context.go_on(before.cache_context.trace())
         self.costs = step_costs(transformer.config, batch_size, seq_len, text_len)
         self.chosen[key] = step
         return step
@@ -299,7 +302,7 @@ def attention_inputs(transformer, attention_kwargs):
         logger.warning(f"joint_attention_kwargs {', '.join(ignored)} are not known to Flux's attention: ignored")
     for processor in image_prompted:
         # mindone's has a __call__ alone, where a graph looks for construct.
-        processor.construct = processor.__call__
+        vars(processor).setdefault("construct", processor.__call__)
     return {name: taken[name] for name in ATTENTION_INPUTS if name in taken} or None
 
 

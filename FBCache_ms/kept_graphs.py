@@ -7,8 +7,6 @@ nor the new ones (MindSpore 2.7.0 and 2.10.0, CPU).
 
 from collections import OrderedDict
 
-from mindone.peft.tuners.tuners_utils import BaseTunerLayer
-
 from mindspore import nn
 
 from .models.mindones import HOOKS
@@ -28,7 +26,11 @@ class KeptGraphs:
     """
 
     def __init__(self, most=MOST):
-        self.most, self._cells = most, OrderedDict()
+        self.most, self._cells, self._stale = most, OrderedDict(), []
+
+    def __deepcopy__(self, memo):
+        """A copy of what they run finds none of its graphs here."""
+        return KeptGraphs(self.most)
 
     def __len__(self):
         return len(self._cells)
@@ -39,12 +41,15 @@ class KeptGraphs:
     def get(self, transformer, key, make, in_use=0):
         """The cell for this transformer as it is and this key; make() makes one.
 
-        The oldest has to go for a new one, but for the last ``in_use``.
+        The oldest has to go for a new one, but for the last ``in_use``. One whose weights have moved goes with the next
+        call, since what it knows of its generation may still be wanted.
         """
+        while self._stale:
+            self._stale.pop().cell.release()
         state, objects = made_of(transformer)
         key = key, state
         if key in self._cells and not self._cells[key].is_true():
-            self._cells.pop(key).cell.release()
+            self._stale.append(self._cells.pop(key))
         if key not in self._cells:
             self._cells[key] = _Kept(make(), list(transformer.get_parameters()), objects)
         self._cells.move_to_end(key)
@@ -52,6 +57,18 @@ class KeptGraphs:
             _, oldest = self._cells.popitem(last=False)
             oldest.cell.release()
         return self._cells[key].cell
+
+    @property
+    def last(self):
+        """The cell that get() gave last, None before."""
+        return next(reversed(self._cells.values())).cell if self._cells else None
+
+    def clear(self):
+        """Lets all of them go."""
+        for kept in (*self._cells.values(), *self._stale):
+            kept.cell.release()
+        self._cells.clear()
+        self._stale.clear()
 
     def settle(self):
         """To be called when the cell that get() gave last has run: only then weights have their addresses."""
@@ -66,33 +83,38 @@ class _Kept:
 
     def is_true(self):
         """Whether all weights are where they were when it ran; one that has not run is not to be trusted."""
-        return self.addresses is not None and self.addresses == addresses(self.parameters)
+        # One by one: MindSpore prints an error for each that is nowhere.
+        addresses = zip(self.parameters, self.addresses or ())
+        return self.addresses is not None and all(parameter.data_ptr() == there for parameter, there in addresses)
 
     def settle(self):
-        self.addresses = self.addresses or addresses(self.parameters)
+        self.addresses = self.addresses or [parameter.data_ptr() for parameter in self.parameters]
 
 
-def drop_stale_graphs(model, scale=None):
-    """Lets a model that MindSpore compiles by itself do so anew, if its layers or adapters are not as they were.
+def drop_stale_graphs(model):
+    """Lets a model that MindSpore compiles by itself do so anew, if its layers, adapters or weights are others.
 
-    MindSpore finds a cell's graph again by the cell and its inputs alone. ``scale`` is what its adapters will be given;
-    no model, None, has no graphs.
+    MindSpore finds a cell's graph again by the cell and its inputs alone. It sees weights that set_data replaces, but
+    not those that set_dtype does. No model, None, has no graphs.
     """
     if model is None:
         return
-    state, objects = made_of(model)
-    adapted = any(isinstance(layer, BaseTunerLayer) for layer in objects)
-    now = state, scale if adapted else None
+    now, objects = made_of(model)
     before, _ = getattr(model, "made_of", (now, None))
-    if before != now:
-        for _, cell in model.cells_and_names():
-            cell.compile_cache.clear()
+    if before != now or any(is_nowhere(cell) for _, cell in model.cells_and_names() if cell.compile_cache):
+        drop_graphs(model)
     model.made_of = now, objects
 
 
-def addresses(parameters):
-    """Where the Parameters' values are in memory."""
-    return [parameter.data_ptr() for parameter in parameters]
+def is_nowhere(cell):
+    """Whether the first weight of a cell that has run is not in the device's memory any more."""
+    return any(parameter.data_ptr() == 0 for parameter in list(cell.get_parameters())[:1])
+
+
+def drop_graphs(model):
+    """Lets a model, and each of its layers that is compiled by itself, compile anew."""
+    for _, cell in model.cells_and_names():
+        cell.compile_cache.clear()
 
 
 def made_of(model):

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from tqdm.notebook import tqdm_notebook
 
 import mindspore as ms
-from mindspore import ops
+from mindspore import nn, ops
 
 from .cached_transformer import (
     CachedTransformer,
@@ -35,14 +35,14 @@ from .cached_transformer import (
 )
 from .call_inputs import check_call, check_shape
 from .checkpoint import check_checkpoint, check_fit
-from .config import CacheConfig
+from .config import WITH_TEACACHE, CacheConfig
 from .device import current_device, prepare_device
 from .flops import step_costs
 from .gates import knobs
-from .kept_graphs import MOST, KeptGraphs, drop_stale_graphs
+from .kept_graphs import MOST, KeptGraphs, drop_graphs, drop_stale_graphs
 from .models.denoise_loop import FluxDenoiseLoop
-from .models.transformer_flux_withFBCache import stacks
-from .originals import foreign_scheduler, foreign_transformer, replaced
+from .models.mindones import foreign_scheduler, foreign_transformer, replaced
+from .models.transformer_flux_withFBCache import stacks, why_not_probed
 from .schedules import MAX_STEPS, progress_of, row
 
 logger = logging.get_logger(__name__)
@@ -118,7 +118,7 @@ class FluxPipeline(MindoneFluxPipeline):
         self.graph_compilations = self.graphs_from_cache = 0
         self.cache_stats = None
         self.seconds = {}
-        self._loops, self._loop = KeptGraphs(), None
+        self._loops = KeptGraphs()
 
     @classmethod
     def from_pretrained(
@@ -168,15 +168,23 @@ class FluxPipeline(MindoneFluxPipeline):
             pipe.device = device
         return pipe
 
+    def to(self, dtype):
+        """mindone's: another dtype for every part, with graphs that are compiled anew."""
+        self._loops.clear()
+        for part in self.components.values():
+            if isinstance(part, nn.Cell):
+                drop_graphs(part)
+        return super().to(dtype)
+
     @property
     def cache_context(self):
         """The last call's CacheContext, within a call its own; None before the first call."""
-        return self._loop.cache if self._loop else None
+        return self._loops.last.cache if self._loops else None
 
     @property
     def cache_bytes(self):
         """Bytes that the last call's CacheContext takes, 0 before the first call."""
-        return self._loop.cache.nbytes if self._loop else 0
+        return self.cache_context.nbytes if self._loops else 0
 
     def check_inputs(self, prompt, prompt_2, height, width, *args, **kwargs):
         """mindone's checks, and: ValueError for an empty prompt list and for sizes that it would round."""
@@ -227,7 +235,7 @@ class FluxPipeline(MindoneFluxPipeline):
             config = (self.cache_config or CacheConfig()).switched_off()
         elif reason is None:
             refuse_stg(given.joint_attention_kwargs)
-            config.check_blocks(*stacks(self.transformer))
+            check_structure(config, self.transformer)
             row(config, given.num_inference_steps, 1.0)
             config = for_steps(config, given.num_inference_steps)
         # The scale of adapters is set here and not in mindone's methods, so that it is taken back whatever happens.
@@ -390,10 +398,9 @@ class FluxPipeline(MindoneFluxPipeline):
         inputs.follow(scheduler)
         # Adapters or weights may be others now, and a compiled graph would not see that.
         self._loops.settle()
-        trace = loop.cache.trace()
         other = self._loop_for(config, latents, inputs)
         if other is not loop:
-            other.cache.go_on(trace)
+            other.cache.go_on(loop.cache.trace())
         return other, tensors["latents"]
 
     def _decode(self, given, latents):
@@ -414,7 +421,7 @@ class FluxPipeline(MindoneFluxPipeline):
         return foreign_scheduler(self.scheduler) or foreign_transformer(self.transformer)
 
     def _loop_for(self, config, latents, inputs):
-        """The denoise loop for these latents, inputs and structure, compiled; it becomes the pipeline's last one."""
+        """The denoise loop for these latents, inputs and structure, compiled."""
         transformer, branches, steps = self.transformer, inputs.branches, self._num_timesteps
 
         def make():
@@ -425,7 +432,7 @@ class FluxPipeline(MindoneFluxPipeline):
             return loop
 
         key = (*latents.shape[:2], inputs.text_len, branches, latents.dtype, config.structure)
-        loop = self._loop = self._loops.get(transformer, key, make)
+        loop = self._loops.get(transformer, key, make)
         if self.use_graph_mode:
             compiled_before = len(loop.compile_cache)
             arguments = inputs(latents, 0, steps)
@@ -534,7 +541,7 @@ def apply_cache_on_pipe(pipe, config=None, kept_shapes=MOST):
     reason = foreign_transformer(transformer)
     if reason:
         raise ValueError(reason)
-    config.check_blocks(*stacks(transformer))
+    check_structure(config, transformer)
     if given is not transformer and given.pipe() is pipe:
         given.cache_settings, given.steps.most = config, kept_shapes
         given.begin_generation()
@@ -553,6 +560,14 @@ def remove_cache_from_pipe(pipe):
     for name, kind in {"transformer": CachedTransformer, "scheduler": ToldScheduler}.items():
         if type(getattr(pipe, name, None)) is kind:
             pipe.__dict__[name] = getattr(pipe, name).stood_for
+
+
+def check_structure(config, transformer):
+    """Raises ValueError if a transformer does not have the blocks, or the first block, that a CacheConfig needs."""
+    config.check_blocks(*stacks(transformer))
+    reason = why_not_probed(transformer) if config.gate in WITH_TEACACHE else None
+    if reason:
+        raise ValueError(f"gate {config.gate!r} looks at what modulates the first block: {reason}")
 
 
 def is_watched(pipe):

@@ -23,7 +23,7 @@ from FBCache_ms.cached_transformer import CachedStep
 from FBCache_ms.checkpoint import TINY_FLUX
 from FBCache_ms.gates import knobs
 from FBCache_ms.models.transformer_flux_withFBCache import FBCache_transformer_construct, embed_condition
-from FBCache_ms.pipeline_flux import watched
+from FBCache_ms.pipeline_flux import is_watched
 
 PROMPT = "a big red circle in the center, blue background"
 OTHER = "a small green square on the left, black background"
@@ -263,7 +263,7 @@ def test_a_progress_bar_shows_each_step_when_asked_for(pipe, capfd):
 def test_the_progress_bar_is_for_people(pipe, monkeypatch, terminal):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
     monkeypatch.setattr(pipe, "_progress_bar_config", {})
-    assert watched(pipe) is terminal
+    assert is_watched(pipe) is terminal
 
 
 def test_mindones_own_pipeline_takes_the_cached_step(pipe, mindone_pipe, graph_mode, monkeypatch):

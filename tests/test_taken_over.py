@@ -15,7 +15,7 @@ import mindspore as ms
 
 from FBCache_ms import CacheConfig, FluxPipeline, apply_cache_on_pipe, remove_cache_from_pipe
 from FBCache_ms.cached_transformer import adapters_scaled, turn
-from FBCache_ms.originals import foreign_scheduler, foreign_transformer
+from FBCache_ms.models.mindones import foreign_scheduler, foreign_transformer
 from FBCache_ms.pipeline_flux import is_watched
 
 PROMPT, STEPS = "a big red circle in the center, blue background", 4
@@ -245,7 +245,7 @@ def test_a_watched_loop_runs_in_pieces_of_about_half_a_second(pipe, monkeypatch)
     pieces = []
     monkeypatch.setattr(pipe, "progress_bar", lambda total: tqdm(total=total, disable=True), raising=False)
     plain = draw(pipe, num_inference_steps=10)
-    loop = pipe._loop
+    loop = pipe._loops.last
 
     def run(inputs, latents, start, stop, wait=True):
         latents = type(loop).run(loop, inputs, latents, start, stop, wait)

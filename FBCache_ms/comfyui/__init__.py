@@ -85,8 +85,8 @@ class ApplyFBCacheOnModel:
 
         Raises ValueError for a model that is not mindone's FluxTransformer2DModel, and for inputs out of their limits.
         """
+        from FBCache_ms.models.mindones import foreign_transformer
         from FBCache_ms.models.transformer_flux_withFBCache import stacks
-        from FBCache_ms.originals import foreign_transformer
 
         if residual_diff_threshold <= 0 or max_consecutive_cache_hits == 0:
             return (model,)

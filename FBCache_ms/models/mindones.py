@@ -1,4 +1,10 @@
-"""What of a transformer is mindone's own: only that may be run by equations or kernels that stand for it."""
+"""What is mindone's own: only that may be run by what stands for it; what is the user's is run as it is, or refused."""
+
+from mindone.diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from mindone.diffusers.models.embeddings import (
+    CombinedTimestepGuidanceTextProjEmbeddings,
+    CombinedTimestepTextProjEmbeddings,
+)
 
 AUTHORS = "mindone", "mindspore", "builtins", __name__.partition(".")[0]
 """Packages whose functions are not the user's: this one has the CPU's stand-ins, MindSpore has some written in C++."""
@@ -27,3 +33,44 @@ def is_mindones(thing, kind):
         and not any(getattr(thing, hooks, None) for hooks in HOOKS)
         and getattr(thing, "mixed_precision_type", None) is None
     )
+
+
+SCHEDULER_METHODS = ("step", "step_index", "_init_step_index")
+"""What the denoise loop does in the scheduler's place."""
+
+
+def replaced(thing, original, names):
+    """The first of these methods that are not mindone's own, from the class ``original``; None where all are."""
+    own = getattr(thing, "__dict__", {})
+    for name in names:
+        method = getattr(original, name)
+        if name in own or getattr(type(thing), name, None) is not method or not is_theirs(method):
+            return name
+    return None
+
+
+def foreign_scheduler(scheduler):
+    """Why the denoise loop cannot take a scheduler's steps, in words; None where it can."""
+    name = type(scheduler).__name__
+    if getattr(getattr(scheduler, "config", None), "stochastic_sampling", False):
+        return f"scheduler {name} samples stochastically"
+    if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        return f"scheduler {name} is no FlowMatchEulerDiscreteScheduler"
+    method = replaced(scheduler, FlowMatchEulerDiscreteScheduler, SCHEDULER_METHODS)
+    return method and f"scheduler {name} has a {method} of its own"
+
+
+def foreign_transformer(transformer):
+    """Why the cached step cannot take a transformer's place, in words; None where it can."""
+    if not isinstance(transformer, FluxTransformer2DModel):
+        return f"Unsupported model {type(transformer).__name__}; the cache is for mindone's FluxTransformer2DModel"
+    method = replaced(transformer, FluxTransformer2DModel, ("construct", "__call__"))
+    if method:
+        return f"transformer {type(transformer).__name__} has a {method} of its own"
+    if any(getattr(transformer, hooks) for hooks in HOOKS):
+        return f"transformer {type(transformer).__name__} has forward hooks"
+    embedder = transformer.time_text_embed
+    kinds = CombinedTimestepTextProjEmbeddings, CombinedTimestepGuidanceTextProjEmbeddings
+    if all(replaced(embedder, kind, ("construct",)) for kind in kinds):
+        return f"time_text_embed {type(embedder).__name__} has a construct of its own"
+    return None
