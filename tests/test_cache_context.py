@@ -4,10 +4,12 @@ import references as ref
 from replay import Streams, replay
 
 import mindspore as ms
+from mindspore import ops
 
 from FBCache_ms import CacheConfig, CacheContext, rules
 from FBCache_ms.rules import GAPS, WEIGHTS
-from FBCache_ms.stats import CacheStats, GateStats
+from FBCache_ms.schedules import MAX_STEPS
+from FBCache_ms.stats import NOT_COMPARED, CacheStats, GateStats
 
 SHAPE = (1, 4, 3)
 
@@ -218,3 +220,15 @@ def test_stats_print_as_a_small_table():
         "uncond  fbcache  2         1       1            -",
         "37.5% of the operations skipped",
     ]
+
+
+def test_a_difference_that_is_no_number_is_told_as_none():
+    context = CacheContext(1, 2, 4)
+    differences = np.full(MAX_STEPS, NOT_COMPARED, np.float32)
+    differences[:4] = np.nan, np.inf, -np.inf, 0.5
+    ops.assign(context.gates[0].diffs.value, ms.Tensor(differences))
+    ops.assign(context.gates[0].reused.value, ms.Tensor(np.zeros(MAX_STEPS), ms.int32))
+    ops.assign(context.step.value, ms.Tensor(5, ms.int32))
+    stats = context.stats()
+    assert stats.residual_diffs == (None, None, None, 0.5, None)
+    assert "0.500 .. 0.500" in str(stats) and "nan" not in str(stats)
