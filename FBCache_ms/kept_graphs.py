@@ -6,6 +6,7 @@ nor the new ones (MindSpore 2.7.0 and 2.10.0, CPU).
 """
 
 from collections import OrderedDict
+from itertools import islice
 
 from mindone.peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -16,8 +17,10 @@ from .models.mindones import HOOKS
 MOST = 16
 """How many are kept unless told otherwise."""
 
-OWN_TO_MINDSPORE = frozenset(vars(nn.Cell())) | {"made_of"}
-"""A cell's attributes that say nothing of what it computes, but for those that _state names."""
+VALUES = {type(None), bool, int, float, str}
+
+MINDSPORES = dict.fromkeys([*vars(nn.Cell()), "made_of"])
+"""A cell's attributes that say nothing of what it computes, but for those that made_of names; all but the last first."""
 
 
 class KeptGraphs:
@@ -100,10 +103,10 @@ def made_of(model):
 
     The latter have to be kept as long as the former.
     """
-    objects = []
+    state, objects, kinds, layers = [], [], {}, [model]
 
     def frozen(value):
-        if value is None or isinstance(value, (bool, int, float, str)):
+        if type(value) in VALUES:
             return value
         if isinstance(value, (list, tuple)):
             return tuple([frozen(each) for each in value])
@@ -112,17 +115,21 @@ def made_of(model):
         objects.append(value)
         return id(value)
 
-    def attributes(layer):
-        own, kind = vars(layer), type(layer)
-        kinds.update(dict.fromkeys(kind.__mro__))
-        names = sorted(own.keys() - OWN_TO_MINDSPORE)
-        return frozen(layer), frozen(kind), tuple([(name, frozen(own[name])) for name in names])
-
-    state, kinds = [], {}
-    for name, cell in model.cells_and_names():
-        hooks = tuple([frozen(getattr(cell, kind)) for kind in HOOKS])
-        state.append((name, cell.training, cell.mixed_precision_type, hooks, frozen(cell._params), attributes(cell)))
-        if "processor" in vars(cell):
-            state.append(attributes(cell.processor))
-    methods = [frozen(each) for kind in kinds if kind not in nn.Cell.__mro__ for each in vars(kind).values()]
-    return tuple(state + methods), objects
+    while layers:
+        layer = layers.pop()
+        own, kinds[type(layer)] = vars(layer), None
+        objects.append(layer)
+        state += id(layer), type(layer)
+        for name, value in islice(own.items(), len(MINDSPORES) - 1, None):
+            if name not in MINDSPORES:
+                state += name, value if type(value) in VALUES else frozen(value)
+        if isinstance(layer, nn.Cell):
+            state += layer.training, layer.mixed_precision_type, *layer._cells
+            state += [frozen(own[hooks]) for hooks in HOOKS if own[hooks]]
+            state += [frozen(parameter) for parameter in layer._params.values()]
+            layers += layer._cells.values()
+            if "processor" in own:
+                layers.append(layer.processor)
+    bases = dict.fromkeys(base for kind in kinds for base in kind.__mro__ if base not in nn.Cell.__mro__)
+    state += [frozen(each) for base in bases for each in vars(base).values()]
+    return tuple(state), objects

@@ -3,7 +3,8 @@
 AUTHORS = "mindone", "mindspore", "builtins", __name__.partition(".")[0]
 """Packages whose functions are not the user's: this one has the CPU's stand-ins, MindSpore has some written in C++."""
 
-HOOKS = "_forward_pre_hook", "_forward_hook"
+HOOKS = "_lazy_forward_pre_hook", "_lazy_forward_hook"
+"""Where MindSpore keeps a cell's hooks, from the first one that is registered."""
 
 
 def is_theirs(function):
@@ -24,6 +25,19 @@ def is_mindones(thing, kind):
         all(getattr(type(thing), name, None) is getattr(kind, name) for name in methods)
         and all(is_theirs(getattr(kind, name)) for name in methods)
         and methods.isdisjoint(vars(thing))
-        and not any(getattr(thing, hooks, None) for hooks in HOOKS)
+        and not any(vars(thing).get(hooks) for hooks in HOOKS)
         and getattr(thing, "mixed_precision_type", None) is None
     )
+
+
+class AtParsing:
+    """A cell's attribute that is asked for when a graph is parsed: test(cell), of the cell as it is then.
+
+    A graph can ask a cell for an attribute alone, and takes a property for a method that it compiles.
+    """
+
+    def __init__(self, test):
+        self.test = test
+
+    def __get__(self, cell, owner):
+        return cell is not None and self.test(cell)

@@ -12,7 +12,7 @@ from mindone.peft.tuners.lora.layer import Linear as LoraLinear
 import mindspore as ms
 from mindspore import mint
 
-from .mindones import is_mindones
+from .mindones import AtParsing, is_mindones
 
 
 def embed_condition(transformer, encoder_hidden_states, txt_ids, img_ids):
@@ -110,9 +110,8 @@ def is_by_token(layer):
     return is_mindones(layer, mint.nn.Linear)
 
 
-# A graph can ask a cell for an attribute alone. This one is told when the graph is parsed, and so of the block as it is.
-FluxTransformerBlock.is_divisible = property(is_divisible_double)
-FluxSingleTransformerBlock.is_divisible = property(is_divisible_single)
+FluxTransformerBlock.is_divisible = AtParsing(is_divisible_double)
+FluxSingleTransformerBlock.is_divisible = AtParsing(is_divisible_single)
 
 
 def divided_block(transformer, index, image, text, given):
