@@ -6,7 +6,7 @@ nor the new ones (MindSpore 2.7.0 and 2.10.0, CPU).
 """
 
 from collections import OrderedDict
-from itertools import islice
+from weakref import WeakKeyDictionary
 
 from mindspore import nn
 
@@ -16,9 +16,13 @@ MOST = 16
 """How many are kept unless told otherwise."""
 
 VALUES = {type(None), bool, int, float, str}
+"""Types of attributes that are compared by value, and not by which object they are."""
 
-MINDSPORES = dict.fromkeys([*vars(nn.Cell()), "made_of"])
-"""A cell's attributes that say nothing of what it computes, but for those that made_of names; all but the last first."""
+OF_EVERY_CELL = frozenset(vars(nn.Cell()))
+"""Attributes that say nothing of what a cell computes, but for those that made_of names."""
+
+_MADE_OF = WeakKeyDictionary()
+"""What a model was made of when drop_stale_graphs saw it last."""
 
 
 class KeptGraphs:
@@ -103,10 +107,10 @@ def drop_stale_graphs(model):
     if model is None:
         return
     now, objects = made_of(model)
-    before, _ = getattr(model, "made_of", (now, None))
+    before, _ = _MADE_OF.get(model, (now, None))
     if before != now or any(is_nowhere(cell) for _, cell in model.cells_and_names() if cell.compile_cache):
         drop_graphs(model)
-    model.made_of = now, objects
+    _MADE_OF[model] = now, objects
 
 
 def is_nowhere(cell):
@@ -127,31 +131,31 @@ def made_of(model):
     """
     state, objects, kinds, layers = [], [], {}, [model]
 
-    def frozen(value):
+    def told(value):
+        """A value, or the id of an object, or those of a collection's entries."""
         if type(value) in VALUES:
             return value
         if isinstance(value, (list, tuple)):
-            return tuple([frozen(each) for each in value])
+            return tuple([told(each) for each in value])
         if isinstance(value, dict):
-            return tuple([(name, frozen(each)) for name, each in value.items()])
+            return tuple([(name, told(each)) for name, each in value.items()])
         objects.append(value)
         return id(value)
 
     while layers:
         layer = layers.pop()
         own, kinds[type(layer)] = vars(layer), None
-        objects.append(layer)
-        state += id(layer), type(layer)
-        for name, value in islice(own.items(), len(MINDSPORES) - 1, None):
-            if name not in MINDSPORES:
-                state += name, value if type(value) in VALUES else frozen(value)
+        state += told(layer), type(layer)
+        for name in sorted(own.keys() - OF_EVERY_CELL):
+            state += name, told(own[name])
         if isinstance(layer, nn.Cell):
-            state += layer.training, layer.mixed_precision_type, *layer._cells
-            state += [frozen(own[hooks]) for hooks in HOOKS if own[hooks]]
-            state += [frozen(parameter) for parameter in layer._params.values()]
+            state += (layer.training, layer.mixed_precision_type, *layer._cells)
+            state += [told(own[hooks]) for hooks in HOOKS if own[hooks]]
+            state += [told(parameter) for parameter in layer._params.values()]
             layers += layer._cells.values()
-            if "processor" in own:
-                layers.append(layer.processor)
+        if "processor" in own:
+            layers.append(layer.processor)
+    # Methods may be replaced in a class, too.
     bases = dict.fromkeys(base for kind in kinds for base in kind.__mro__ if base not in nn.Cell.__mro__)
-    state += [frozen(each) for base in bases for each in vars(base).values()]
+    state += [told(each) for base in bases for each in vars(base).values()]
     return tuple(state), objects

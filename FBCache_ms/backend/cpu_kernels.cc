@@ -1,7 +1,7 @@
 // Operators of Flux that MindSpore's CPU backend has as chains of small kernels only, each in one pass, in float32.
 //
 // The interface is that of MindSpore's ahead-of-time Custom operators: the inputs, then the outputs; beside each kernel
-// the shapes and types of these. Shapes are the caller's to check.
+// the shapes and types of these. A graph with inputs that do not fit is refused where it is compiled, and where it runs.
 
 #include <dlfcn.h>
 #include <sched.h>
@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cctype>
 #include <cmath>
 #include <condition_variable>
 #include <cstdint>
@@ -17,7 +18,9 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <sstream>
 #include <stdexcept>
+#include <string>
 #include <system_error>
 #include <thread>
 #include <utility>
@@ -208,6 +211,80 @@ int64_t product(const int64_t *shape, int first, int last) {
   return result;
 }
 
+// The sizes of a kernel's inputs as it names them: "B S D, T+S d, 6D D, ... K, 1". A letter is one size wherever it
+// stands, dots are the same axes, and 1 by itself is one element of any number of axes.
+class Sizes {
+ public:
+  Sizes(const int *ranks, const int64_t *const *shapes) : ranks_(ranks), shapes_(shapes) {
+    std::fill(std::begin(letters_), std::end(letters_), -1);
+  }
+
+  // Throws unless the inputs have the sizes that are named.
+  void check(const char *kernel, const char *named) {
+    for (int index = 0; *named; ++index) {
+      const std::string input(named, std::strcspn(named, ","));
+      const int64_t *shape = shapes_[index];
+      // Not known yet: it is checked where it runs.
+      if (std::any_of(shape, shape + ranks_[index], [](int64_t size) { return size < 0; })) return;
+      if (!fit(input.c_str(), shape, ranks_[index])) throw std::invalid_argument(error(kernel, index, input));
+      named += input.size();
+      named += std::strspn(named, ", ");
+    }
+  }
+
+ private:
+  bool fit(const char *named, const int64_t *shape, int rank) {
+    if (std::strcmp(named, "1") == 0) return product(shape, 0, rank) == 1;
+    const int others = std::count(named, named + std::strlen(named), ' ');
+    for (int axis = 0;; ++named) {
+      if (*named == '.') {
+        const std::vector<int64_t> dots(shape + axis, shape + std::max(axis, axis + rank - others));
+        if (rank < others || (has_dots_ && dots != dots_)) return false;
+        dots_ = dots;
+        has_dots_ = true;
+        axis += dots.size();
+        named += 3;
+      } else if (axis == rank || !is_sum(&named, shape[axis++])) {
+        return false;
+      }
+      if (!*named) return axis == rank;
+    }
+  }
+
+  // Whether a size is what is named; a letter that stands there for the first time is that size from then on.
+  bool is_sum(const char **named, int64_t size) {
+    for (int64_t sum = 0;; ++*named) {
+      char *at = const_cast<char *>(*named);
+      int64_t term = std::isdigit(*at) ? std::strtol(at, &at, 10) : 1;
+      if (std::isalpha(*at)) {
+        int64_t &letter = letters_[static_cast<int>(*at++)];
+        if (letter < 0) letter = size;
+        term *= letter;
+      }
+      sum += term;
+      *named = at;
+      if (*at != '+') return sum == size;
+    }
+  }
+
+  std::string error(const char *kernel, int index, const std::string &named) const {
+    std::ostringstream text;
+    text << kernel << ": input " << index << " is (";
+    for (int axis = 0; axis < ranks_[index]; ++axis) text << (axis ? ", " : "") << shapes_[index][axis];
+    text << "), not (" << named << ")";
+    for (int letter = 0; letter < 128; ++letter) {
+      if (letters_[letter] >= 0) text << ", " << static_cast<char>(letter) << " = " << letters_[letter];
+    }
+    return text.str();
+  }
+
+  const int *ranks_;
+  const int64_t *const *shapes_;
+  int64_t letters_[128];
+  std::vector<int64_t> dots_;
+  bool has_dots_ = false;
+};
+
 int64_t rounded_up(int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; }
 
 // A tile of a product, as large as the registers hold.
@@ -316,6 +393,10 @@ struct Rotary {
 // Attention of all samples' heads; ``row`` is heads * width.
 void attend_all(const std::vector<Stream> &streams, int64_t batch, int64_t row, int64_t output_row,
                 const Rotary &rotary) {
+  if (rotary.width < 1 || rotary.width % 2 || row % rotary.width) {
+    throw std::invalid_argument("attention: heads of width " + std::to_string(rotary.width) + " for a width of " +
+                                std::to_string(row));
+  }
   const int64_t heads = row / rotary.width;
   int64_t length = 0;
   for (const Stream &stream : streams) length += stream.length;
@@ -495,23 +576,38 @@ void in_pieces_of_both(const int64_t (&rows)[2], int64_t elements, const Work &w
 
 }  // namespace
 
-#define INFER_SHAPE(name) extern "C" std::vector<int64_t> name##InferShape(int *ranks, int64_t **shapes, void *extra)
-#define INFER_SHAPES(name) \
-  extern "C" std::vector<std::vector<int64_t>> name##InferShape(int *ranks, int64_t **shapes, void *extra)
+// A kernel named so checks its inputs' sizes, and has no other tensors than it knows of.
+#define SIZES(name, named) constexpr char name##_sizes[] = named;
+#define CHECK(name) Sizes(ranks, shapes).check(#name, name##_sizes)
+#define INFER(name, result)                                                             \
+  result name##_shape(const int *ranks, int64_t **shapes);                              \
+  extern "C" result name##InferShape(int *ranks, int64_t **shapes, void *extra) {       \
+    CHECK(name);                                                                        \
+    return name##_shape(ranks, shapes);                                                 \
+  }                                                                                     \
+  result name##_shape(const int *ranks, int64_t **shapes)
+#define INFER_SHAPE(name) INFER(name, std::vector<int64_t>)
+#define INFER_SHAPES(name) INFER(name, std::vector<std::vector<int64_t>>)
 #define INFER_TYPE(name) \
   extern "C" int name##InferType(std::vector<int> types, void *extra) { return types[0]; }
 #define INFER_TYPES(name, outputs) \
   extern "C" std::vector<int> name##InferType(std::vector<int> types, void *extra) { \
     return std::vector<int>(outputs, types[0]); \
   }
-#define KERNEL(name)                                                                                          \
+#define KERNEL(name)                                                                                             \
+  int name##_run(int count, void **tensors, int *ranks, int64_t **shapes);                                       \
   extern "C" int name(int count, void **tensors, int *ranks, int64_t **shapes, const char **types, void *stream, \
-                      void *extra)
+                      void *extra) {                                                                             \
+    CHECK(name);                                                                                                 \
+    return name##_run(count, tensors, ranks, shapes);                                                            \
+  }                                                                                                              \
+  int name##_run(int count, void **tensors, int *ranks, int64_t **shapes)
 #define TENSOR(index) static_cast<const float *>(tensors[index])
 #define OUTPUT static_cast<float *>(tensors[count - 1])
 #define OUTPUTS(outputs, index) static_cast<float *>(tensors[count - (outputs) + (index)])
 
 // x w^T + b: x (..., K), w (N, K), b (N). MindSpore has two changes of shape, a product and a sum in its place.
+SIZES(linear, "... K, N K, N")
 INFER_TYPE(linear)
 INFER_SHAPE(linear) {
   std::vector<int64_t> shape(shapes[0], shapes[0] + ranks[0]);
@@ -531,6 +627,7 @@ KERNEL(linear) {
 }
 
 // GELU with tanh, x of any shape.
+SIZES(gelu_tanh, "...")
 INFER_TYPE(gelu_tanh)
 INFER_SHAPE(gelu_tanh) { return {shapes[0], shapes[0] + ranks[0]}; }
 KERNEL(gelu_tanh) {
@@ -545,6 +642,7 @@ KERNEL(gelu_tanh) {
 }
 
 // norm(x) over the last axis of x (..., D), epsilon a scalar.
+SIZES(layer_norm, "... D, 1")
 INFER_TYPE(layer_norm)
 INFER_SHAPE(layer_norm) { return {shapes[0], shapes[0] + ranks[0]}; }
 KERNEL(layer_norm) {
@@ -567,13 +665,19 @@ KERNEL(layer_norm) {
 
 // norm(x) weight + bias over the channels of a group together: x (B, C, ...), weight and bias (C), the number of groups
 // and epsilon scalars.
+SIZES(group_norm, "B C ..., C, C, 1, 1")
 INFER_TYPE(group_norm)
 INFER_SHAPE(group_norm) { return {shapes[0], shapes[0] + ranks[0]}; }
 KERNEL(group_norm) {
   const float *x = TENSOR(0), *weight = TENSOR(1), *bias = TENSOR(2);
   const float epsilon = *TENSOR(4);
   float *y = OUTPUT;
-  const int64_t groups = static_cast<int64_t>(*TENSOR(3)), channels = shapes[0][1] / groups;
+  const int64_t groups = static_cast<int64_t>(*TENSOR(3)), all_channels = shapes[0][1];
+  if (groups < 1 || all_channels % groups) {
+    throw std::invalid_argument("group_norm: " + std::to_string(groups) + " groups of " + std::to_string(all_channels) +
+                                " channels");
+  }
+  const int64_t channels = all_channels / groups;
   const int64_t pixels = product(shapes[0], 2, ranks[0]), size = channels * pixels, all = shapes[0][0] * groups;
   in_pieces(all, all * size, [=](int64_t begin, int64_t end) {
     for (int64_t group = begin; group < end; ++group) {
@@ -594,6 +698,7 @@ KERNEL(group_norm) {
 
 // norm(x) (1 + scale) + shift over the last axis of x (B, L, D), scale and shift from a linear layer of silu(c), c (B, E):
 // x, c, the layer, epsilon.
+SIZES(ada_layer_norm, "B L D, B E, 2D E, 2D, 1")
 INFER_TYPE(ada_layer_norm)
 INFER_SHAPE(ada_layer_norm) { return {shapes[0], shapes[0] + ranks[0]}; }
 KERNEL(ada_layer_norm) {
@@ -615,6 +720,7 @@ KERNEL(ada_layer_norm) {
 }
 
 // w silu(v x + a) + b of x (B, K): x and the two layers.
+SIZES(timestep_embedding, "B K, H K, H, E H, E")
 INFER_TYPE(timestep_embedding)
 INFER_SHAPE(timestep_embedding) { return {shapes[0][0], shapes[3][0]}; }
 KERNEL(timestep_embedding) {
@@ -629,10 +735,14 @@ KERNEL(timestep_embedding) {
   return 0;
 }
 
+#define ATTENDING "6D D, 6D, D D, D, D D, D, D D, D, d, d, D D, D"
+#define FEED_FORWARD "W D, W, D W, D"
+
 // A double block without the end of its text stream: image (B, S, D), text (B, T, D), modulation vector (B, D), cosine
 // and sine (T + S, d), the epsilons of LayerNorm and RMSNorm (2), the image's weights as Attending and FeedForward read
 // them, the text's as Attending does. Then come the image behind the block and what behind_double takes for the text:
 // what it attends to, gate, shift, scale and gate of the MLP.
+SIZES(double_block, "B S D, B T D, B D, T+S d, T+S d, 2, " ATTENDING ", " FEED_FORWARD ", " ATTENDING)
 INFER_TYPES(double_block, 6)
 INFER_SHAPES(double_block) {
   const std::vector<int64_t> image(shapes[0], shapes[0] + 3), text(shapes[1], shapes[1] + 3);
@@ -695,6 +805,7 @@ KERNEL(double_block) {
 
 // behind_double: a stream (B, L, D), what it attends to, gate, shift, scale and gate of the MLP (B, D), the epsilons, and
 // the weights as FeedForward reads them.
+SIZES(behind_double, "B L D, B L D, B D, B D, B D, B D, 1, " FEED_FORWARD)
 INFER_TYPE(behind_double)
 INFER_SHAPE(behind_double) { return {shapes[0], shapes[0] + ranks[0]}; }
 KERNEL(behind_double) {
@@ -710,6 +821,7 @@ KERNEL(behind_double) {
 // A single block: image (B, S, D), text (B, T, D), modulation vector (B, D), cosine and sine (T + S, d), the epsilons,
 // then weights and biases of modulation, queries, keys, values, the RMSNorms' weights, MLP and output. Both streams
 // behind it, text first.
+SIZES(single_block, "B S D, B T D, B D, T+S d, T+S d, 2, 3D D, 3D, D D, D, D D, D, D D, D, d, d, W D, W, D D+W, D")
 INFER_TYPES(single_block, 2)
 INFER_SHAPES(single_block) {
   return {{shapes[1], shapes[1] + 3}, {shapes[0], shapes[0] + 3}};
@@ -760,6 +872,7 @@ KERNEL(single_block) {
 }
 
 // cos(t f), then sin(t f) in a row: times t (N), frequencies f (K). MindSpore takes 3 ms for a thousand times.
+SIZES(sinusoids, "N, K")
 INFER_TYPE(sinusoids)
 INFER_SHAPE(sinusoids) { return {shapes[0][0], 2 * shapes[1][0]}; }
 KERNEL(sinusoids) {
@@ -814,24 +927,27 @@ void finite_differences(int count, void **tensors, const int *ranks, int64_t *co
 }
 
 // A kernel has a fixed number of inputs: one of each kind for every order but 0, which has neither weight nor gap.
-#define OF_ORDER(order)                                                                     \
+#define OF_ORDER(order, orders, ones)                                                       \
+  SIZES(weighted_sum_##order, orders " ..., " ones)                                         \
   INFER_TYPE(weighted_sum_##order)                                                          \
   INFER_SHAPE(weighted_sum_##order) { return {shapes[0] + 1, shapes[0] + ranks[0]}; }       \
   KERNEL(weighted_sum_##order) {                                                            \
     weighted_sum(count, tensors, ranks, shapes);                                            \
     return 0;                                                                               \
   }                                                                                         \
+  SIZES(finite_differences_##order, "..., " orders " ..., " ones)                           \
   INFER_TYPE(finite_differences_##order)                                                    \
   INFER_SHAPE(finite_differences_##order) { return {shapes[1], shapes[1] + ranks[1]}; }     \
   KERNEL(finite_differences_##order) {                                                      \
     finite_differences(count, tensors, ranks, shapes);                                      \
     return 0;                                                                               \
   }
-OF_ORDER(1)
-OF_ORDER(2)
-OF_ORDER(3)
+OF_ORDER(1, "2", "1, 1")
+OF_ORDER(2, "3", "1, 1, 1")
+OF_ORDER(3, "4", "1, 1, 1, 1")
 
 // mean|r - p| / mean|r| of two tensors of one shape: (1), since MindSpore takes an output of no axes for a number.
+SIZES(relative_difference, "... D, ... D")
 INFER_TYPE(relative_difference)
 INFER_SHAPE(relative_difference) { return {1}; }
 KERNEL(relative_difference) {
