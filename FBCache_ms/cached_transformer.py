@@ -88,6 +88,7 @@ class CachedTransformer(StandIn):
             costs=None,
             sigmas=None,
             thread=None,
+            adapters=((), ()),
         )
 
     @property
@@ -162,6 +163,10 @@ class CachedTransformer(StandIn):
         """The cached step for these shapes; the first call of a generation resets it."""
         batch_size, seq_len, _ = latents.shape
         key = (batch_size, seq_len, text_len, latents.dtype)
+        layers, strengths = self.adapters
+        # All that a callback may change is not looked for in each step: that takes as long as a reused one.
+        if key in self.chosen and strengths == strengths_of(layers):
+            return self.chosen[key]
         begin, whole = scheduler.begin_index or 0, len(scheduler.timesteps)
         steps, sigmas = whole - begin, scheduler.sigmas.asnumpy()[begin:]
         settings, transformer = for_steps(self.cache_settings, steps), self.stood_for
@@ -172,15 +177,14 @@ class CachedTransformer(StandIn):
             current_device().prepare(step, transformer)
             return step
 
-        before = self.chosen.get(key)
+        trace = self.chosen[key].cache_context.trace() if key in self.chosen else None
         step = self.steps.get(transformer, (*key, settings.structure), make, in_use=len(self.chosen))
-        if step is before:
-            return step
+        layers = adapters_of(transformer)
+        self.adapters = layers, strengths_of(layers)
         step.cache_context.forget()
         step.cache_context.configure(settings, steps, sigmas, progress_of(self.sigmas, whole)[begin:])
-        if before is not None:
-            # A callback has changed adapters or weights, which a compiled graph does not see.
-            step.cache_context.go_on(before.cache_context.trace())
+        if trace is not None:
+            step.cache_context.go_on(trace)
         self.costs = step_costs(transformer.config, batch_size, seq_len, text_len)
         self.chosen[key] = step
         return step
@@ -326,6 +330,16 @@ def refuse_stg(attention_kwargs):
         raise ValueError("STG is not supported with FBCache yet")
 
 
+def adapters_of(model):
+    """The layers of a model that adapters have taken the place of."""
+    return [layer for _, layer in model.cells_and_names() if isinstance(layer, BaseTunerLayer)]
+
+
+def strengths_of(layers):
+    """Which of their adapters act, and how strongly."""
+    return [(list(layer.active_adapters), dict(layer.scaling), layer.disable_adapters) for layer in layers]
+
+
 _TURN, _DRAWING = RLock(), []
 
 
@@ -351,17 +365,11 @@ def adapters_scaled(scale, *models):
 
     A strength that somebody sets meanwhile stays.
     """
-    layers = [
-        layer
-        for model in models
-        if model is not None and scale is not None
-        for _, layer in model.cells_and_names()
-        if isinstance(layer, BaseTunerLayer)
-    ]
+    models = [model for model in models if model is not None and scale is not None]
+    layers = [layer for model in models for layer in adapters_of(model)]
     before = [dict(layer.scaling) for layer in layers]
-    for model in models if layers else ():
-        if model is not None:
-            scale_lora_layers(model, scale)
+    for model in models:
+        scale_lora_layers(model, scale)
     scaled = [dict(layer.scaling) for layer in layers]
     try:
         yield

@@ -328,6 +328,22 @@ def test_adapters_that_a_callback_sets_act_from_the_next_step_on(adapted, mindon
     assert adapted.cache_stats.reused == (False, True, False, True, True, True)
 
 
+def test_adapters_that_a_callback_sets_act_under_an_applied_cache(adapted, mindone_pipe):
+    mindone_pipe.set_adapters(["mine"], [1.0])
+    apply_cache_on_pipe(mindone_pipe, CONFIG)
+
+    def off(pipe, step, timestep, tensors):
+        if step == 1:
+            pipe.set_adapters(["mine"], [0.0])
+        return tensors
+
+    on = draw(mindone_pipe)
+    changed = draw(mindone_pipe, callback_on_step_end=off)
+    assert np.abs(changed - on).max() > 1e-3
+    assert mindone_pipe.transformer.cache_stats.reused == (False, True, False, True)
+    remove_cache_from_pipe(mindone_pipe)
+
+
 def test_threads_take_turns(pipe):
     want, got = {seed: draw(pipe, latents=noise(seed)) for seed in (1, 2)}, {}
     threads = [
