@@ -2,6 +2,8 @@
 
 from importlib import import_module
 
+from .noise import leave_out_noise
+
 _HOMES = {
     "CacheConfig": "config",
     "CacheContext": "utils",
@@ -10,12 +12,15 @@ _HOMES = {
     "FBCache_transformer_construct": "models.transformer_flux_withFBCache",
     "FluxDenoiseLoop": "models.denoise_loop",
     "FluxPipeline": "pipeline_flux",
+    "TINY_FLUX": "checkpoint",
     "apply_cache_on_pipe": "pipeline_flux",
     "choose_device": "device",
     "prepare_device": "device",
     "remove_cache_from_pipe": "pipeline_flux",
 }
 __all__ = list(_HOMES)
+
+leave_out_noise()
 
 
 def __getattr__(name):

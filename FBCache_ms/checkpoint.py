@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,47 +32,63 @@ _FILES = {
 _TOKENIZER_2_MODELS = ("tokenizer.json", "spiece.model")
 _TORCH_NAMES = {"gamma": "weight", "beta": "bias", "embedding_table": "weight"}
 _HARMLESS = ("position_ids", "embed_tokens.weight")
+_REPOSITORY = re.compile(r"[A-Za-z0-9]+(-[A-Za-z0-9]+)*/\w[\w.-]*")
+_SHARD = re.compile(r"-\d{5}-of-\d{5}")
+_SUFFIXES = ("safetensors", "index", "json")
 _SAMPLE = 4096
 
 
-def check_checkpoint(folder):
+def is_hub_name(name):
+    """Whether this is a model's name on a hub, an owner's and the model's, rather than a path.
+
+    Where there is such a folder or one with the owner's name, it is a path.
+    """
+    return isinstance(name, str) and bool(_REPOSITORY.fullmatch(name)) and not Path(name).parent.exists()
+
+
+def check_checkpoint(folder, handed_over=(), variant=None):
     """The tensors of each component of a Flux pipeline, {component: {tensor name: shape}}, read from file headers.
 
-    Raises OSError, naming what is wrong, if the folder, a component, a config or a weights file is missing, cannot be
-    read or was cut short.
+    Args:
+        folder: the pipeline's.
+        handed_over: the components that need no files here.
+        variant: whose weights files are meant, like "fp16", where a component has them; None for those of no variant.
+
+    Raises OSError, naming what is wrong, if the folder, a component, a config, a weights file or the variant is
+    missing, cannot be read or was cut short.
     """
     folder = Path(folder)
+    if not folder.exists():
+        raise OSError(f"checkpoint {folder}: there is no such folder")
     if not folder.is_dir():
-        raise OSError(f"checkpoint {folder} is not a folder")
+        raise OSError(f"checkpoint {folder} is a file, not a folder")
     index = _read_json(folder / "model_index.json")
-    tensors = {}
-    for component in _REQUIRED:
+    components = [name for name in _REQUIRED if name not in handed_over]
+    for component in components:
         if not isinstance(index.get(component), list) or len(index[component]) != 2:
             raise OSError(f"checkpoint {folder}: model_index.json names no {component}; a Flux pipeline needs one")
-        if index[component][0] is None:
-            continue
-        for name in _FILES.get(component, ("config.json",)):
-            path = folder / component / name
-            if name.endswith(".json"):
-                _read_json(path)
-            elif not path.is_file():
-                raise OSError(f"checkpoint file {path} is missing")
-        if component not in _FILES:
-            tensors[component] = _component_tensors(folder / component)
-    if (folder / "tokenizer_2" / "tokenizer.json").is_file():
-        _read_json(folder / "tokenizer_2" / "tokenizer.json")
-    if not any((folder / "tokenizer_2" / name).is_file() for name in _TOKENIZER_2_MODELS):
-        raise OSError(f"checkpoint {folder / 'tokenizer_2'} has neither of {' and '.join(_TOKENIZER_2_MODELS)}")
-    return tensors
+    components = [name for name in components if index[name][0] is not None]
+    for component in components:
+        _check_files(folder, component)
+    models = [name for name in components if name not in _FILES]
+    variants = {_variant(file) for name in models for file in _visible(folder / name, "*.safetensors")} - {None}
+    if variant is not None and models and variant not in variants:
+        others = ", ".join(sorted(variants)) or "none"
+        raise OSError(f"checkpoint {folder} has no weights of variant {variant}; its variants: {others}")
+    return {name: _component_tensors(folder / name, variant) for name in models}
+
+
+def absent_components(folder):
+    """The components that the pipeline was saved without."""
+    index = _read_json(Path(folder) / "model_index.json")
+    return [name for name in _REQUIRED if isinstance(index.get(name), list) and index[name][:1] == [None]]
 
 
 def check_fit(component, cell, tensors):
     """Raises ValueError if a loaded component and the tensors of its files, {name: shape}, are not the same set."""
     wanted = {_torch_name(name) for name, _ in cell.parameters_and_names()}
-    for problem, names in {
-        "lack": wanted - set(tensors),
-        "have, but its config does not,": set(tensors) - wanted,
-    }.items():
+    there = set(map(_torch_name, tensors))
+    for problem, names in {"lack": wanted - there, "have, but its config does not,": there - wanted}.items():
         names = sorted(name for name in names if not name.endswith(_HARMLESS))
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
@@ -79,7 +96,7 @@ def check_fit(component, cell, tensors):
 
 
 def _torch_name(name):
-    """A Parameter's name in a checkpoint: MindSpore's own layers call weight and bias otherwise."""
+    """A Parameter's name as torch has it; MindSpore's layers, and text encoders that mindone saved, have their own."""
     head, _, tail = name.rpartition(".")
     return f"{head}.{_TORCH_NAMES.get(tail, tail)}"
 
@@ -121,7 +138,7 @@ def fingerprint(folder):
     or merging changes all of a tensor.
     """
     folder, digest = Path(folder), hashlib.sha256()
-    for file in sorted(folder.rglob("*")):
+    for file in _visible(folder, "**/*"):
         if file.suffix in (".json", ".txt", ".model"):
             digest.update(file.relative_to(folder).as_posix().encode() + file.read_bytes())
         elif file.suffix == ".safetensors":
@@ -137,22 +154,58 @@ def fingerprint(folder):
     return digest.hexdigest()[:16]
 
 
-def _component_tensors(folder):
-    files = sorted(folder.glob("*.safetensors"))
-    for index in folder.glob("*.safetensors.index.json"):
+def _check_files(folder, component):
+    for name in _FILES.get(component, ("config.json",)):
+        path = folder / component / name
+        if name.endswith(".json"):
+            _read_json(path)
+        elif not path.is_file():
+            raise OSError(f"checkpoint file {path} is missing")
+    if component == "tokenizer_2":
+        there = [name for name in _TOKENIZER_2_MODELS if (folder / component / name).is_file()]
+        if not there:
+            raise OSError(f"checkpoint {folder / component} has neither of {' and '.join(_TOKENIZER_2_MODELS)}")
+        if "tokenizer.json" in there:
+            _read_json(folder / component / "tokenizer.json")
+
+
+def _component_tensors(folder, variant):
+    weights, indices = _visible(folder, "*.safetensors"), _visible(folder, "*.safetensors.index*.json")
+    there = {_variant(file) for file in weights + indices}
+    variant = variant if variant in there else None
+    files = [file for file in weights if _variant(file) == variant]
+    for index in (index for index in indices if _variant(index) == variant):
         wanted = _read_json(index).get("weight_map")
         if not isinstance(wanted, dict):
             raise OSError(f"checkpoint file {index} is damaged: it has no weight_map")
         wanted = set(wanted.values())
+        whole = _SHARD.sub("", min(wanted))
+        if any(file.name == whole for file in files) and wanted != {whole}:
+            raise OSError(
+                f"checkpoint {folder} has its weights twice, by {whole} and by {index.name}; remove the old ones"
+            )
         lost = sorted(wanted - {file.name for file in files})
         if lost:
             raise OSError(f"checkpoint {folder}: {lost[0]} is missing, one of {len(wanted)} weights files")
     if not files:
-        raise OSError(f"checkpoint {folder}: no weights file *.safetensors")
+        hint = f" but for variant {', '.join(sorted(there))}" if there else ""
+        raise OSError(f"checkpoint {folder}: no weights file *.safetensors{hint}")
     tensors = {}
     for file in files:
         tensors.update(_tensors(file))
     return tensors
+
+
+def _visible(folder, pattern):
+    """The files below a folder that no system or tool hid there, such as ._ files of macOS."""
+    files = ((file, file.relative_to(folder).parts) for file in folder.glob(pattern))
+    return sorted(file for file, parts in files if not any(part.startswith(".") for part in parts))
+
+
+def _variant(file):
+    """The variant that a weights file's or an index's name tells, None for none: model.fp16-00001-of-00002.safetensors
+    has fp16."""
+    return ".".join(part for part in _SHARD.sub("", file.name).split(".")[1:] if part not in _SUFFIXES) or None
 
 
 def _tensors(file):

@@ -1,6 +1,5 @@
 """FluxPipeline: mindone's, with the denoise loop as one cached graph."""
 
-import re
 import sys
 import time
 from contextlib import nullcontext
@@ -34,7 +33,7 @@ from .cached_transformer import (
     turn,
 )
 from .call_inputs import check_call, check_shape
-from .checkpoint import check_checkpoint, check_fit
+from .checkpoint import absent_components, check_checkpoint, check_fit, is_hub_name
 from .config import WITH_TEACACHE, CacheConfig
 from .device import current_device, prepare_device
 from .flops import step_costs
@@ -49,9 +48,6 @@ logger = logging.get_logger(__name__)
 
 _SIGNATURE = signature(MindoneFluxPipeline.__call__)
 _DEFAULT_TEXT_LENGTH = _SIGNATURE.parameters["max_sequence_length"].default
-
-_REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-"""A model's name on a hub; any other text is a folder's."""
 
 _PROMPT = ("prompt", "prompt_2", "prompt_embeds", "pooled_prompt_embeds")
 _SHIFT = {
@@ -73,6 +69,15 @@ def check_config(config):
     """Raises TypeError unless this is a CacheConfig or None."""
     if config is not None and not isinstance(config, CacheConfig):
         raise TypeError(f"cache_config must be a CacheConfig or None, not {config!r}")
+
+
+def check_dtypes(dtypes):
+    """Raises TypeError for what is no dtype, ValueError for one that the device cannot do; a dictionary has several."""
+    for dtype in dtypes.values() if isinstance(dtypes, dict) else [dtypes]:
+        if not isinstance(dtype, (ms.Type, type(None))):
+            raise TypeError(f"mindspore_dtype must be a dtype like mindspore.bfloat16, not {dtype!r}")
+        if dtype not in (None, ms.float32) and ms.get_context("device_target") == "CPU":
+            raise ValueError(f"mindspore_dtype {dtype} is not supported on CPU; only float32 is")
 
 
 class FluxPipeline(MindoneFluxPipeline):
@@ -133,40 +138,75 @@ class FluxPipeline(MindoneFluxPipeline):
     ):
         """Loads a pipeline as mindone's from_pretrained does, with the three settings that the class names.
 
-        A device, as choose_device returns it, also says the dtype, unless there is a mindspore_dtype.
+        A text is a folder's path, unless it is a hub's owner/model and there is no folder of either name. A component
+        that is handed over, or is None, needs no files. A device, as choose_device returns it, also says the dtype,
+        unless there is a mindspore_dtype.
 
         Raises:
-            OSError: the folder or a file of it is missing or damaged.
+            OSError: the folder or a file of it is missing or damaged, or the hub has none or cannot be reached.
             TypeError: cache_config is neither a CacheConfig nor None.
             ValueError: a component's weights do not fit its config, or the device cannot do the dtype.
         """
         prepare_device()
-        if cache_config is not DEFAULT:
-            check_config(cache_config)
+        check_config(None if cache_config is DEFAULT else cache_config)
         if mindspore_dtype is None and device is not None:
             mindspore_dtype = device.mindspore_dtype
-        if mindspore_dtype not in (None, ms.float32) and ms.get_context("device_target") == "CPU":
-            raise ValueError(f"mindspore_dtype {mindspore_dtype} is not supported on CPU; only float32 is")
-        tensors = {}
-        path = Path(pretrained_model_name_or_path)
-        if path.exists() or not _REPOSITORY.fullmatch(str(pretrained_model_name_or_path)):
-            tensors = check_checkpoint(path)
+        check_dtypes(mindspore_dtype)
         if mindspore_dtype is not None:
             kwargs["mindspore_dtype"] = mindspore_dtype
+        name, tensors = pretrained_model_name_or_path, {}
+        if not is_hub_name(name):
+            name = str(Path(name).expanduser())
+            tensors = check_checkpoint(name, kwargs, kwargs.get("variant"))
+            # Those that the pipeline was saved without; mindone wants to be told.
+            kwargs = {**dict.fromkeys(absent_components(name)), **kwargs}
         try:
-            pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        except (OSError, ValueError):
-            raise
+            pipe = super().from_pretrained(name, **kwargs)
         except Exception as error:  # mindone and tokenizers raise whatever they stumble over
-            raise ValueError(f"checkpoint {pretrained_model_name_or_path} cannot be loaded: {error}") from error
+            kind = OSError if isinstance(error, OSError) else ValueError
+            reason = " ".join(str(error).split())
+            if is_hub_name(name):
+                reason = f"there is no such folder, and from a hub: {' '.join(str(error.__cause__ or error).split())}"
+            raise kind(f"checkpoint {name} cannot be loaded: {reason}") from error
         for component in set(tensors) - set(kwargs):
             check_fit(component, getattr(pipe, component), tensors[component])
+        return pipe._with_settings(cache_config, use_graph_mode, device)
+
+    @classmethod
+    def from_pipe(cls, pipeline, *, cache_config=DEFAULT, use_graph_mode=None, device=None, **kwargs):
+        """A pipeline with another one's components, shared, as mindone's from_pipe makes it; from any Flux pipeline.
+
+        Its settings are the other one's where that has them, unless they are given here. Other than in mindone's,
+        dtypes stay unless there is a mindspore_dtype: the other pipeline has the same components.
+
+        Raises:
+            TypeError: cache_config is neither a CacheConfig nor None, or an argument is unknown.
+            ValueError: the other pipeline lacks a component, or the device cannot do the dtype.
+        """
+        check_config(None if cache_config is DEFAULT else cache_config)
+        check_dtypes(kwargs.setdefault("mindspore_dtype", None))
+        components = pipeline.components
+        stood_for = {name: part.stood_for for name, part in components.items() if isinstance(part, StandIn)}
+        pipe = super().from_pipe(pipeline, **{**stood_for, **kwargs})
+        if isinstance(pipeline, FluxPipeline):
+            pipe._with_settings(pipeline.cache_config, pipeline.use_graph_mode, pipeline.device)
+        elif isinstance(components["transformer"], CachedTransformer):
+            pipe.cache_config = components["transformer"].cache_settings
+        return pipe._with_settings(cache_config, use_graph_mode, device)
+
+    @classmethod
+    def _get_signature_types(cls):
+        """The components' types, which mindone reads from its own __init__."""
+        return MindoneFluxPipeline._get_signature_types()
+
+    def _with_settings(self, cache_config=DEFAULT, use_graph_mode=None, device=None):
         if cache_config is not DEFAULT:
-            pipe.cache_config = cache_config
-        pipe.use_graph_mode = use_graph_mode
+            self.cache_config = cache_config
+        if use_graph_mode is not None:
+            self.use_graph_mode = use_graph_mode
         if device is not None:
-            pipe.device = device
-        return pipe
+            self.device = device
+        return self
 
     def to(self, dtype):
         """mindone's: another dtype for every part, with graphs that are compiled anew."""
