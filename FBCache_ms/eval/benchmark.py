@@ -20,18 +20,18 @@ from FBCache_ms.eval.cases import ROWS, UNCACHED
 from FBCache_ms.eval.drawing import Setting, draw_and_finish, named_settings
 from FBCache_ms.eval.files import check_folder
 from FBCache_ms.eval.prompts import choose_prompts
-from FBCache_ms.eval.tables import markdown, spread, write_tables
+from FBCache_ms.eval.tables import markdown, publish, spread
 
 PYNATIVE, GRAPH = "Baseline (PyNative Mode)", "Baseline (Graph Mode)"
 
 
 def parse_arguments(argv=None):
     """The command line."""
-    parser = Parser(prog="benchmark", description=__doc__, allow_abbrev=False)
+    parser = Parser(__name__, "benchmark", description=__doc__)
     add_drawing_options(parser, limit=5, save_path="./results/benchmark", deterministic=False)
     add = parser.add_argument_group("rows").add_argument
     add("--cache", nargs="+", default=[], metavar="TAG|PRESET", help=f"rows beside the baselines and {', '.join(ROWS)}")
-    add("--runs", type=int, default=5, metavar="N", help="timed runs of each row, after one to warm up (default: 5)")
+    add("--runs", type=int, default=5, metavar="N", help="timed runs of each row, after one to warm up")
     add(
         "--pynative",
         action=argparse.BooleanOptionalAction,
@@ -125,12 +125,11 @@ def main(argv=None):
         ]
         text = text_of(figures)
         rows = [{name: value for name, value in row.items() if name != "times"} for row in figures]
-        write_tables(args.save_path, "benchmark", text, rows, {"settings": painter.common, "rows": figures})
+        publish(args.save_path, "benchmark", text, rows, {"settings": painter.common, "rows": figures})
         # The next benchmark measures anew; a name of its own, so that none goes on with what is half removed.
         done = args.save_path / f".done.{os.getpid()}"
         os.rename(args.save_path / "unfinished", done)
         shutil.rmtree(done)
-        print(text, end="")
 
     return exit_status(
         "benchmark",

@@ -20,12 +20,12 @@ from FBCache_ms.eval.files import check_folder
 from FBCache_ms.eval.metrics import open_picture
 from FBCache_ms.eval.prompts import coco_captions
 from FBCache_ms.eval.quality import METRICS_PYTHON, TINY_CLIP, ClipScore, fid, fid_lacks
-from FBCache_ms.eval.tables import markdown, write_tables
+from FBCache_ms.eval.tables import markdown, publish
 
 
 def parse_arguments(argv=None):
     """The command line."""
-    parser = Parser(prog="fid_mscoco", description=__doc__, allow_abbrev=False)
+    parser = Parser(__name__, "fid_mscoco", "--coco_root FOLDER [options]", description=__doc__)
     add = parser.add_argument_group("MSCOCO").add_argument
     add(
         "--coco_root",
@@ -137,8 +137,7 @@ def main(argv=None):
             [{**row, "Total Time (s)": f"{row['Total Time (s)']:.3f}", measure: f"{row[measure]:.4f}"} for row in rows]
         )
         data = {"settings": painter.common, "pictures": len(args.prompts), "rows": rows}
-        write_tables(args.save_path, "fid_mscoco", text, rows, data)
-        print(text, end="")
+        publish(args.save_path, "fid_mscoco", text, rows, data, more=["pictures"])
 
     def work():
         draw_and_finish(args, args.prompts, settings.values(), finish, uncached_beside=False)

@@ -31,10 +31,10 @@ PICTURE = {"index": (int,), "seconds": NUMBER, **SCORES, "reused": LIST, "residu
 
 def parse_arguments(argv=None):
     """The command line."""
-    parser = Parser(prog="report", description=__doc__, allow_abbrev=False)
+    parser = Parser(__name__, "report", "SWEEP_FOLDER [options]", description=__doc__)
     parser.add_argument("sweep", type=Path, metavar="SWEEP_FOLDER", help="the folder that holds sweep.json")
     parser.add_argument("--save_path", type=Path, metavar="FILE", help="the page (default: SWEEP_FOLDER/report.html)")
-    parser.add_argument("--pictures", type=int, default=6, metavar="N", help="of how many prompts (default: 6)")
+    parser.add_argument("--pictures", type=int, default=6, metavar="N", help="of how many prompts")
     args = parser.parse_args(argv)
     args.save_path = args.save_path or args.sweep / "report.html"
     if args.pictures < 1:

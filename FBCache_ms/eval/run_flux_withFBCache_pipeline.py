@@ -9,7 +9,6 @@ import sys
 import time
 from contextlib import contextmanager
 from itertools import count
-from pathlib import Path
 
 from FBCache_ms.config import CacheConfig
 from FBCache_ms.eval.arguments import (
@@ -17,6 +16,7 @@ from FBCache_ms.eval.arguments import (
     add_cache_options,
     add_model_options,
     add_picture_options,
+    add_save_path,
     cache_config,
     check_cache,
     check_model_and_size,
@@ -35,7 +35,12 @@ COMPARE_RUNS = 3
 
 def parse_arguments(argv=None):
     """The command line, checked before anything is loaded; exits with 2 and one line if it is off."""
-    parser = Parser(prog="fbcache-flux", description=__doc__, allow_abbrev=False)
+    parser = Parser(
+        __name__,
+        "fbcache-flux",
+        "[--prompt TEXT] [--cache TAG|PRESET] [--compare] [options]",
+        description=__doc__,
+    )
     add = parser.add_argument_group("model").add_argument
     add_model_options(add, compile_cache=True)
     add(
@@ -45,15 +50,19 @@ def parse_arguments(argv=None):
         help="compile, or run operator by operator",
     )
     add = parser.add_argument_group("picture").add_argument
-    add("--prompt", default="a big red circle in the center, blue background", metavar="TEXT")
+    add("--prompt", default="a big red circle in the center, blue background", metavar="TEXT", help="what to show")
     add("--negative_prompt", metavar="TEXT", help="what not to show; takes effect with --true_cfg_scale above 1")
     add_picture_options(add)
-    add("--true_cfg_scale", type=float, default=1.0, metavar="G", help="of true classifier-free guidance")
-    add("--num_images_per_prompt", type=int, default=1, metavar="N")
+    add("--true_cfg_scale", type=float, default=1.0, metavar="G", help="of true classifier-free guidance; 1: none")
+    add("--num_images_per_prompt", type=int, default=1, metavar="N", help="how many pictures")
     add_cache_options(parser)
     add = parser.add_argument_group("output").add_argument
-    add("--save_path", type=Path, default=Path("./results"), metavar="FOLDER")
-    add("--compare", action="store_true", help="also run with the cache off, and report the speed-up and the loss")
+    add_save_path(add, "./results", "the pictures and run.json")
+    add(
+        "--compare",
+        action="store_true",
+        help="also run with the cache off, report the speed-up and the loss, and write both pictures side by side",
+    )
     args = parser.parse_args(argv)
     try:
         args.config = cache_config(args)
