@@ -241,6 +241,7 @@ def speed_rows(record, steps):
                     "Reused": "-" if reused is None else f"{sum(reused)} of {steps}",
                     "Denoising (s)": spread(seconds),
                     "A Step (ms)": f"{1000 * statistics.median(seconds) / steps:.1f}",
+                    "Whole Loop (s)": spread(loop),
                     "Over the Whole Loop": f"{statistics.median(map(ratio, zip(seconds, loop))):.2f}x",
                     "Largest Difference from It": f"{figures['difference'][threshold]:.1e}",
                 }

@@ -188,7 +188,10 @@ def row_of(record, ours):
         return {**dict.fromkeys(COLUMNS, "-"), "System": f"{record['name']}, not to be had here: {reason}"}
 
     def ratio(kind):
-        return "-" if record["ours"] else f"{statistics.median(ours[kind]) / statistics.median(record[kind]):.2f}"
+        if record["ours"]:
+            return "-"
+        mine, theirs = (statistics.median(each[kind]) for each in (ours, record))
+        return f"{mine / theirs:.2f} ({mine:.3f} / {theirs:.3f})"
 
     cells = (
         record["name"],

@@ -221,7 +221,8 @@ def main(argv=None):
                 {
                     "Graph": name,
                     "`--cache`": f"`{GRAPHS[name].tag}`" if GRAPHS[name].kind != "transformer" else "-",
-                    f"Compilation, {args.runs} Runs (s)": spread(seconds, 1),
+                    f"Compilation, Median of {args.runs} Runs (s)": spread(seconds, 1),
+                    "Transformer (s)": spread(bare, 1) if bare else "-",
                     "Over the Transformer": (
                         f"{statistics.median(seconds) / statistics.median(bare):.2f}x" if bare else "-"
                     ),

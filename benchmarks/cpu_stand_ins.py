@@ -125,7 +125,7 @@ def table_of(seconds, latents):
         {
             "Candidate": name,
             "Time (s)": spread(times),
-            "Ratio": f"{statistics.median(times) / used:.2f}",
+            "Ratio": f"{statistics.median(times) / used:.2f} ({statistics.median(times):.3f} / {used:.3f})",
             "Largest Difference": f"{np.abs(latents[name] - latents[IN_USE]).max():.1e}",
         }
         for name, times in seconds.items()

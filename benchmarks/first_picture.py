@@ -121,6 +121,7 @@ def start_rows(starts):
                     "Start": start,
                     **{part.capitalize(): f"{statistics.median(seconds[part]):.1f}" for part in (*PARTS, "rest")},
                     "Whole (s)": spread(seconds["whole"], 1),
+                    "Cold (s)": spread([turn["cold"]["whole"] for turn in turns], 1),
                     "Over Cold": f"{over_cold(turns, start):.2f}x",
                 }
             )

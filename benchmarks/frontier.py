@@ -211,6 +211,7 @@ def table_of(cells):
             "Setting": cell["name"],
             "`--cache`": f"`{cell['cache']}`",
             "Computed": f"{cell['computed_steps']:.1f} of {cell['steps']}",
+            "Uncached (s)": f"{cell['uncached_seconds']:.3f}",
             "Time (s)": spread([entry["seconds"] for entry in cell["pictures"]]),
             "Speedup": f"{cell['speedup']:.2f}x",
             "PSNR": f"{cell['psnr']:.1f}" if finite(cell) else "equal",

@@ -90,7 +90,9 @@ def text_of(figures):
         over = {name: seconds / row["seconds"] for name, seconds in baseline.items()}
         row["speedup"] = over[GRAPH]
         row["speedup_over_pynative"] = over.get(PYNATIVE)
-        against = f" ({over[PYNATIVE]:.1f}x over PyNative)" if PYNATIVE in over else ""
+        speedup = f"{over[GRAPH]:.2f}x ({baseline[GRAPH]:.3f} / {row['seconds']:.3f})"
+        if PYNATIVE in over:
+            speedup += f", {over[PYNATIVE]:.1f}x over PyNative ({baseline[PYNATIVE]:.3f} / {row['seconds']:.3f})"
         first.append(
             {
                 "Configuration": row["configuration"],
@@ -98,14 +100,14 @@ def text_of(figures):
                 "Steps": row["steps"],
                 "Time per Step (s)": f"{row['seconds_per_step']:.4f}",
                 "Total Time (s)": f"{row['seconds']:.3f}",
-                "Speedup": f"{over[GRAPH]:.2f}x{against}",
+                "Speedup": speedup,
             }
         )
         second.append(
             {
                 "Configuration": row["configuration"],
                 "Computed Steps": f"{row['computed_steps']:.1f}",
-                f"Total Time of {row['runs']} Runs (s)": spread(row["times"]),
+                f"Total Time, Median of {row['runs']} Runs (s)": spread(row["times"]),
                 "Compilation (s)": f"{row['compile_seconds']:.1f}" if row["compile_seconds"] else "-",
                 "Peak Memory (MB)": f"{row['peak_bytes'] / 1e6:.0f}",
                 "Cache (MB)": f"{row['cache_bytes'] / 1e6:.2f}",

@@ -157,6 +157,8 @@ def measure(name, folder, config, steps, runs, components):
         "Cache off, Largest Difference": float(np.abs(off - plain).max()),
         "Reused": f"{len(stats.cached_steps)} of {len(stats.reused)}",
         "PSNR (dB)": psnr(plain, on),
+        "Off (s)": whole,
+        "On (s)": cached,
         "Speed-up": whole / cached,
         "After Others": "the same bits" if np.array_equal(on, again) else "differs",
         "Removed": "the same bits" if removed else "differs",
@@ -200,7 +202,13 @@ def parse_arguments(argv=None):
 
 def table_of(rows):
     """The rows as a Markdown table."""
-    formats = {"Cache off, Largest Difference": "{:.1g}", "PSNR (dB)": "{:.1f}", "Speed-up": "{:.2f}x"}
+    formats = {
+        "Cache off, Largest Difference": "{:.1g}",
+        "PSNR (dB)": "{:.1f}",
+        "Off (s)": "{:.3f}",
+        "On (s)": "{:.3f}",
+        "Speed-up": "{:.2f}x",
+    }
     return markdown([{name: formats.get(name, "{}").format(value) for name, value in row.items()} for row in rows])
 
 
@@ -215,11 +223,12 @@ def main(argv=None):
 
         prepare_device()
         ms.set_context(mode=ms.GRAPH_MODE)
+        from tqdm import tqdm
+
         rows, components = [], {}
-        for name in args.pipelines:
+        for name in tqdm(args.pipelines, desc="pipelines"):
             folder = args.checkpoints / PIPELINES[name].layout
             rows.append(measure(name, folder, args.config, args.num_inference_steps, args.runs, components))
-            print(rows[-1], file=sys.stderr)
         text = table_of(rows)
         publish(args.save_path, "family", text, rows, {"cache": str(args.config), "rows": rows}, args.into)
 

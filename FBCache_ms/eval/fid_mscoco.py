@@ -126,7 +126,7 @@ def main(argv=None):
                 "Configuration": name,
                 "Image Size": "x".join(map(str, painter.image_size)),
                 "Steps": each.steps,
-                "Total Time (s)": statistics.median(
+                "Total Time, Median (s)": statistics.median(
                     line["denoise"] for line in folders[each].seconds(len(args.prompts))
                 ),
                 measure: values[each],
@@ -134,7 +134,14 @@ def main(argv=None):
             for name, each in settings.items()
         ]
         text = markdown(
-            [{**row, "Total Time (s)": f"{row['Total Time (s)']:.3f}", measure: f"{row[measure]:.4f}"} for row in rows]
+            [
+                {
+                    **row,
+                    "Total Time, Median (s)": f"{row['Total Time, Median (s)']:.3f}",
+                    measure: f"{row[measure]:.4f}",
+                }
+                for row in rows
+            ]
         )
         data = {"settings": painter.common, "pictures": len(args.prompts), "rows": rows}
         publish(args.save_path, "fid_mscoco", text, rows, data, more=["pictures"])

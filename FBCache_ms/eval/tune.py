@@ -251,8 +251,8 @@ def text_of(args, found, uncached, chosen, control):
             *(f"  {score}" for score in scores),
             f"leaving one prompt out: the others choose the same {same} times of {number}; on the prompt left out "
             f"their choice keeps the wish {kept} times of {number} (lowest PSNR {lowest:.1f} dB)",
-            f"for comparison, {control['steps']} of {figures['steps']} steps and no cache: {control['speedup']:.2f}x, "
-            f"PSNR {control['psnr']:.1f} dB",
+            f"for comparison, {control['steps']} of {figures['steps']} steps and no cache: {control['speedup']:.2f}x "
+            f"({control['seconds']:.3f} s against {control['uncached_seconds']:.3f} s), PSNR {control['psnr']:.1f} dB",
             f"use it: --cache {args.save_path / 'best.json'}",
             "",
         ]
