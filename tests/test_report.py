@@ -17,7 +17,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
-from FBCache_ms.eval import report
+from FBCache_ms.eval import cost_model, report
 
 PROMPTS = ["a big red circle", '</script><script>window.ran = 1</script> "it\'s" <b>猫</b> & é {{data}}']
 LONG_TAG = "F0B0_W0_R0.12,gate=static,steps_computation_mask=1111111001001001001001001001"
@@ -381,6 +381,21 @@ def test_a_large_picture_is_enlarged_from_its_file_and_a_page_that_was_moved_awa
             assert unquote(urlsplit(enlarged(browser)[0]).path) == str(place) and note == ""
         else:
             assert note.startswith("Reduced: ") and note.endswith("is not beside this page.")
+    browser.get_log("browser")
+
+
+@pytest.mark.parametrize("width", [1280, 800])
+def test_the_cost_models_charts_fit_the_window(width, tmp_path, browser):
+    assert cost_model.main(["--save_path", str(tmp_path)]) == 0
+    show(browser, width)
+    browser.get((tmp_path / "cost_model.html").as_uri())
+    widest = (
+        "return [document.documentElement.scrollWidth, "
+        "document.querySelector('.main-svg').getBoundingClientRect().right]"
+    )
+    WebDriverWait(browser, 10).until(lambda browser: all_of(browser, ".main-svg .trace"))
+    content, chart = browser.execute_script(widest)
+    assert width * 0.9 < chart <= content <= width
     browser.get_log("browser")
 
 

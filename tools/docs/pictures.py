@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from browser import missing, open_browser, show
+from selenium.webdriver.support.ui import WebDriverWait
 
 from FBCache_ms.eval import cost_model, report, sweep
 from FBCache_ms.eval.arguments import Parser, add_save_path, check_range, exit_status, reason
@@ -21,8 +22,13 @@ from FBCache_ms.eval.files import check_folder, say_written
 DOCS = Path(__file__).parents[2] / "docs"
 SWEEP = ("--cases", "fbcache", "teacache")
 WIDTH, HEIGHT = 1280, 800
-SECONDS = 1.5
-"""What a page has to draw itself in."""
+PATIENCE, SECONDS = 60, 2
+"""Seconds that a page may take until its plots are there, and that they have to settle in."""
+
+DRAWN = (
+    "const plots = [...document.querySelectorAll('.js-plotly-plot')];"
+    "return plots.length > 0 && plots.every((plot) => plot.querySelector('.main-svg'))"
+)
 
 
 def parse_arguments(argv=None):
@@ -73,11 +79,12 @@ def picture_of(page, height=None):
     with tempfile.TemporaryDirectory() as profile:
         browser = open_browser(profile)
         try:
+            browser.execute_cdp_cmd("Emulation.setScrollbarsHidden", {"hidden": True})
             show(browser, WIDTH, HEIGHT)
             browser.get(page.resolve().as_uri())
-            time.sleep(SECONDS)
-            height = height or browser.execute_script("return document.documentElement.scrollHeight")
-            show(browser, WIDTH, height)
+            WebDriverWait(browser, PATIENCE).until(lambda browser: browser.execute_script(DRAWN))
+            if height is None:
+                show(browser, WIDTH, browser.execute_script("return document.documentElement.scrollHeight"))
             time.sleep(SECONDS)
             return browser.get_screenshot_as_png()
         finally:
