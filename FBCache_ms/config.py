@@ -5,6 +5,7 @@ import math
 import re
 import textwrap
 from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Optional, Tuple
@@ -425,7 +426,9 @@ class CacheConfig:
         for part in match["more"].split(",")[1:]:
             name, _, text = part.partition("=")
             if name not in options:
-                raise ValueError(f"cache tag {tag!r}: {name} must be one of {', '.join(options)}")
+                raise ValueError(
+                    f"cache tag {tag!r}: {name} must be one of {', '.join(options)}{did_you_mean(name, options)}"
+                )
             if name in values and not (name.startswith("max_") and values[name] == -1):
                 raise ValueError(f"cache tag {tag!r} names {name} twice")
             values[name] = parse(options[name], text)
@@ -435,7 +438,8 @@ class CacheConfig:
     def preset(cls, name):
         """The configuration of that name in PRESETS. Raises ValueError for any other."""
         if name not in PRESETS:
-            raise ValueError(f"cache preset {name!r} must be one of {', '.join(PRESETS)}")
+            known = ", ".join(PRESETS)
+            raise ValueError(f"cache preset {name!r} must be one of {known}{did_you_mean(name, PRESETS)}")
         return cls.from_tag(PRESETS[name])
 
     @classmethod
@@ -453,7 +457,14 @@ class CacheConfig:
                 raise ValueError(
                     f'cache preset file {text} must hold a JSON object with a tag as its "config"'
                 ) from None
-        return cls.preset(text) if text in PRESETS else cls.from_tag(text)
+        if text in PRESETS:
+            return cls.preset(text)
+        if isinstance(text, str) and not re.match(r"F\d", text):
+            raise ValueError(
+                f"cache {text!r} is no tag like F1B0_W4M0MC0_T1O2_R0.12, no preset file (.json) and none of the "
+                f"presets {', '.join(PRESETS)}{did_you_mean(text, PRESETS)}"
+            )
+        return cls.from_tag(text)
 
     def __str__(self):
         order = self.taylorseer_derivative
@@ -493,6 +504,13 @@ _TAGGED = (
     "Fn_compute_blocks",
     "Bn_compute_blocks",
 )
+
+
+def did_you_mean(word, allowed):
+    """The end of an error's message: a question that names the nearest allowed word, or nothing if none is near."""
+    words = {name.lower(): name for name in allowed}
+    near = get_close_matches(str(word).lower(), words, 1)
+    return f"; did you mean {words[near[0]]}?" if near else ""
 
 
 def range_text(option):
@@ -544,7 +562,7 @@ def _checked(option, value):
         if not isinstance(value, str):
             raise TypeError(message)
         if value not in allowed:
-            raise ValueError(message)
+            raise ValueError(message + did_you_mean(value, allowed))
         return value
     if kind is tuple:
         return _checked_tuple(option, value, message)

@@ -12,7 +12,6 @@ A generation goes from given embeddings to latents, by the pipeline's own call; 
 if the three do not reuse the same steps.
 """
 
-import argparse
 import statistics
 import sys
 import time
@@ -30,10 +29,10 @@ from mindspore import Parameter, nn, ops
 from FBCache_ms import CacheConfig, FluxPipeline, apply_cache_on_pipe, prepare_device, rules
 from FBCache_ms.cached_transformer import StandIn
 from FBCache_ms.checkpoint import TINY_FLUX
-from FBCache_ms.eval.arguments import Parser, add_into_option, check_range, exit_status
+from FBCache_ms.eval.arguments import Parser, add_into_option, add_save_path, check_range, exit_status
 from FBCache_ms.eval.cases import UNCACHED
-from FBCache_ms.eval.files import check_folder, check_into, put_into
-from FBCache_ms.eval.tables import markdown, spread, write_tables
+from FBCache_ms.eval.files import check_folder, check_into
+from FBCache_ms.eval.tables import markdown, publish, spread
 from FBCache_ms.models.transformer_flux_withFBCache import (
     embed_condition,
     embed_prompt,
@@ -242,6 +241,7 @@ def speed_rows(record, steps):
                     "Reused": "-" if reused is None else f"{sum(reused)} of {steps}",
                     "Denoising (s)": spread(seconds),
                     "A Step (ms)": f"{1000 * statistics.median(seconds) / steps:.1f}",
+                    "Whole Loop (s)": spread(loop),
                     "Over the Whole Loop": f"{statistics.median(map(ratio, zip(seconds, loop))):.2f}x",
                     "Largest Difference from It": f"{figures['difference'][threshold]:.1e}",
                 }
@@ -279,14 +279,14 @@ def same_decisions(record):
 
 def parse_arguments(argv=None):
     """The command line."""
-    parser = Parser(prog="against_example", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", type=Path, default=TINY_FLUX, metavar="PATH", help="(default: the embedded one)")
+    parser = Parser(__name__, "against_example", description=__doc__)
+    parser.add_argument("--ckpt", type=Path, default=TINY_FLUX, metavar="PATH", help="folder in diffusers layout")
     parser.add_argument(
-        "--thresholds", type=float, nargs="+", default=[0.08, 0.12, 0.2], metavar="R", help="(default: 0.08 0.12 0.2)"
+        "--thresholds", type=float, nargs="+", default=[0.08, 0.12, 0.2], metavar="R", help="of the cache"
     )
-    parser.add_argument("--steps", type=int, default=28, metavar="N", help="(default: 28)")
-    parser.add_argument("--runs", type=int, default=7, metavar="N", help="turns (default: 7)")
-    parser.add_argument("--save_path", type=Path, default=Path("./results/speed"), metavar="FOLDER")
+    parser.add_argument("--steps", type=int, default=28, metavar="N", help="of a generation")
+    parser.add_argument("--runs", type=int, default=7, metavar="N", help="turns")
+    add_save_path(parser.add_argument, "./results/speed", "the tables")
     add_into_option(parser)
     args = parser.parse_args(argv)
     try:
@@ -311,9 +311,7 @@ def main(argv=None):
         rows = speed_rows(record, args.steps)
         text = f"{markdown(rows)}\n{markdown(graph_rows(record))}"
         settings = {"thresholds": args.thresholds, "steps": args.steps, "runs": args.runs, **machine()}
-        write_tables(args.save_path, "against_example", text, rows, {"settings": settings, "contenders": record})
-        put_into(args.into, text)
-        print(text, end="")
+        publish(args.save_path, "against_example", text, rows, {"settings": settings, "contenders": record}, args.into)
         if not same[0]:
             print("the three did not reuse the same steps", file=sys.stderr)
 

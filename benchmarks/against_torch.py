@@ -11,7 +11,6 @@ PNG" all from the prompt to the bytes of the picture; the ratios are those of th
 Ends with status 1 if a peer decides otherwise than FBCache_ms in any run, or draws a picture less than 40 dB near ours.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -29,11 +28,11 @@ from machine import machine
 
 from FBCache_ms.checkpoint import TINY_FLUX
 from FBCache_ms.config import FEW_STEPS, CacheConfig
-from FBCache_ms.eval.arguments import Parser, add_into_option, check_range, exit_status
+from FBCache_ms.eval.arguments import Parser, add_into_option, add_save_path, check_range, exit_status
 from FBCache_ms.eval.cases import UNCACHED
-from FBCache_ms.eval.files import check_folder, check_into, put_into
+from FBCache_ms.eval.files import check_folder, check_into
 from FBCache_ms.eval.metrics import psnr, read_picture
-from FBCache_ms.eval.tables import markdown, spread, write_tables
+from FBCache_ms.eval.tables import markdown, publish, spread
 from FBCache_ms.schedules import MAX_STEPS
 
 PEERS = Path(__file__).parents[1] / "tools" / "peers"
@@ -189,7 +188,10 @@ def row_of(record, ours):
         return {**dict.fromkeys(COLUMNS, "-"), "System": f"{record['name']}, not to be had here: {reason}"}
 
     def ratio(kind):
-        return "-" if record["ours"] else f"{statistics.median(ours[kind]) / statistics.median(record[kind]):.2f}"
+        if record["ours"]:
+            return "-"
+        mine, theirs = (statistics.median(each[kind]) for each in (ours, record))
+        return f"{mine / theirs:.2f} ({mine:.3f} / {theirs:.3f})"
 
     cells = (
         record["name"],
@@ -206,16 +208,16 @@ def row_of(record, ours):
 
 def parse_arguments(argv=None):
     """The command line."""
-    parser = Parser(prog="against_torch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__name__, "against_torch", description=__doc__)
     add = parser.add_argument
     add("--para_attention", metavar="PYTHON", help="of an environment with ParaAttention")
     add("--cache_dit", metavar="PYTHON", help="of an environment with cache-dit")
-    add("--runs", type=int, default=7, metavar="N", help="(default: 7)")
-    add("--steps", type=int, default=28, metavar="N", help="(default: 28)")
-    add("--threshold", type=float, default=0.12, metavar="R", help="of every cache, in (0, 1) (default: 0.12)")
-    add("--prompt", default="a big red circle in the center, blue background")
-    add("--seed", type=int, default=0)
-    add("--save_path", type=Path, default=Path("./results/speed"), metavar="FOLDER")
+    add("--runs", type=int, default=7, metavar="N", help="turns")
+    add("--steps", type=int, default=28, metavar="N", help="of a generation")
+    add("--threshold", type=float, default=0.12, metavar="R", help="of every cache, in (0, 1)")
+    add("--prompt", default="a big red circle in the center, blue background", metavar="TEXT", help="what is drawn")
+    add("--seed", type=int, default=0, metavar="N", help="of the latents")
+    add_save_path(add, "./results/speed", "the tables")
     add_into_option(parser)
     args = parser.parse_args(argv)
     try:
@@ -278,9 +280,7 @@ def main(argv=None):
         settings = {name: getattr(args, name) for name in ("runs", "steps", "threshold", "prompt", "seed")}
         data = {"settings": {**settings, "threads": THREADS, **machine()}, "systems": records}
         text = markdown(rows)
-        write_tables(args.save_path, "against_torch", text, rows, data)
-        put_into(args.into, text)
-        print(text, end="")
+        publish(args.save_path, "against_torch", text, rows, data, args.into)
         for record in records:
             if not agrees(record):
                 print(f"against_torch: {record['name']} does not draw what FBCache_ms does", file=sys.stderr)

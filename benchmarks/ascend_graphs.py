@@ -8,7 +8,6 @@ Seconds are those of ms.export, memory is the process's greatest. Ends with stat
 1.2 times what the transformer without a cache takes; with --lazy_inline, where equal blocks share a graph, it does not.
 """
 
-import argparse
 import json
 import statistics
 import subprocess
@@ -19,9 +18,9 @@ from functools import lru_cache
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 
-from FBCache_ms.eval.arguments import Parser, add_into_option, check_range, exit_status, quiet
-from FBCache_ms.eval.files import check_folder, check_into, put_into
-from FBCache_ms.eval.tables import markdown, spread, write_tables
+from FBCache_ms.eval.arguments import Parser, add_into_option, add_save_path, check_range, exit_status, quiet
+from FBCache_ms.eval.files import check_folder, check_into
+from FBCache_ms.eval.tables import markdown, publish, spread
 
 DOUBLES, SINGLES = 19, 38
 TOKENS, TEXT, STEPS = 64, 32, 28
@@ -163,13 +162,11 @@ def export(names, folder, lazy_inline=False, doubles=DOUBLES, singles=SINGLES):
 
 def parse_arguments(argv=None):
     """The command line."""
-    parser = Parser(prog="ascend_graphs", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--graphs", nargs="+", default=list(GRAPHS), choices=GRAPHS, metavar="NAME", help="(default: all)"
-    )
+    parser = Parser(__name__, "ascend_graphs", description=__doc__)
+    parser.add_argument("--graphs", nargs="+", default=list(GRAPHS), choices=GRAPHS, metavar="NAME", help="which")
     parser.add_argument("--lazy_inline", action="store_true", help="equal blocks share a graph")
-    parser.add_argument("--runs", type=int, default=3, metavar="N", help="(default: 3)")
-    parser.add_argument("--save_path", type=Path, default=Path("./results/ascend_graphs"), metavar="FOLDER")
+    parser.add_argument("--runs", type=int, default=3, metavar="N", help="turns")
+    add_save_path(parser.add_argument, "./results/ascend_graphs", "tables and graphs")
     add_into_option(parser)
     args = parser.parse_args(argv)
     try:
@@ -224,7 +221,8 @@ def main(argv=None):
                 {
                     "Graph": name,
                     "`--cache`": f"`{GRAPHS[name].tag}`" if GRAPHS[name].kind != "transformer" else "-",
-                    f"Compilation, {args.runs} Runs (s)": spread(seconds, 1),
+                    f"Compilation, Median of {args.runs} Runs (s)": spread(seconds, 1),
+                    "Transformer (s)": spread(bare, 1) if bare else "-",
                     "Over the Transformer": (
                         f"{statistics.median(seconds) / statistics.median(bare):.2f}x" if bare else "-"
                     ),
@@ -232,9 +230,7 @@ def main(argv=None):
                 }
             )
         text = markdown(rows)
-        write_tables(args.save_path, "ascend_graphs", text, rows, figures)
-        put_into(args.into, text)
-        print(text, end="")
+        publish(args.save_path, "ascend_graphs", text, rows, figures, args.into)
 
     status = exit_status("ascend_graphs", work)
     if status or args.lazy_inline or not {"transformer", "loop"} <= set(measured):

@@ -5,28 +5,26 @@
 The branch is never taken. Each loop of 100 turns is run in turn with the others; the first row's has no branch.
 """
 
-import argparse
 import statistics
 import sys
 import time
-from pathlib import Path
 
 from machine import machine
 
-from FBCache_ms.eval.arguments import Parser, add_into_option, check_range, exit_status
-from FBCache_ms.eval.files import check_folder, check_into, put_into
-from FBCache_ms.eval.tables import markdown, spread, write_tables
+from FBCache_ms.eval.arguments import Parser, add_into_option, add_save_path, check_range, exit_status
+from FBCache_ms.eval.files import check_folder, check_into
+from FBCache_ms.eval.tables import markdown, publish, spread
 
 TURNS, SHAPE = 100, (96, 128)
 
 
 def parse_arguments(argv=None):
     """The command line."""
-    parser = Parser(prog="branches", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__name__, "branches", description=__doc__)
     add = parser.add_argument
-    add("--weights", type=int, nargs="+", default=[1, 100, 400], metavar="N", help="(default: 1 100 400)")
-    add("--runs", type=int, default=11, metavar="N", help="turns of all loops (default: 11)")
-    add("--save_path", type=Path, default=Path("./results/speed"), metavar="FOLDER")
+    add("--weights", type=int, nargs="+", default=[1, 100, 400], metavar="N", help="in the branch, a loop each")
+    add("--runs", type=int, default=11, metavar="N", help="turns of all loops")
+    add_save_path(add, "./results/speed", "the tables")
     add_into_option(parser)
     args = parser.parse_args(argv)
     try:
@@ -108,9 +106,7 @@ def main(argv=None):
         ]
         text = markdown(rows)
         data = {"settings": {**machine(), "runs": args.runs}, "microseconds": times}
-        write_tables(args.save_path, "branches", text, rows, data)
-        put_into(args.into, text)
-        print(text, end="")
+        publish(args.save_path, "branches", text, rows, data, args.into)
 
     return exit_status("branches", work)
 

@@ -3,14 +3,16 @@
     .venv/bin/python benchmarks/cpu_stand_ins.py
 
 These are the stand-ins of MindSpore's own operators, which run where there is no C++ compiler. For each candidate one
-loop is compiled; then all are run in turn, seven times. Printed are the median of each, its ratio to the stand-in in
+loop is compiled; then all are run in turn. Printed are the median of each, its ratio to the stand-in in
 use, and how far its latents lie from that one's.
 """
 
 import statistics
+import sys
 import time
 
 import numpy as np
+from machine import machine
 from mindone.diffusers import FluxTransformer2DModel
 
 import mindspore as ms
@@ -19,10 +21,12 @@ from mindspore import mint, ops
 from FBCache_ms import CacheConfig, CacheContext, FluxDenoiseLoop
 from FBCache_ms.backend import cpu, cpu_kernels
 from FBCache_ms.checkpoint import TINY_FLUX
-from FBCache_ms.eval.tables import markdown, spread
+from FBCache_ms.eval.arguments import Parser, add_into_option, add_save_path, check_range, exit_status, reason
+from FBCache_ms.eval.files import check_folder, check_into
+from FBCache_ms.eval.tables import markdown, publish, spread
 from FBCache_ms.gates import knobs
 
-RUNS, STEPS = 7, 28
+STEPS = 28
 IN_USE = "as it is"
 
 
@@ -121,21 +125,46 @@ def table_of(seconds, latents):
         {
             "Candidate": name,
             "Time (s)": spread(times),
-            "Ratio": f"{statistics.median(times) / used:.2f}",
+            "Ratio": f"{statistics.median(times) / used:.2f} ({statistics.median(times):.3f} / {used:.3f})",
             "Largest Difference": f"{np.abs(latents[name] - latents[IN_USE]).max():.1e}",
         }
         for name, times in seconds.items()
     ]
 
 
-def main():
-    ms.set_device("CPU")
-    ms.set_context(mode=ms.GRAPH_MODE)
-    cpu_kernels.KERNELS_FILE = cpu_kernels.LINEAR = None
-    cpu.install()
-    transformer, arguments = FluxTransformer2DModel.from_pretrained(str(TINY_FLUX / "transformer")), inputs(STEPS)
-    print(markdown(table_of(*measure(compiled(transformer, arguments, CANDIDATES), arguments, RUNS))), end="")
+def parse_arguments(argv=None):
+    """The command line."""
+    parser = Parser(__name__, "cpu_stand_ins", description=__doc__)
+    parser.add_argument("--runs", type=int, default=7, metavar="N", help="turns")
+    add_save_path(parser.add_argument, "./results/speed", "the tables")
+    add_into_option(parser)
+    args = parser.parse_args(argv)
+    try:
+        check_range("runs", args.runs, 1)
+        check_folder(args.save_path)
+        check_into(args.into)
+    except (OSError, ValueError) as error:
+        parser.error(reason(error))
+    return args
+
+
+def main(argv=None):
+    """The program; returns its exit status."""
+    args = parse_arguments(argv)
+
+    def work():
+        ms.set_device("CPU")
+        ms.set_context(mode=ms.GRAPH_MODE)
+        cpu_kernels.KERNELS_FILE = cpu_kernels.LINEAR = None
+        cpu.install()
+        transformer, arguments = FluxTransformer2DModel.from_pretrained(str(TINY_FLUX / "transformer")), inputs(STEPS)
+        seconds, latents = measure(compiled(transformer, arguments, CANDIDATES), arguments, args.runs)
+        rows = table_of(seconds, latents)
+        data = {"settings": {**machine(), "runs": args.runs}, "seconds": seconds}
+        publish(args.save_path, "cpu_stand_ins", markdown(rows), rows, data, args.into)
+
+    return exit_status("cpu_stand_ins", work)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -9,7 +9,6 @@ table tells where the imports' time goes, in the order of importing. Ends with s
 embedded checkpoint's warm start takes more than 0.35 of its cold one, or the deep one's loop more than 20 s to compile.
 """
 
-import argparse
 import json
 import shutil
 import statistics
@@ -22,9 +21,9 @@ from pathlib import Path
 from machine import machine
 
 from FBCache_ms.checkpoint import TINY_FLUX
-from FBCache_ms.eval.arguments import Parser, add_into_option, check_range, exit_status
-from FBCache_ms.eval.files import check_folder, check_into, put_into
-from FBCache_ms.eval.tables import markdown, spread, write_tables
+from FBCache_ms.eval.arguments import Parser, add_into_option, add_save_path, check_range, exit_status
+from FBCache_ms.eval.files import check_folder, check_into
+from FBCache_ms.eval.tables import markdown, publish, spread
 
 PROGRAM = "FBCache_ms.eval.run_flux_withFBCache_pipeline"
 PARTS = ("imports", "load", "encode", "compile", "denoise", "decode")
@@ -122,6 +121,7 @@ def start_rows(starts):
                     "Start": start,
                     **{part.capitalize(): f"{statistics.median(seconds[part]):.1f}" for part in (*PARTS, "rest")},
                     "Whole (s)": spread(seconds["whole"], 1),
+                    "Cold (s)": spread([turn["cold"]["whole"] for turn in turns], 1),
                     "Over Cold": f"{over_cold(turns, start):.2f}x",
                 }
             )
@@ -150,17 +150,17 @@ def failures(starts, same):
 
 def parse_arguments(argv=None):
     """The command line."""
-    parser = Parser(prog="first_picture", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__name__, "first_picture", description=__doc__)
     parser.add_argument(
         "--checkpoints",
         nargs="+",
         default=list(CHECKPOINTS),
         choices=CHECKPOINTS,
         metavar="NAME",
-        help="(default: all)",
+        help="which",
     )
-    parser.add_argument("--runs", type=int, default=5, metavar="N", help="turns (default: 5)")
-    parser.add_argument("--save_path", type=Path, default=Path("./results/speed"), metavar="FOLDER")
+    parser.add_argument("--runs", type=int, default=5, metavar="N", help="turns")
+    add_save_path(parser.add_argument, "./results/speed", "the tables")
     add_into_option(parser)
     args = parser.parse_args(argv)
     try:
@@ -193,9 +193,7 @@ def main(argv=None):
         rows = start_rows(starts)
         text = f"{markdown(rows)}\n{markdown(import_rows(imported))}"
         data = {"settings": {"runs": args.runs, **machine()}, "starts": starts, "imports": imported}
-        write_tables(args.save_path, "first_picture", text, rows, data)
-        put_into(args.into, text)
-        print(text, end="")
+        publish(args.save_path, "first_picture", text, rows, data, args.into)
         found.extend(failures(starts, same))
         for each in found:
             print(each, file=sys.stderr)

@@ -35,11 +35,11 @@ from FBCache_ms.eval.arguments import (
 )
 from FBCache_ms.eval.cases import BASELINE, UNCACHED, Row
 from FBCache_ms.eval.drawing import Setting, draw_and_finish
-from FBCache_ms.eval.files import check_folder, check_into, put_into
+from FBCache_ms.eval.files import check_folder, check_into, put_into, say_written
 from FBCache_ms.eval.measure import Judge, cell_of, clip_folder, write_sweep
 from FBCache_ms.eval.prompts import choose_prompts
 from FBCache_ms.eval.scenes import held_out_captions
-from FBCache_ms.eval.tables import markdown, spread, write_tables
+from FBCache_ms.eval.tables import KINDS, markdown, show, spread, write_tables
 from FBCache_ms.eval.tune import FAMILIES, INTERVALS, THRESHOLDS
 from FBCache_ms.schedules import LEARNT
 
@@ -74,17 +74,14 @@ LEARNT_FROM = 6
 
 def parse_arguments(argv=None):
     """The command line; ``args.runs`` has the arguments of each number of steps."""
-    parser = Parser(prog="frontier", description=__doc__, allow_abbrev=False, conflict_handler="resolve")
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = Parser(__name__, "frontier", description=__doc__, conflict_handler="resolve")
     add_drawing_options(parser, limit=50, save_path="./results/frontier")
     add = parser.add_argument
-    add("--num_inference_steps", type=int, nargs="+", default=[28, 50], metavar="N", help="(default: 28 50)")
+    add("--num_inference_steps", type=int, nargs="+", default=[28, 50], metavar="N", help="a frontier each")
     add("--cache", nargs="+", default=[], metavar="TAG|FILE", help="further settings, such as masks of learn_mask's")
     names = [*families(), CONTROL, "preset"]
     add("--families", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)} (default: all)")
-    add(
-        "--lead", type=float, default=1.5, metavar="X", help="over plain First-Block Cache at equal PSNR (default: 1.5)"
-    )
+    add("--lead", type=float, default=1.5, metavar="X", help="over plain First-Block Cache at equal PSNR")
     add_clip_option(parser)
     add_into_option(parser)
     # Other noise than that of the prompts which the masks were learnt from.
@@ -214,6 +211,7 @@ def table_of(cells):
             "Setting": cell["name"],
             "`--cache`": f"`{cell['cache']}`",
             "Computed": f"{cell['computed_steps']:.1f} of {cell['steps']}",
+            "Uncached (s)": f"{cell['uncached_seconds']:.3f}",
             "Time (s)": spread([entry["seconds"] for entry in cell["pictures"]]),
             "Speedup": f"{cell['speedup']:.2f}x",
             "PSNR": f"{cell['psnr']:.1f}" if finite(cell) else "equal",
@@ -293,7 +291,9 @@ def work(args):
     text = "\n".join(texts)
     write_tables(args.save_path, "frontier", text, table, data)
     put_into(args.into, "\n".join(summaries))
-    print(text, end="")
+    show(text)
+    sweeps = [f"{run.save_path.name}/sweep.json" for run in args.runs]
+    say_written(args.save_path, *(f"frontier.{kind}" for kind in KINDS), *sweeps)
 
 
 def main(argv=None):

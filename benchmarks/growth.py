@@ -12,21 +12,19 @@ say where it comes from, a + b n, with c n^2 where attention is in it, none belo
 error. The table has the power, its R^2, and each term's share at the largest n.
 """
 
-import argparse
 import statistics
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
-from pathlib import Path
 
 from machine import machine
 
 from FBCache_ms.config import CacheConfig
-from FBCache_ms.eval.arguments import Parser, add_into_option, check_range, exit_status, quiet, reason
-from FBCache_ms.eval.files import check_folder, check_into, put_into
-from FBCache_ms.eval.tables import markdown, spread, write_tables
+from FBCache_ms.eval.arguments import Parser, add_into_option, add_save_path, check_range, exit_status, quiet, reason
+from FBCache_ms.eval.files import check_folder, check_into
+from FBCache_ms.eval.tables import markdown, publish, spread
 from FBCache_ms.schedules import MAX_STEPS
 
 STEPS, REUSES, TEXT = 3, 8, 32
@@ -87,12 +85,10 @@ TERMS = {
 
 def parse_arguments(argv=None):
     """The command line."""
-    parser = Parser(prog="growth", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--vary", nargs="+", default=list(VALUES), choices=VALUES, metavar="WHAT", help="(default: all)"
-    )
-    parser.add_argument("--runs", type=int, default=3, metavar="N", help="(default: 3)")
-    parser.add_argument("--save_path", type=Path, default=Path("./results/speed"), metavar="FOLDER")
+    parser = Parser(__name__, "growth", description=__doc__)
+    parser.add_argument("--vary", nargs="+", default=list(VALUES), choices=VALUES, metavar="WHAT", help="what varies")
+    parser.add_argument("--runs", type=int, default=3, metavar="N", help="timed runs of each point")
+    add_save_path(parser.add_argument, "./results/speed", "the tables")
     add_into_option(parser)
     args = parser.parse_args(argv)
     try:
@@ -277,9 +273,7 @@ def main(argv=None):
             "fits": fits,
         }
         text = f"{markdown(rows)}\n{markdown(fits)}"
-        write_tables(args.save_path, "growth", text, rows, data)
-        put_into(args.into, text)
-        print(text, end="")
+        publish(args.save_path, "growth", text, rows, data, args.into)
 
     return exit_status("growth", work)
 

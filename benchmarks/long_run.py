@@ -7,10 +7,9 @@ is interrupted. A request that comes again has to give the same bits. Memory is 
 each generation.
 """
 
-import argparse
 import gc
-import json
 import random
+import sys
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -23,9 +22,10 @@ from tqdm.auto import tqdm
 import mindspore as ms
 
 from FBCache_ms import CacheConfig, FluxPipeline, apply_cache_on_pipe
-from FBCache_ms.checkpoint import TINY_FLUX
-from FBCache_ms.eval.files import put_into
-from FBCache_ms.eval.tables import markdown
+from FBCache_ms.checkpoint import TINY_FLUX, check_checkpoint
+from FBCache_ms.eval.arguments import Parser, add_into_option, add_save_path, check_range, exit_status, reason
+from FBCache_ms.eval.files import check_folder, check_into
+from FBCache_ms.eval.tables import markdown, publish
 
 SHAPES = [(64, 64, 1), (64, 96, 1), (96, 64, 1), (64, 64, 2), (32, 32, 3)]
 """Height, width and images of a request."""
@@ -155,43 +155,57 @@ def growth(record):
     return 100 * np.polyfit(np.arange(len(memory)), memory, 1)[0]
 
 
-def table(record):
-    """The record as a Markdown table."""
+def rows_of(record):
+    """The record as the table's one row."""
     memory = record["resident_MB"]
-    return markdown(
-        [
-            {
-                "Generations": record["generations"],
-                "Different Requests": record["requests"],
-                "Repeated": record["repeated"],
-                "Other Bits": record["wrong"],
-                "Shapes and Settings of Graphs": record["graphs"],
-                "Compilations": record["compilations"],
-                "Last New Graph": f"generation {record['last_new']}",
-                "Memory Then (MB)": round(memory[record["last_new"]]),
-                "At the End (MB)": round(memory[-1]),
-                "Growth (MB per 100)": f"{growth(record):.2f}",
-            }
-        ]
-    )
+    return [
+        {
+            "Generations": record["generations"],
+            "Different Requests": record["requests"],
+            "Repeated": record["repeated"],
+            "Other Bits": record["wrong"],
+            "Shapes and Settings of Graphs": record["graphs"],
+            "Compilations": record["compilations"],
+            "Last New Graph": f"generation {record['last_new']}",
+            "Memory Then (MB)": round(memory[record["last_new"]]),
+            "At the End (MB)": round(memory[-1]),
+            "Growth (MB per 100)": f"{growth(record):.2f}",
+        }
+    ]
+
+
+def parse_arguments(argv=None):
+    """The command line."""
+    parser = Parser(__name__, "long_run", description=__doc__)
+    parser.add_argument("--ckpt", type=Path, default=TINY_FLUX, metavar="PATH", help="folder in diffusers layout")
+    parser.add_argument("--generations", type=int, default=500, metavar="N", help="how many in all")
+    parser.add_argument("--different", type=int, default=60, metavar="N", help="different requests")
+    parser.add_argument("--kept_shapes", type=int, default=16, metavar="N", help="graphs that each pipeline keeps")
+    add_save_path(parser.add_argument, "./results/long_run", "the tables")
+    add_into_option(parser)
+    args = parser.parse_args(argv)
+    try:
+        for name in ("generations", "different", "kept_shapes"):
+            check_range(name, getattr(args, name), 1)
+        check_checkpoint(args.ckpt)
+        check_folder(args.save_path)
+        check_into(args.into)
+    except (OSError, ValueError) as error:
+        parser.error(reason(error))
+    return args
 
 
 def main(argv=None):
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", default=TINY_FLUX, help="checkpoint (default: the embedded one)")
-    parser.add_argument("--generations", type=int, default=500)
-    parser.add_argument("--different", type=int, default=60, help="different requests (default: 60)")
-    parser.add_argument("--kept_shapes", type=int, default=16, help="graphs that each pipeline keeps (default: 16)")
-    parser.add_argument("--save_path", type=Path, default=Path("results/long_run"))
-    parser.add_argument("--into", nargs=2, metavar=("FILE", "NAME"), help="put the table between a file's marks NAME")
-    args = parser.parse_args(argv)
-    record = run(args.ckpt, args.generations, args.different, args.kept_shapes)
-    args.save_path.mkdir(parents=True, exist_ok=True)
-    (args.save_path / "long_run.json").write_text(json.dumps(record) + "\n")
-    put_into(args.into, table(record))
-    print(table(record), end="")
+    """The program; returns its exit status."""
+    args = parse_arguments(argv)
+
+    def work():
+        record = run(args.ckpt, args.generations, args.different, args.kept_shapes)
+        rows = rows_of(record)
+        publish(args.save_path, "long_run", markdown(rows), rows, record, args.into)
+
+    return exit_status("long_run", work)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -15,20 +15,18 @@ A second table tells where the time over the limit goes, from the same graphs: u
 step, and under one that reuses all but the first. Ends with status 1 if a generation takes more than 1.03 of its limit.
 """
 
-import argparse
 import os
 import statistics
 import sys
 from functools import partial
-from pathlib import Path
 
 from machine import machine
 
 from FBCache_ms.config import CacheConfig
-from FBCache_ms.eval.arguments import Parser, add_into_option, check_range, exit_status, reason
+from FBCache_ms.eval.arguments import Parser, add_into_option, add_save_path, check_range, exit_status, reason
 from FBCache_ms.eval.cases import UNCACHED
-from FBCache_ms.eval.files import check_folder, check_into, put_into
-from FBCache_ms.eval.tables import markdown, spread, write_tables
+from FBCache_ms.eval.files import check_folder, check_into
+from FBCache_ms.eval.tables import markdown, publish, spread
 from FBCache_ms.schedules import MAX_STEPS
 
 PROMPT = "a big red circle in the center, blue background"
@@ -52,13 +50,13 @@ FULL, FIRST = "full step", "first block"
 
 def parse_arguments(argv=None):
     """The command line."""
-    parser = Parser(prog="overhead", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__name__, "overhead", description=__doc__)
     parser.add_argument(
-        "--transformers", nargs="+", default=list(THRESHOLDS), choices=THRESHOLDS, metavar="NAME", help="(default: all)"
+        "--transformers", nargs="+", default=list(THRESHOLDS), choices=THRESHOLDS, metavar="NAME", help="which"
     )
-    parser.add_argument("--steps", type=int, nargs="+", default=[28, 50], metavar="N", help="(default: 28 50)")
-    parser.add_argument("--runs", type=int, default=5, metavar="N", help="turns (default: 5)")
-    parser.add_argument("--save_path", type=Path, default=Path("./results/speed"), metavar="FOLDER")
+    parser.add_argument("--steps", type=int, nargs="+", default=[28, 50], metavar="N", help="of a generation")
+    parser.add_argument("--runs", type=int, default=5, metavar="N", help="turns")
+    add_save_path(parser.add_argument, "./results/speed", "the tables")
     add_into_option(parser)
     args = parser.parse_args(argv)
     try:
@@ -272,9 +270,7 @@ def main(argv=None):
         rows = list(map(generation_row, whole))
         text = f"{markdown(rows)}\n{markdown(list(map(part_row, divided)))}"
         data = {"settings": {**machine(), "runs": args.runs}, "generations": whole, "steps": divided}
-        write_tables(args.save_path, "overhead", text, rows, data)
-        put_into(args.into, text)
-        print(text, end="")
+        publish(args.save_path, "overhead", text, rows, data, args.into)
         over.extend(figures for figures in whole if statistics.median(figures["ratios"]) > MOST)
 
     return exit_status("overhead", work) or int(bool(over))

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from FBCache_ms.eval.arguments import Parser, exit_status, reason
+from FBCache_ms.eval.arguments import Parser, add_save_path, exit_status, reason
 from FBCache_ms.eval.files import check_folder, json_bytes, write_file, write_text
 
 BENCHMARKS = {
@@ -30,13 +30,13 @@ PEERS = ("para_attention", "cache_dit")
 
 def parse_arguments(argv=None):
     """The command line."""
-    parser = Parser(prog="speed", description=__doc__)
+    parser = Parser(__name__, "speed", description=__doc__)
     add = parser.add_argument
-    add("--only", nargs="+", choices=BENCHMARKS, default=list(BENCHMARKS), metavar="NAME", help="(default: all)")
+    add("--only", nargs="+", choices=BENCHMARKS, default=list(BENCHMARKS), metavar="NAME", help="which")
     for peer in PEERS:
         add(f"--{peer}", metavar="PYTHON", help="as of against_torch.py, which is left out without either")
     add("--into", metavar="FILE", help="a text with a place for each benchmark's table, as README.md has")
-    add("--save_path", type=Path, default=Path("./results/speed"), metavar="FOLDER")
+    add_save_path(add, "./results/speed", "the tables")
     args = parser.parse_args(argv)
     if not any(getattr(args, peer) for peer in PEERS):
         args.only = [name for name in args.only if name != "against_torch"]

@@ -9,7 +9,6 @@ The clock runs from the loaded model to the last picture as bytes. Each way has 
 compiles; that one is told apart from the others, which take turns.
 """
 
-import argparse
 import statistics
 import sys
 import tempfile
@@ -21,10 +20,10 @@ from machine import machine
 
 from FBCache_ms.config import CacheConfig
 from FBCache_ms.eval import sweep
-from FBCache_ms.eval.arguments import Parser, add_into_option, check_range, exit_status, reason
+from FBCache_ms.eval.arguments import Parser, add_into_option, add_save_path, check_range, exit_status, reason
 from FBCache_ms.eval.drawing import Painter, Setting, draw_missing
-from FBCache_ms.eval.files import check_folder, check_into, put_into
-from FBCache_ms.eval.tables import markdown, spread, write_tables
+from FBCache_ms.eval.files import check_folder, check_into
+from FBCache_ms.eval.tables import markdown, publish, spread
 from FBCache_ms.schedules import MAX_STEPS
 
 THRESHOLDS = (0.04, 0.06, 0.08, 0.1, 0.12, 0.15, 0.2, 0.3, 0.4, 0.5)
@@ -40,14 +39,14 @@ PARTS = ("compile", "text", "denoise", "decode")
 
 def parse_arguments(argv=None):
     """The command line."""
-    parser = Parser(prog="sweep_time", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=28, metavar="N", help="(default: 28)")
-    parser.add_argument("--settings", type=int, default=50, metavar="N", help="at most 50 (default: 50)")
+    parser = Parser(__name__, "sweep_time", description=__doc__)
+    parser.add_argument("--steps", type=int, default=28, metavar="N", help="of a generation")
+    parser.add_argument("--settings", type=int, default=50, metavar="N", help="at most 50")
     parser.add_argument(
-        "--structures", type=int, default=1, metavar="N", help="structures, an order of the forecast each (default: 1)"
+        "--structures", type=int, default=1, metavar="N", help="structures, an order of the forecast each"
     )
-    parser.add_argument("--runs", type=int, default=3, metavar="N", help="sweeps after the first (default: 3)")
-    parser.add_argument("--save_path", type=Path, default=Path("./results/speed"), metavar="FOLDER")
+    parser.add_argument("--runs", type=int, default=3, metavar="N", help="sweeps after the first")
+    add_save_path(parser.add_argument, "./results/speed", "the tables")
     add_into_option(parser)
     args = parser.parse_args(argv)
     try:
@@ -210,9 +209,7 @@ def main(argv=None):
         rows = [row for name, each in records.items() for row in rows_of(name, each)]
         settings = {**machine(), "steps": args.steps, "structures": args.structures, "settings": len(chosen)}
         text = markdown(rows)
-        write_tables(args.save_path, "sweep_time", text, rows, {"settings": settings, "sweeps": records})
-        put_into(args.into, text)
-        print(text, end="")
+        publish(args.save_path, "sweep_time", text, rows, {"settings": settings, "sweeps": records}, args.into)
 
     return exit_status("sweep_time", work)
 

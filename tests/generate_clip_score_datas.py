@@ -27,7 +27,7 @@ from FBCache_ms.eval.prompts import choose_prompts
 
 def parse_arguments(argv=None):
     """The command line."""
-    parser = Parser(prog="generate_clip_score_datas", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(__name__, "generate_clip_score_datas", description=__doc__.splitlines()[0])
     add_drawing_options(parser, limit=PROMPTS, save_path="./results/accuracy")
     add_clip_option(parser)
     parser.set_defaults(num_inference_steps=STEPS)

@@ -24,6 +24,7 @@ def test_the_example_is_held_against_the_whole_loop_of_its_turn():
     assert against_example.same_decisions(record)
     rows = [row for row in against_example.speed_rows(record, 2) if row["Threshold"] == "0.12"]
     assert [row["Over the Whole Loop"] for row in rows] == ["2.00x", "1.00x", "1.00x"]
+    assert {row["Whole Loop (s)"] for row in rows} == {"1.000 (1.000 to 2.000)"}
     assert [row["Reused"] for row in rows] == ["1 of 2"] * 3 and rows[0]["A Step (ms)"] == "1500.0"
     assert [row["Their Compilation (s)"] for row in against_example.graph_rows(record)] == ["8.0", "10.0", "10.0"]
     record[EXAMPLE]["reused"] = {"0.12": [False, False]}

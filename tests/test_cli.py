@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from FBCache_ms.eval import run_flux_withFBCache_pipeline as cli
-from FBCache_ms.eval.metrics import psnr
+from FBCache_ms.eval.metrics import psnr, read_picture
 
 KEYS = {
     "config",
@@ -15,6 +15,7 @@ KEYS = {
     "seed",
     "steps",
     "pictures",
+    "files",
     "image_size",
     "computed_steps",
     "cached_steps",
@@ -62,18 +63,19 @@ def test_a_run_writes_its_pictures_and_says_what_it_did(tmp_path, capsys):
     assert all(picture.size == (64, 64) for picture in pictures)
     assert np.any(np.asarray(pictures[0]) != np.asarray(pictures[1]))
     assert written(tmp_path) == ["output_0.png", "output_1.png", "run.json"]
+    assert report["files"] == ["output_0.png", "output_1.png"]
     said = capsys.readouterr().out
     assert f"{len(report['cached_steps'])} of 28 steps reused" in said and "output_0.png to output_1.png" in said
 
 
 def test_a_former_runs_pictures_go_away(tmp_path):
-    for name in ("output_0.png", "output_1.png", "output_2.png", "mine.png"):
+    for name in ("output_0.png", "output_1.png", "output_2.png", "baseline_0.png", "comparison_0.png", "mine.png"):
         (tmp_path / name).write_text("old")
-    cli.write(tmp_path, np.zeros((1, 8, 8, 3)), {})
+    cli.write(tmp_path, {"output": [Image.new("RGB", (8, 8))]}, {})
     assert written(tmp_path) == ["mine.png", "output_0.png", "run.json"]
 
 
-def test_compare_reports_the_gain_and_the_loss(tmp_path):
+def test_compare_reports_the_gain_and_the_loss_and_shows_them(tmp_path, capsys):
     report = run(tmp_path, "--compare", "--num_inference_steps", "10")
     assert set(report) == KEYS | {"baseline"}
     assert set(report["baseline"]) == {"denoise", "speedup", "psnr", "ssim"}
@@ -81,12 +83,20 @@ def test_compare_reports_the_gain_and_the_loss(tmp_path):
     assert baseline["speedup"] == pytest.approx(baseline["denoise"] / seconds["denoise"])
     assert baseline["psnr"] is None or baseline["psnr"] > 20
     assert report["graph_compilations"] == 1
+    files = ["output_0.png", "baseline_0.png", "comparison_0.png"]
+    assert report["files"] == files and written(tmp_path) == sorted([*files, "run.json"])
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1] == f"written to {tmp_path}: {', '.join(files)} and run.json"
+    assert f"{seconds['denoise']:.3f} s with the cache, {baseline['denoise']:.3f} s without" in said[-2]
+    output, uncached = (read_picture(tmp_path / name) for name in files[:2])
+    assert psnr(uncached, output) == pytest.approx(baseline["psnr"], abs=1)
 
 
-def test_the_cache_off_gives_the_baselines_picture(tmp_path):
+def test_the_cache_off_gives_the_baselines_picture(tmp_path, capsys):
     report = run(tmp_path, "--compare", "--residual_diff_threshold", "0", "--num_inference_steps", "4")
     assert report["cached_steps"] == [] and report["residual_diffs"] == [None] * 4
     assert report["baseline"]["psnr"] is None and report["baseline"]["ssim"] == pytest.approx(1)
+    assert "the same picture" in capsys.readouterr().out
 
 
 def test_another_size_and_true_cfg_and_operator_by_operator(tmp_path):

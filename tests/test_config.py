@@ -247,6 +247,30 @@ def test_an_unknown_preset_is_refused_by_name():
         CacheConfig.preset("turbo")
 
 
+@pytest.mark.parametrize(
+    "ask, meant",
+    [
+        (lambda: CacheConfig.named("ballanced"), "balanced"),
+        (lambda: CacheConfig.named("Teacache"), "teacache"),
+        (lambda: CacheConfig.preset("taylor_seer"), "taylorseer"),
+        (lambda: CacheConfig(gate="fbcach"), "fbcache"),
+        (lambda: CacheConfig(schedule="maskslow", gate="static"), "mask_slow"),
+        (lambda: CacheConfig.named("F1B0_W0_R0.12,warmup_step=3"), "warmup_steps"),
+    ],
+)
+def test_a_mistyped_name_is_told_the_list_and_its_neighbour(ask, meant):
+    with pytest.raises(ValueError) as refused:
+        ask()
+    said = str(refused.value)
+    assert said.endswith(f"; did you mean {meant}?") and said.count(meant) >= 2 and "\n" not in said
+
+
+def test_what_is_near_nothing_has_no_neighbour():
+    with pytest.raises(ValueError) as refused:
+        CacheConfig.named("xyz")
+    assert str(refused.value).endswith("learnt_12") and "cache 'xyz' is no tag like F1B0" in str(refused.value)
+
+
 @pytest.mark.parametrize("name", LEARNT)
 def test_a_learnt_schedule_computes_its_own_steps_and_elsewhere_as_many(name):
     for steps, computed in LEARNT[name].items():

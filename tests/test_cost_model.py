@@ -222,7 +222,7 @@ def test_a_run_of_two_gates_needs_the_computed_steps_of_each(tmp_path, capsys):
         (["--computed_steps", "29"], "--computed_steps must be in [1, 28], not 29"),
         (["--cache", "fora", "--computed_steps", "11"], "--computed_steps must be in [10, 10], not 11"),
         (["--cache", "F57B0_W0_R0.1", "--computed_steps", "3"], "leave none of the transformer's 57 blocks"),
-        (["--cache", "quick"], "cache tag 'quick' must read like"),
+        (["--cache", "quick"], "cache 'quick' is no tag like"),
         (["--image_size", "1000", "1024"], "--image_size must be positive multiples of 16, not 1000 1024"),
         (["--num_inference_steps", "0"], "--num_inference_steps must be in [1, 1000], not 0"),
         (["--batch_size", "0"], "--batch_size must be 1 or more, not 0"),

@@ -22,6 +22,7 @@ def test_a_warm_start_is_held_against_the_cold_one_of_its_turn():
     cold, warm = first_picture.start_rows({"embedded": turns})
     assert (cold["Start"], cold["Whole (s)"], cold["Over Cold"]) == ("cold", "30.0 (20.0 to 40.0)", "1.00x")
     assert (warm["Start"], warm["Whole (s)"], warm["Over Cold"]) == ("warm", "9.0 (8.0 to 10.0)", "0.30x")
+    assert cold["Cold (s)"] == warm["Cold (s)"] == cold["Whole (s)"]
     assert (cold["Compile"], warm["Compile"]) == ("10.0", "1.0")
 
 

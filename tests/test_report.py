@@ -6,18 +6,18 @@ import re
 import shutil
 import sys
 import time
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
+from browser import missing, open_browser, show
 from PIL import Image
-from selenium import webdriver
-from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
-from FBCache_ms.eval import report
+from FBCache_ms.eval import cost_model, report
 
 PROMPTS = ["a big red circle", '</script><script>window.ran = 1</script> "it\'s" <b>猫</b> & é {{data}}']
 LONG_TAG = "F0B0_W0_R0.12,gate=static,steps_computation_mask=1111111001001001001001001001"
@@ -73,6 +73,7 @@ def make_cell(folder, row, side):
 def make_sweep(folder, side=16):
     cells = [make_cell(folder, row, side) for row in CELLS]
     settings = {"checkpoint": "tiny <flux>", "seed": 0, "image_size": [side, side], "steps": 28}
+    settings.update(jit_level=None, lazy_inline=False, empty="")
     sweep = {"settings": settings, "prompts": list(PROMPTS), "cells": cells}
     (folder / "sweep.json").write_text(json.dumps(sweep), encoding="utf-8")
     return sweep
@@ -88,27 +89,10 @@ def sweep(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not chromium or not driver:
+    if missing():
         pytest.skip("chromium and chromedriver are not installed")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for flag in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-quic",
-        "--disable-dev-shm-usage",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-        "--proxy-server=127.0.0.1:9",
-        f"--user-data-dir={tmp_path_factory.mktemp('chromium')}",
-    ):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    browser = webdriver.Chrome(options=options, service=Service(driver))
+    logs = {"goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"}}
+    browser = open_browser(tmp_path_factory.mktemp("chromium"), **logs)
     browser.get("about:blank")
     yield browser
     browser.quit()
@@ -118,7 +102,7 @@ def browser(tmp_path_factory):
 def page(browser, sweep):
     """The page, freshly opened on a wide screen; at the end it must have logged nothing and asked for nothing."""
     address = (sweep[0] / "report.html").as_uri()
-    show(browser, 1280, "light")
+    show(browser, 1280)
     browser.get(address)
     yield browser
     assert browser.get_log("browser") == []
@@ -127,13 +111,6 @@ def page(browser, sweep):
     urls = [each["request"]["url"] for each in sent if each["documentURL"].split("#")[0] == address]
     assert address in urls and {url.split(":")[0] for url in urls} <= {"file", "data"}
     assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
-
-
-def show(browser, width, scheme):
-    size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 600}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    features = [{"name": "prefers-color-scheme", "value": scheme}]
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
 
 
 def all_of(page, selector):
@@ -274,9 +251,62 @@ def test_texts_show_as_they_are_and_pictures_are_embedded_once(page, sweep):
     assert images[2] in uris and len(uris) == len(set(uris)) == 2 * (len(cells) - 1)
 
 
+def test_the_header_says_nothing_that_is_nothing(page):
+    terms, values = ([each.text for each in all_of(page, f"#settings {tag}")] for tag in ("dt", "dd"))
+    assert dict(zip(terms, values)) == {
+        "checkpoint": "tiny <flux>",
+        "seed": "0",
+        "image size": "16 × 16",
+        "steps": "28",
+        "lazy inline": "no",
+    }
+
+
+def enlarged(page):
+    """The picture that is shown in full size, once it is there: its address and its size; None where none is."""
+    if not page.find_element(By.ID, "enlarged").is_displayed():
+        return None
+    image = page.find_element(By.CSS_SELECTOR, "#enlarged img")
+    WebDriverWait(page, 5).until(lambda page: image.get_property("complete") and image.get_property("width"))
+    return image.get_attribute("src"), image.get_property("naturalWidth")
+
+
+def test_a_picture_is_enlarged_by_mouse_and_by_keyboard_and_turns_over_to_the_other(page, sweep):
+    folder, cells = sweep[0], sweep[1]["cells"]
+    Select(page.find_element(By.ID, "choice")).select_by_value("2")
+    buttons = all_of(page, "#chosen .enlarge")
+    assert enlarged(page) is None and len(buttons) == 4
+    buttons[1].click()
+    files = [folder / cell["folder"] / "00000.png" for cell in (cells[0], cells[2])]
+    np.testing.assert_array_equal(pixels(enlarged(page)[0]), pixels(files[1]))
+    assert page.find_element(By.ID, "enlarged-title").text == f"FBCache 0.12 (56.5 dB): {PROMPTS[0]}"
+    image = page.find_element(By.CSS_SELECTOR, "#enlarged img")
+    assert image.rect["width"] % 16 == 0 and 256 <= image.rect["height"] <= 800
+    for key in (Keys.ARROW_LEFT, Keys.ARROW_RIGHT):
+        ActionChains(page).send_keys(key).perform()
+        shown = enlarged(page)[0]
+        np.testing.assert_array_equal(pixels(shown), pixels(files[key == Keys.ARROW_RIGHT]))
+    ActionChains(page).send_keys(Keys.ESCAPE).perform()
+    assert enlarged(page) is None
+    buttons[2].send_keys(Keys.ENTER)
+    place = folder / cells[0]["folder"] / "00001.png"
+    np.testing.assert_array_equal(pixels(enlarged(page)[0]), pixels(place))
+    page.find_element(By.ID, "enlarged-close").click()
+    assert enlarged(page) is None
+    page.find_element(By.CSS_SELECTOR, "#grid .enlarge").click()
+    assert enlarged(page)
+    # On what is behind, in the window's corner.
+    page.execute_cdp_cmd("Input.dispatchMouseEvent", {**CORNER, "type": "mousePressed"})
+    page.execute_cdp_cmd("Input.dispatchMouseEvent", {**CORNER, "type": "mouseReleased"})
+    assert enlarged(page) is None
+
+
+CORNER = {"x": 3, "y": 3, "button": "left", "clickCount": 1}
+
+
 def test_a_phone_shows_everything_within_its_width(page):
     for width in (360, 1280, 360):
-        show(page, width, "light")
+        show(page, width)
         ratio = (
             "return [document.documentElement.scrollWidth, innerWidth, Math.max(0, ...[...document.querySelectorAll("
         )
@@ -301,7 +331,7 @@ def luminance(colour):
 def test_dark_mode_changes_the_colours_and_every_text_stays_readable(page):
     backs = []
     for scheme in ("light", "dark", "light"):
-        show(page, 1280, scheme)
+        show(page, 1280, scheme=scheme)
         back = page.execute_script("return getComputedStyle(document.body).backgroundColor")
         plotted = "#%02x%02x%02x" % tuple(map(int, re.findall(r"\d+", back)))
         followed = (
@@ -328,6 +358,45 @@ def test_large_pictures_are_reduced_and_only_those_asked_for_embedded(tmp_path, 
     assert capsys.readouterr().out == f"written to {page}\n"
     uris = re.findall(r'data:image/webp;base64,[^"]+', page.read_text(encoding="utf-8"))
     assert len(uris) == len(sweep["cells"]) - 1 and {pixels(uri).shape for uri in uris} == {(256, 256, 3)}
+
+
+def test_a_large_picture_is_enlarged_from_its_file_and_a_page_that_was_moved_away_says_what_is_missing(
+    tmp_path, browser
+):
+    folder = tmp_path / "a sweep, of 100 % ü"
+    folder.mkdir()
+    sweep = make_sweep(folder, side=300)
+    page, moved = tmp_path / "pages" / "page.html", tmp_path / "page.html"
+    assert report.main([str(folder), "--save_path", str(page)]) == 0
+    shutil.copy(page, moved)
+    place = folder / sweep["cells"][2]["folder"] / "00000.png"
+    for file, size in ((page, 300), (moved, 256)):
+        show(browser, 1280)
+        browser.get(file.as_uri())
+        Select(browser.find_element(By.ID, "choice")).select_by_value("2")
+        all_of(browser, "#chosen .enlarge")[1].click()
+        WebDriverWait(browser, 5).until(lambda browser: enlarged(browser)[1] == size)
+        note = browser.find_element(By.ID, "enlarged-note").text
+        if size == 300:
+            assert unquote(urlsplit(enlarged(browser)[0]).path) == str(place) and note == ""
+        else:
+            assert note.startswith("Reduced: ") and note.endswith("is not beside this page.")
+    browser.get_log("browser")
+
+
+@pytest.mark.parametrize("width", [1280, 800])
+def test_the_cost_models_charts_fit_the_window(width, tmp_path, browser):
+    assert cost_model.main(["--save_path", str(tmp_path)]) == 0
+    show(browser, width)
+    browser.get((tmp_path / "cost_model.html").as_uri())
+    widest = (
+        "return [document.documentElement.scrollWidth, "
+        "document.querySelector('.main-svg').getBoundingClientRect().right]"
+    )
+    WebDriverWait(browser, 10).until(lambda browser: all_of(browser, ".main-svg .trace"))
+    content, chart = browser.execute_script(widest)
+    assert width * 0.9 < chart <= content <= width
+    browser.get_log("browser")
 
 
 def failure(capsys, *options):

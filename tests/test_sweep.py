@@ -1,5 +1,6 @@
 import csv
 import json
+import re
 
 import numpy as np
 import pytest
@@ -71,6 +72,7 @@ def test_a_sweep_measures_what_it_draws_and_goes_on_where_it_was(options, tmp_pa
     table = capsys.readouterr().out
     assert page.read_text() == f"before\n<!-- rules -->\n{table}<!-- end of rules -->\nafter\n"
     assert (tmp_path / "out" / "sweep.md").read_text() == table
+    assert "| Uncached (s) | Time (s) | Speedup |" in table
     report = json.loads((tmp_path / "out" / "sweep.json").read_text())
     assert report["prompts"] == PROMPTS
     uncached, never, always, once = report["cells"]
@@ -116,6 +118,12 @@ def test_the_speed_table_has_the_fields_of_the_field(options, tmp_path, capsys):
     names = ["Baseline (PyNative Mode)", "Baseline (Graph Mode)"]
     names += ["FBCache(0.08) + Graph Mode", "FBCache(0.12) + Graph Mode", "FBCache(1) + Graph Mode"]
     assert [line.split(" | ")[0].strip("| ") for line in lines[2:7]] == names
+    for line in lines[2:7]:
+        *_, total, speedup = line.strip("| ").split(" | ")
+        ratios = re.findall(r"([\d.]+)x (?:over PyNative )?\(([\d.]+) / ([\d.]+)\)", speedup)
+        assert len(ratios) == 2 and {own for _, _, own in ratios} == {total}
+        assert [ratios[0][1], ratios[1][1]] == [lines[row].strip("| ").split(" | ")[-2] for row in (3, 2)]
+    assert "| Total Time, Median of 2 Runs (s) |" in lines[8]
     rows = json.loads((tmp_path / "benchmark.json").read_text())["rows"]
     for row in rows:
         assert len(row["times"]) == 2 and row["least_seconds"] <= row["seconds"] <= row["greatest_seconds"]

@@ -43,7 +43,7 @@ def world(row):
     ],
 )
 def test_the_search_finds_the_best_of_every_family_without_trying_all(wish, name, tried):
-    search = Search(lambda rows: [world(row) for row in rows], wish, FAMILIES)
+    search = Search(lambda rows, left: [world(row) for row in rows], wish, FAMILIES)
     chosen = best(search.run(), search.uncached, wish)
     assert (chosen and chosen.name) == name
     assert len(search.found) <= tried

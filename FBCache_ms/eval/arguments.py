@@ -6,12 +6,13 @@ import logging
 import math
 import os
 import sys
+import textwrap
 import warnings
 from dataclasses import fields, replace
 from pathlib import Path
 
 from FBCache_ms.checkpoint import TINY_FLUX, block_counts, check_checkpoint, image_unit
-from FBCache_ms.config import PRESETS, CacheConfig, parse, value_text
+from FBCache_ms.config import PRESETS, CacheConfig, did_you_mean, parse, value_text
 from FBCache_ms.eval.files import check_folder
 from FBCache_ms.schedules import MAX_STEPS, row
 
@@ -19,11 +20,63 @@ AUTO = object()
 """Stands for the user's own folder of compiled graphs."""
 
 
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    """Help that tells every default; a description's paragraphs are filled, its indented lines stay."""
+
+    def _fill_text(self, text, width, indent):
+        parts = text.strip().split("\n\n")
+        return "\n\n".join(part if part[0] == " " else textwrap.fill(" ".join(part.split()), width) for part in parts)
+
+    def _get_help_string(self, action):
+        text, default = action.help or "", action.default
+        if isinstance(action, argparse.BooleanOptionalAction):
+            # Pythons before 3.13 tell the default of these alone, as Python writes it.
+            return f"{text.split(' (default: ')[0]} (default: {'yes' if default else 'no'})"
+        if action.nargs == 0 or action.required or "default: " in text:
+            return text
+        values = default if isinstance(default, (list, tuple)) else [default]
+        shown = "none" if default in (None, []) else " ".join(map(str, values)).replace("%", "%%")
+        return f"{text} (default: {shown})".strip()
+
+
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, without the usage."""
+    """An ArgumentParser whose usage is what a person types, and whose errors are one line without it.
+
+    Args:
+        module: ``__name__`` of the program's module.
+        name: the program's own, before an error.
+        usage: what is typed behind the program.
+    """
+
+    def __init__(self, module, name, usage="[options]", **settings):
+        self.name = name
+        usage = f"%(prog)s {usage}"
+        super().__init__(typed(module, name), usage, formatter_class=Formatter, allow_abbrev=False, **settings)
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
+        self.exit(2, f"{self.name}: error: {one_line(message)}\n")
+
+    def parse_args(self, args=None, namespace=None):
+        args, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            names = [name for action in self._actions for name in action.option_strings]
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{did_you_mean(unknown[0].split('=')[0], names)}")
+        return args
+
+    def _check_value(self, action, value):
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            error.message += did_you_mean(value, action.choices)
+            raise
+
+
+def typed(module, name):
+    """What a person types to start the program of this module: its name, unless it was started as a file."""
+    if module != "__main__":
+        return name
+    spec = sys.modules["__main__"].__spec__
+    return f"{Path(sys.executable).name} {f'-m {spec.name}' if spec else sys.argv[0]}"
 
 
 def one_line(error):
@@ -67,8 +120,7 @@ def add_model_options(add, deterministic=False, compile_cache=False):
         "--deterministic",
         action=argparse.BooleanOptionalAction,
         default=deterministic,
-        help="the same bits at every run: an NPU's fastest kernels sum in any order, a CPU's do not "
-        f"(default: {'yes' if deterministic else 'no'})",
+        help="the same bits at every run: an NPU's fastest kernels sum in any order, a CPU's do not",
     )
     add(
         "--compile_cache",
@@ -90,9 +142,9 @@ def add_model_options(add, deterministic=False, compile_cache=False):
 def add_picture_options(add):
     """--image_size, --num_inference_steps, --guidance_scale and --seed."""
     add("--image_size", type=int, nargs=2, metavar=("H", "W"), help="pixels (default: the model's own size)")
-    add("--num_inference_steps", type=int, default=28, metavar="N")
+    add("--num_inference_steps", type=int, default=28, metavar="N", help="steps of the denoise loop")
     add("--guidance_scale", type=float, default=3.5, metavar="G", help="of the guidance embedding (Flux dev)")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, metavar="N", help="of the noise that a picture begins as")
 
 
 def add_drawing_options(parser, limit, save_path, deterministic=True):
@@ -105,11 +157,14 @@ def add_drawing_options(parser, limit, save_path, deterministic=True):
         metavar="FILE",
         help="a prompt a line, JSON, DrawBench's CSV or MSCOCO's captions (default: prompts of our own)",
     )
-    add("--limit", type=int, default=limit, metavar="N", help=f"how many prompts (default: {limit})")
+    add("--limit", type=int, default=limit, metavar="N", help="how many prompts")
     add_picture_options(add)
-    parser.add_argument_group("output").add_argument(
-        "--save_path", type=Path, default=Path(save_path), metavar="FOLDER", help=f"(default: {save_path})"
-    )
+    add_save_path(parser.add_argument_group("output").add_argument, save_path)
+
+
+def add_save_path(add, save_path, what="tables and pictures"):
+    """--save_path, a folder."""
+    add("--save_path", type=Path, default=Path(save_path), metavar="FOLDER", help=f"where {what} are written")
 
 
 def add_into_option(parser):
@@ -118,7 +173,7 @@ def add_into_option(parser):
         "--into",
         nargs=2,
         metavar=("FILE", "NAME"),
-        help="also put the table into a text, between the lines <!-- NAME --> and <!-- end of NAME -->",
+        help="also put the table into a text file, between its lines <!-- NAME --> and <!-- end of NAME -->",
     )
 
 
@@ -167,7 +222,8 @@ def add_cache_options(parser):
     add(
         "--cache",
         metavar="TAG|PRESET",
-        help=f"like F1B0_W4M0MC0_T1O2_R0.12, or {', '.join(PRESETS)}; the options below change it",
+        help=f"a tag like F1B0_W4M0MC0_T1O2_R0.12, a preset file (.json), or one of {', '.join(PRESETS)}; the options "
+        f"below change it (default: {CacheConfig()})",
     )
     titles = {
         "gate": "cache: what decides",

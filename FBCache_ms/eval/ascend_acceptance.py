@@ -32,13 +32,13 @@ LONGEST_REASON = 300
 
 def parse_arguments(argv=None):
     """The command line."""
-    parser = Parser(prog="ascend_acceptance", description=__doc__, allow_abbrev=False)
+    parser = Parser(__name__, "ascend_acceptance", description=__doc__)
     add_drawing_options(parser, limit=50, save_path="./results/acceptance")
     add_clip_option(parser)
     add = parser.add_argument_group("checks").add_argument
     add("--only", nargs="+", choices=list(CHECKS), metavar="CHECK", help=f"of {', '.join(CHECKS)} (default: all)")
     add("--skip", nargs="+", choices=list(CHECKS), default=[], metavar="CHECK", help="leave these out")
-    add("--runs", type=int, default=5, metavar="N", help="timed runs of each row of the speed table (default: 5)")
+    add("--runs", type=int, default=5, metavar="N", help="timed runs of each row of the speed table")
     add(
         "--pynative",
         action=argparse.BooleanOptionalAction,

@@ -20,18 +20,18 @@ from FBCache_ms.eval.cases import ROWS, UNCACHED
 from FBCache_ms.eval.drawing import Setting, draw_and_finish, named_settings
 from FBCache_ms.eval.files import check_folder
 from FBCache_ms.eval.prompts import choose_prompts
-from FBCache_ms.eval.tables import markdown, spread, write_tables
+from FBCache_ms.eval.tables import markdown, publish, spread
 
 PYNATIVE, GRAPH = "Baseline (PyNative Mode)", "Baseline (Graph Mode)"
 
 
 def parse_arguments(argv=None):
     """The command line."""
-    parser = Parser(prog="benchmark", description=__doc__, allow_abbrev=False)
+    parser = Parser(__name__, "benchmark", description=__doc__)
     add_drawing_options(parser, limit=5, save_path="./results/benchmark", deterministic=False)
     add = parser.add_argument_group("rows").add_argument
     add("--cache", nargs="+", default=[], metavar="TAG|PRESET", help=f"rows beside the baselines and {', '.join(ROWS)}")
-    add("--runs", type=int, default=5, metavar="N", help="timed runs of each row, after one to warm up (default: 5)")
+    add("--runs", type=int, default=5, metavar="N", help="timed runs of each row, after one to warm up")
     add(
         "--pynative",
         action=argparse.BooleanOptionalAction,
@@ -90,7 +90,9 @@ def text_of(figures):
         over = {name: seconds / row["seconds"] for name, seconds in baseline.items()}
         row["speedup"] = over[GRAPH]
         row["speedup_over_pynative"] = over.get(PYNATIVE)
-        against = f" ({over[PYNATIVE]:.1f}x over PyNative)" if PYNATIVE in over else ""
+        speedup = f"{over[GRAPH]:.2f}x ({baseline[GRAPH]:.3f} / {row['seconds']:.3f})"
+        if PYNATIVE in over:
+            speedup += f", {over[PYNATIVE]:.1f}x over PyNative ({baseline[PYNATIVE]:.3f} / {row['seconds']:.3f})"
         first.append(
             {
                 "Configuration": row["configuration"],
@@ -98,14 +100,14 @@ def text_of(figures):
                 "Steps": row["steps"],
                 "Time per Step (s)": f"{row['seconds_per_step']:.4f}",
                 "Total Time (s)": f"{row['seconds']:.3f}",
-                "Speedup": f"{over[GRAPH]:.2f}x{against}",
+                "Speedup": speedup,
             }
         )
         second.append(
             {
                 "Configuration": row["configuration"],
                 "Computed Steps": f"{row['computed_steps']:.1f}",
-                f"Total Time of {row['runs']} Runs (s)": spread(row["times"]),
+                f"Total Time, Median of {row['runs']} Runs (s)": spread(row["times"]),
                 "Compilation (s)": f"{row['compile_seconds']:.1f}" if row["compile_seconds"] else "-",
                 "Peak Memory (MB)": f"{row['peak_bytes'] / 1e6:.0f}",
                 "Cache (MB)": f"{row['cache_bytes'] / 1e6:.2f}",
@@ -125,12 +127,11 @@ def main(argv=None):
         ]
         text = text_of(figures)
         rows = [{name: value for name, value in row.items() if name != "times"} for row in figures]
-        write_tables(args.save_path, "benchmark", text, rows, {"settings": painter.common, "rows": figures})
+        publish(args.save_path, "benchmark", text, rows, {"settings": painter.common, "rows": figures})
         # The next benchmark measures anew; a name of its own, so that none goes on with what is half removed.
         done = args.save_path / f".done.{os.getpid()}"
         os.rename(args.save_path / "unfinished", done)
         shutil.rmtree(done)
-        print(text, end="")
 
     return exit_status(
         "benchmark",

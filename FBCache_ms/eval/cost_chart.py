@@ -1,6 +1,8 @@
 """The chart of the cost model's predictions: one HTML page that needs no network."""
 
 PUBLISHED, PREDICTED, OURS, REUSED = "#7a8794", "#2f7ed8", "#2b9348", "#e0630f"
+COLUMNS, HEIGHT = 2, 1100
+"""Charts beside each other, and the page's height in pixels; as wide as the window."""
 
 
 def chart_page(title, rows, parts, growth):
@@ -17,7 +19,7 @@ def chart_page(title, rows, parts, growth):
 
     kinds = list(dict.fromkeys(row["grows"] for row in growth))
     titles = ["Published and predicted", "A reused step of ours, predicted", *(f"Predicted: {kind}" for kind in kinds)]
-    figure = make_subplots(2, 3, subplot_titles=titles, vertical_spacing=0.14, horizontal_spacing=0.08)
+    figure = make_subplots(3, COLUMNS, subplot_titles=titles, vertical_spacing=0.09, horizontal_spacing=0.12)
     for (name, seconds), colour in zip(rows.items(), (PUBLISHED, PREDICTED, OURS)):
         bars = graph_objects.Bar(name=name, x=list(seconds), y=list(seconds.values()), marker_color=colour)
         figure.add_trace(bars, 1, 1)
@@ -35,7 +37,7 @@ def chart_page(title, rows, parts, growth):
     figure.update_yaxes(autorange="reversed", title_text="", row=1, col=2)
     figure.update_xaxes(title_text="milliseconds", row=1, col=2)
     for place, kind in enumerate(kinds, 2):
-        here = {"row": place // 3 + 1, "col": place % 3 + 1}
+        here = {"row": place // COLUMNS + 1, "col": place % COLUMNS + 1}
         points = [row for row in growth if row["grows"] == kind]
         curves = {
             "no cache, predicted": (PREDICTED, [row["predicted_uncached"] for row in points]),
@@ -60,8 +62,9 @@ def chart_page(title, rows, parts, growth):
         title=title,
         template="plotly_white",
         barmode="group",
-        width=1500,
-        height=900,
-        legend={"orientation": "h", "y": -0.08},
+        height=HEIGHT,
+        margin={"l": 60, "r": 30},
+        legend={"orientation": "h", "y": -0.05},
     )
-    return figure.to_html(include_plotlyjs=True, div_id="predicted", config={"displayModeBar": False})
+    config = {"displayModeBar": False, "responsive": True}
+    return figure.to_html(include_plotlyjs=True, div_id="predicted", default_height=HEIGHT, config=config)

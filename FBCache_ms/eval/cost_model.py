@@ -11,9 +11,9 @@ import numpy as np
 
 from FBCache_ms.checkpoint import FLUX_DEV, image_unit, transformer_config
 from FBCache_ms.config import CacheConfig
-from FBCache_ms.eval.arguments import Parser, add_into_option, check_range, exit_status, reason
+from FBCache_ms.eval.arguments import Parser, add_into_option, add_save_path, check_range, exit_status, reason
 from FBCache_ms.eval.cost_chart import chart_page
-from FBCache_ms.eval.files import check_folder, check_into, put_into, write_text
+from FBCache_ms.eval.files import check_folder, check_into, write_text
 from FBCache_ms.eval.published import (
     ATLAS,
     L20,
@@ -25,7 +25,7 @@ from FBCache_ms.eval.published import (
     predict_rows,
     with_fusion,
 )
-from FBCache_ms.eval.tables import markdown, write_tables
+from FBCache_ms.eval.tables import markdown, publish
 from FBCache_ms.gates import every_gate, knobs, plan
 from FBCache_ms.roofline import PYNATIVE, WHOLE_LOOP, Accelerator, Shapes, seconds, step, work_seconds
 from FBCache_ms.schedules import MAX_STEPS
@@ -405,26 +405,26 @@ def figures_of(args):
 
 def parse_arguments(argv=None):
     """The command line."""
-    parser = Parser(prog="cost_model", description=__doc__, allow_abbrev=False)
+    parser = Parser(__name__, "cost_model", description=__doc__)
     add = parser.add_argument_group("what to predict").add_argument
     add("--ckpt", type=Path, metavar="PATH", help="folder in diffusers layout (default: FLUX.1-dev's figures)")
     add("--image_size", type=int, nargs=2, metavar=("H", "W"), help="pixels (default: 1024 1024)")
-    add("--text_tokens", type=int, default=512, metavar="T", help="(default: 512)")
-    add("--num_inference_steps", type=int, metavar="N", help=f"(default: {ATLAS.steps})")
-    add("--batch_size", type=int, default=1, metavar="B", help="pictures at once (default: 1)")
-    add("--cache", metavar="TAG|PRESET", help="(default: as published, with the decisions which that implies)")
-    add("--computed_steps", type=int, nargs="+", metavar="N", help="for a cache that decides while it runs, one a gate")
-    add("--run", type=Path, metavar="FILE", help="a run.json, for its cache, size, steps and decisions")
-    add = parser.add_argument_group("the device (default: as fitted to published times)").add_argument
-    for option, _, text in FIGURES.values():
-        add(f"--{option}", type=float, metavar="X", help=text)
-    parser.add_argument_group("output").add_argument(
-        "--save_path",
-        type=Path,
-        default=Path("./results/cost_model"),
-        metavar="FOLDER",
-        help="(default: ./results/cost_model)",
+    add("--text_tokens", type=int, default=512, metavar="T", help="of a prompt")
+    add("--num_inference_steps", type=int, metavar="N", help=f"steps of a generation (default: {ATLAS.steps})")
+    add("--batch_size", type=int, default=1, metavar="B", help="pictures at once")
+    add("--cache", metavar="TAG|PRESET", help="what is on (default: as published)")
+    add(
+        "--computed_steps",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="for a cache that decides while it runs, one a gate (default: what its schedule says)",
     )
+    add("--run", type=Path, metavar="FILE", help="a run.json, for its cache, size, steps and decisions")
+    add = parser.add_argument_group("the device").add_argument
+    for option, _, text in FIGURES.values():
+        add(f"--{option}", type=float, metavar="X", help=f"{text} (default: as fitted to published times)")
+    add_save_path(parser.add_argument_group("output").add_argument, "./results/cost_model", "tables and charts")
     add_into_option(parser)
     args = parser.parse_args(argv)
     try:
@@ -445,10 +445,9 @@ def main(argv=None):
     def work():
         prediction = prediction_of(args.what, args.figures)
         text = text_of(prediction)
-        write_tables(args.save_path, "cost_model", text, prediction.growth, data_of(prediction))
         write_text(args.save_path / "cost_model.html", page_of(prediction))
-        put_into(args.into, text)
-        print(text, end="")
+        data, more = data_of(prediction), ["cost_model.html"]
+        publish(args.save_path, "cost_model", text, prediction.growth, data, args.into, more)
 
     return exit_status("cost_model", work)
 

@@ -204,7 +204,12 @@ def draw_and_finish(args, prompts, settings, finish, name="pictures", **how):
             finish(painter, folders)
 
 
-def draw_missing(painter, folders, prompts, ranks=(0, 1), in_turn=False, uncached_beside=True):
+def share(ranks, prompts):
+    """The numbers of the prompts that this process draws, of a rank and how many there are."""
+    return range(ranks[0], len(prompts), ranks[1])
+
+
+def draw_missing(painter, folders, prompts, ranks=(0, 1), in_turn=False, uncached_beside=True, bar=None):
     """Draws this rank's share of what is missing, a picture a prompt and folder.
 
     Args:
@@ -214,26 +219,34 @@ def draw_missing(painter, folders, prompts, ranks=(0, 1), in_turn=False, uncache
         ranks: this process's rank and how many there are; prompt i is drawn by rank i % world.
         in_turn: it is time that matters: every setting for one prompt before the next one.
         uncached_beside: otherwise, whether the uncached run is timed beside every so many-th picture.
+        bar: a tqdm that counts these pictures among others; otherwise they have one of their own.
 
     Raises OSError if a folder holds pictures of other prompts or cannot be written.
     """
     from tqdm import tqdm
 
     rank, world = ranks
-    mine = [index for index in range(len(prompts)) if index % world == rank]
+    mine = share(ranks, prompts)
     missing = {setting: set(folder.missing(prompts)) for setting, folder in folders.items()}
     work = [(setting, index) for setting in folders for index in mine if index in missing[setting]]
     if in_turn:
         work.sort(key=lambda pair: pair[1])
     done = len(folders) * len(mine) - len(work)
     name = "pictures" if world == 1 else f"pictures of rank {rank}"
-    for setting, index in tqdm(work, desc=name, initial=done, total=done + len(work), disable=not work):
+    if bar is None:
+        work = tqdm(work, desc=name, initial=done, total=done + len(work), disable=not work)
+    else:
+        # Both, so that what lies there already does not count as fast.
+        bar.initial, bar.n = bar.initial + done, bar.n + done
+    for setting, index in work:
         picture, facts, seconds = painter.draw(index, prompts[index], setting)
         uncached = Setting.named(UNCACHED, painter.args.num_inference_steps)
         timed_beside = uncached_beside and not in_turn and setting != uncached
         if timed_beside and index // world % UNCACHED_EVERY == 0:
             seconds["uncached"] = painter.draw(index, prompts[index], uncached)[2]["denoise"]
         folders[setting].add(index, prompts[index], picture, facts, seconds, rank)
+        if bar is not None:
+            bar.update()
 
 
 def wait_for_all(folders, number):

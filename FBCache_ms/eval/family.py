@@ -10,9 +10,9 @@ from typing import Dict, Tuple
 import numpy as np
 
 from FBCache_ms.config import CacheConfig
-from FBCache_ms.eval.arguments import Parser, add_into_option, check_range, exit_status, reason
-from FBCache_ms.eval.files import check_folder, check_into, put_into
-from FBCache_ms.eval.tables import markdown, write_tables
+from FBCache_ms.eval.arguments import Parser, add_into_option, add_save_path, check_range, exit_status, reason
+from FBCache_ms.eval.files import check_folder, check_into
+from FBCache_ms.eval.tables import markdown, publish
 
 SIDE = 64
 PROMPT, OTHER = "a big red circle in the center, blue background", "a small green square on the left, black background"
@@ -157,6 +157,8 @@ def measure(name, folder, config, steps, runs, components):
         "Cache off, Largest Difference": float(np.abs(off - plain).max()),
         "Reused": f"{len(stats.cached_steps)} of {len(stats.reused)}",
         "PSNR (dB)": psnr(plain, on),
+        "Off (s)": whole,
+        "On (s)": cached,
         "Speed-up": whole / cached,
         "After Others": "the same bits" if np.array_equal(on, again) else "differs",
         "Removed": "the same bits" if removed else "differs",
@@ -165,13 +167,22 @@ def measure(name, folder, config, steps, runs, components):
 
 def parse_arguments(argv=None):
     """The command line."""
-    parser = Parser(prog="family", description=__doc__, allow_abbrev=False)
-    parser.add_argument("checkpoints", type=Path, help="folder of the layouts, as tools/tiny_family makes it")
-    parser.add_argument("--pipelines", nargs="+", choices=tuple(PIPELINES), default=tuple(PIPELINES), metavar="NAME")
-    parser.add_argument("--cache", default="F1B0_W0_R0.2", metavar="TAG|PRESET", help="(default: F1B0_W0_R0.2)")
-    parser.add_argument("--num_inference_steps", type=int, default=28, metavar="N", help="(default: 28)")
-    parser.add_argument("--runs", type=int, default=3, metavar="N", help="timed runs (default: 3)")
-    parser.add_argument("--save_path", type=Path, default=Path("./results/family"), metavar="FOLDER")
+    parser = Parser(__name__, "family", "CHECKPOINTS [options]", description=__doc__)
+    parser.add_argument(
+        "checkpoints", type=Path, metavar="CHECKPOINTS", help="folder of the layouts, as tools/tiny_family makes it"
+    )
+    parser.add_argument(
+        "--pipelines",
+        nargs="+",
+        choices=tuple(PIPELINES),
+        default=tuple(PIPELINES),
+        metavar="NAME",
+        help="of mindone's",
+    )
+    parser.add_argument("--cache", default="F1B0_W0_R0.2", metavar="TAG|PRESET", help="what is put on")
+    parser.add_argument("--num_inference_steps", type=int, default=28, metavar="N", help="steps of a generation")
+    parser.add_argument("--runs", type=int, default=3, metavar="N", help="timed runs")
+    add_save_path(parser.add_argument, "./results/family", "the tables")
     add_into_option(parser)
     args = parser.parse_args(argv)
     try:
@@ -191,7 +202,13 @@ def parse_arguments(argv=None):
 
 def table_of(rows):
     """The rows as a Markdown table."""
-    formats = {"Cache off, Largest Difference": "{:.1g}", "PSNR (dB)": "{:.1f}", "Speed-up": "{:.2f}x"}
+    formats = {
+        "Cache off, Largest Difference": "{:.1g}",
+        "PSNR (dB)": "{:.1f}",
+        "Off (s)": "{:.3f}",
+        "On (s)": "{:.3f}",
+        "Speed-up": "{:.2f}x",
+    }
     return markdown([{name: formats.get(name, "{}").format(value) for name, value in row.items()} for row in rows])
 
 
@@ -206,15 +223,14 @@ def main(argv=None):
 
         prepare_device()
         ms.set_context(mode=ms.GRAPH_MODE)
+        from tqdm import tqdm
+
         rows, components = [], {}
-        for name in args.pipelines:
+        for name in tqdm(args.pipelines, desc="pipelines"):
             folder = args.checkpoints / PIPELINES[name].layout
             rows.append(measure(name, folder, args.config, args.num_inference_steps, args.runs, components))
-            print(rows[-1], file=sys.stderr)
         text = table_of(rows)
-        write_tables(args.save_path, "family", text, rows, {"cache": str(args.config), "rows": rows})
-        put_into(args.into, text)
-        print(text, end="")
+        publish(args.save_path, "family", text, rows, {"cache": str(args.config), "rows": rows}, args.into)
 
     return exit_status("family", work)
 

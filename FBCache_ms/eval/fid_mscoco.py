@@ -20,12 +20,12 @@ from FBCache_ms.eval.files import check_folder
 from FBCache_ms.eval.metrics import open_picture
 from FBCache_ms.eval.prompts import coco_captions
 from FBCache_ms.eval.quality import METRICS_PYTHON, TINY_CLIP, ClipScore, fid, fid_lacks
-from FBCache_ms.eval.tables import markdown, write_tables
+from FBCache_ms.eval.tables import markdown, publish
 
 
 def parse_arguments(argv=None):
     """The command line."""
-    parser = Parser(prog="fid_mscoco", description=__doc__, allow_abbrev=False)
+    parser = Parser(__name__, "fid_mscoco", "--coco_root FOLDER [options]", description=__doc__)
     add = parser.add_argument_group("MSCOCO").add_argument
     add(
         "--coco_root",
@@ -126,7 +126,7 @@ def main(argv=None):
                 "Configuration": name,
                 "Image Size": "x".join(map(str, painter.image_size)),
                 "Steps": each.steps,
-                "Total Time (s)": statistics.median(
+                "Total Time, Median (s)": statistics.median(
                     line["denoise"] for line in folders[each].seconds(len(args.prompts))
                 ),
                 measure: values[each],
@@ -134,11 +134,17 @@ def main(argv=None):
             for name, each in settings.items()
         ]
         text = markdown(
-            [{**row, "Total Time (s)": f"{row['Total Time (s)']:.3f}", measure: f"{row[measure]:.4f}"} for row in rows]
+            [
+                {
+                    **row,
+                    "Total Time, Median (s)": f"{row['Total Time, Median (s)']:.3f}",
+                    measure: f"{row[measure]:.4f}",
+                }
+                for row in rows
+            ]
         )
         data = {"settings": painter.common, "pictures": len(args.prompts), "rows": rows}
-        write_tables(args.save_path, "fid_mscoco", text, rows, data)
-        print(text, end="")
+        publish(args.save_path, "fid_mscoco", text, rows, data, more=["pictures"])
 
     def work():
         draw_and_finish(args, args.prompts, settings.values(), finish, uncached_beside=False)

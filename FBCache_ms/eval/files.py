@@ -4,6 +4,7 @@ import fcntl
 import json
 import math
 import os
+import sys
 import tempfile
 import time
 from contextlib import contextmanager, suppress
@@ -29,15 +30,32 @@ def locked(path, rank=0):
 
     Raises OSError if another run is at work there, or the folder's file system cannot tell.
     """
-    with open(path / f".lock.{rank}", "w") as stream:
+    lock = path / f".lock.{rank}"
+    with _held(lock, path):
+        try:
+            clear(path)
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def _held(lock, path):
+    """The open file of a lock that this process holds; its own name still leads to it."""
+    while True:
+        stream = open(lock, "w")
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OSError(f"--save_path {path}: another run is at work in this folder") from None
         except OSError as error:
+            stream.close()
+            if isinstance(error, BlockingIOError):
+                raise OSError(f"--save_path {path}: another run is at work in this folder") from None
+            lock.unlink(missing_ok=True)
             raise OSError(f"--save_path {path} is on a file system that cannot lock: {error.strerror}") from None
-        clear(path)
-        yield
+        # A run that ends takes its file away. Whoever opened that before holds a lock that no other run sees.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(stream.fileno()), os.stat(lock)):
+                return stream
+        stream.close()
 
 
 def clear(folder):
@@ -108,6 +126,11 @@ def insert(file, name, text):
     if not end:
         raise ValueError(f"--into: {file} has no lines <!-- {name} --> and <!-- end of {name} -->")
     return f"{before}{begin}{text}{end}{after}"
+
+
+def say_written(folder, *names):
+    """Says on stderr where a program's files lie, so that a table that is redirected stays a table."""
+    print(f"written to {folder}: {', '.join(names)}", file=sys.stderr)
 
 
 def check_into(into):

@@ -21,9 +21,10 @@ from FBCache_ms.eval.arguments import (
 )
 from FBCache_ms.eval.cases import BASELINE, UNCACHED, Row
 from FBCache_ms.eval.drawing import Setting, draw_missing, session, wait_for_all
-from FBCache_ms.eval.files import check_folder, json_bytes, write_file
+from FBCache_ms.eval.files import check_folder, json_bytes, say_written, write_file
 from FBCache_ms.eval.measure import Judge, cell_of, clip_folder, means, write_sweep
 from FBCache_ms.eval.prompts import choose_prompts
+from FBCache_ms.eval.tables import KINDS
 
 HEAT = 0.3
 """At the beginning a move that makes the error greater by this, in its logarithm, is accepted once in e times."""
@@ -42,14 +43,13 @@ over three prompts, with 1.5 60.1 dB."""
 
 def parse_arguments(argv=None):
     """The command line."""
-    parser = Parser(prog="learn_mask", description=__doc__, allow_abbrev=False)
+    parser = Parser(__name__, "learn_mask", description=__doc__)
     add = parser.add_argument_group("what is learnt").add_argument
     add(
         "--cache",
         default="taylorseer",
         metavar="TAG|PRESET",
-        help="the forecast and the span that the masks are for; its gate and its schedule do not matter "
-        "(default: taylorseer)",
+        help="the forecast and the span that the masks are for; its gate and its schedule do not matter",
     )
     add(
         "--computed",
@@ -57,16 +57,15 @@ def parse_arguments(argv=None):
         nargs="+",
         default=[6, 8, 10],
         metavar="K",
-        help="how many steps are computed, a mask each (default: 6 8 10)",
+        help="how many steps are computed, a mask each",
     )
-    add("--evaluations", type=int, default=60, metavar="E", help="masks tried for each of them (default: 60)")
+    add("--evaluations", type=int, default=60, metavar="E", help="masks tried for each of them")
     add(
         "--learn_from",
         type=int,
         default=4,
         metavar="L",
-        help="learn from so many of the prompts, all drawn in one call; the others tell what the masks are worth "
-        "(default: 4)",
+        help="learn from so many of the prompts, all drawn in one call; the others tell what the masks are worth",
     )
     add_drawing_options(parser, limit=14, save_path="./results/learn_mask")
     add_clip_option(parser)
@@ -316,7 +315,8 @@ def text_of(args, preset, path):
             f"  error of the latents {search['latent_mse']:.3g}, {search['latent_mse_at_the_start']:.3g} at the start; "
             f"{search['evaluations']} masks tried on {args.learn_from} prompts",
             f"  PSNR {learnt['psnr']:.1f} dB on these, {others['psnr']:.1f} dB on {len(preset['prompts'])} others "
-            f"(worst prompt {preset['lowest_psnr']:.1f}), {others['speedup']:.2f}x",
+            f"(worst prompt {preset['lowest_psnr']:.1f}); {others['speedup']:.2f}x ({others['seconds']:.3f} s against "
+            f"{others['uncached_seconds']:.3f} s)",
             f"use it: --cache {path}",
             "",
         ]
@@ -345,12 +345,15 @@ def run(args):
         cells = {
             row: cell_of(row, setting, folders[setting], args.save_path, judge) for row, setting in settings.items()
         }
-        print(write_sweep(args.save_path, {**painter.common, "steps": steps}, args.prompts, list(cells.values())))
+        write_sweep(args.save_path, {**painter.common, "steps": steps}, args.prompts, list(cells.values()))
+        written = [*(f"sweep.{kind}" for kind in KINDS), "pictures"]
         for row, search in searches.items():
             preset = preset_of(args, painter, cells[row], search)
             file = args.save_path / f"mask_{sum(CacheConfig.named(row.cache).steps_computation_mask)}_of_{steps}.json"
             write_file(file, lambda stream: stream.write(json_bytes(preset)))
             print(text_of(args, preset, file), end="")
+            written.append(file.name)
+        say_written(args.save_path, *written)
 
 
 def main(argv=None):

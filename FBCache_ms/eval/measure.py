@@ -125,6 +125,7 @@ def table_of(cells):
         "`--cache`": lambda cell: f"`{cell['cache']}`",
         "Computed": lambda cell: f"{cell['computed_steps']:.1f} of {cell['steps']}",
         "TFLOPs": lambda cell: f"{cell['tflops']:.4g}",
+        "Uncached (s)": lambda cell: f"{cell['uncached_seconds']:.3f}",
         "Time (s)": lambda cell: f"{cell['seconds']:.3f}",
         "Speedup": lambda cell: f"{cell['speedup']:.2f}x",
         "PSNR": lambda cell: "equal" if cell["psnr"] == float("inf") else f"{cell['psnr']:.1f}",

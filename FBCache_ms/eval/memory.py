@@ -1,12 +1,11 @@
 """Counts the bytes that caches take on FLUX.1-dev, or on a transformer of another width; allocates none of them."""
 
 import sys
-from pathlib import Path
 
 from FBCache_ms.config import CacheConfig
-from FBCache_ms.eval.arguments import Parser, add_into_option, check_range, exit_status, reason
-from FBCache_ms.eval.files import check_folder, check_into, put_into
-from FBCache_ms.eval.tables import markdown, write_tables
+from FBCache_ms.eval.arguments import Parser, add_into_option, add_save_path, check_range, exit_status, reason
+from FBCache_ms.eval.files import check_folder, check_into
+from FBCache_ms.eval.tables import markdown, publish
 from FBCache_ms.memory import cache_bytes
 
 ITEMSIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -34,16 +33,16 @@ ROWS = (
 
 def parse_arguments(argv=None):
     """The command line."""
-    parser = Parser(prog="memory", description=__doc__, allow_abbrev=False)
+    parser = Parser(__name__, "memory", description=__doc__)
     parser.add_argument("--cache", nargs="+", default=[], metavar="TAG|PRESET", help="rows beside the table's own")
     add = parser.add_argument_group("shapes").add_argument
-    add("--sides", nargs="+", type=int, default=[1024, 2048], metavar="PIXELS", help="of a square (default: 1024 2048)")
-    add("--batch_sizes", nargs="+", type=int, default=[1, 4], metavar="N", help="pictures a call (default: 1 4)")
-    add("--text_len", type=int, default=512, metavar="N", help="text tokens (default: 512)")
+    add("--sides", nargs="+", type=int, default=[1024, 2048], metavar="PIXELS", help="of a square")
+    add("--batch_sizes", nargs="+", type=int, default=[1, 4], metavar="N", help="pictures a call")
+    add("--text_len", type=int, default=512, metavar="N", help="text tokens")
     add("--inner_dim", type=int, default=3072, metavar="N", help="the transformer's width (default: FLUX.1-dev's 3072)")
-    add("--dtype", choices=tuple(ITEMSIZES), default="bfloat16", help="the model's (default: bfloat16)")
+    add("--dtype", choices=tuple(ITEMSIZES), default="bfloat16", help="the model's")
     add = parser.add_argument_group("output").add_argument
-    add("--save_path", type=Path, default=Path("./results/memory"), metavar="FOLDER", help="(default: results/memory)")
+    add_save_path(add, "./results/memory", "the tables")
     add_into_option(parser)
     args = parser.parse_args(argv)
     try:
@@ -93,9 +92,7 @@ def main(argv=None):
         rows = count(args)
         text = table_of(rows)
         shapes = {name: getattr(args, name) for name in ("sides", "batch_sizes", "text_len", "inner_dim", "dtype")}
-        write_tables(args.save_path, "memory", text, rows, {**shapes, "bytes": rows})
-        put_into(args.into, text)
-        print(text, end="")
+        publish(args.save_path, "memory", text, rows, {**shapes, "bytes": rows}, args.into)
 
     return exit_status("memory", work)
 

@@ -20,9 +20,9 @@ from FBCache_ms.eval.arguments import (
     reason,
 )
 from FBCache_ms.eval.drawing import session
-from FBCache_ms.eval.files import check_folder, check_into, put_into
+from FBCache_ms.eval.files import check_folder, check_into, put_into, say_written
 from FBCache_ms.eval.prompts import choose_prompts
-from FBCache_ms.eval.tables import markdown, write_tables
+from FBCache_ms.eval.tables import KINDS, markdown, show, write_tables
 
 THRESHOLDS = np.geomspace(0.05, 0.5, 1000)
 NEAR = (0.004, 0.01)
@@ -313,7 +313,7 @@ def forecasts_text(rows):
 
 def parse_arguments(argv=None):
     """The command line."""
-    parser = Parser(prog="precision", description=__doc__, allow_abbrev=False)
+    parser = Parser(__name__, "precision", description=__doc__)
     add_drawing_options(parser, limit=10, save_path="./results/precision")
     parser.set_defaults(dtype="float32")
     add_into_option(parser)
@@ -348,9 +348,9 @@ def main(argv=None):
             texts = decisions_text(decided), forecasts_text(forecast)
             for name, text, rows in zip(("decisions", "forecasts"), texts, (decided, forecast)):
                 write_tables(args.save_path, name, text, rows, {"settings": settings, "rows": rows})
-            text = "\n".join(texts)
-            put_into(args.into, text)
-            print(text, end="")
+            put_into(args.into, "\n".join(texts))
+            show("\n".join(texts))
+            say_written(args.save_path, *(f"{name}.{kind}" for name in ("decisions", "forecasts") for kind in KINDS))
 
     return exit_status("precision", work)
 

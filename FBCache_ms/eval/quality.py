@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from FBCache_ms.eval.arguments import Parser, check_range, exit_status, reason
-from FBCache_ms.eval.files import check_folder, json_bytes, write_file
+from FBCache_ms.eval.files import check_folder, json_bytes, say_written, write_file
 from FBCache_ms.eval.metrics import cosine_similarity, frechet_distance, open_picture, psnr, read_picture, ssim
-from FBCache_ms.eval.tables import markdown
+from FBCache_ms.eval.tables import markdown, show
 
 TINY_CLIP = Path(__file__).parents[1] / "tiny_clip"
 """The embedded CLIP, which knows the scenes of FBCache_ms.eval.scenes alone."""
@@ -287,7 +287,7 @@ def summary(values):
 
 def parse_arguments(argv=None):
     """The command line, checked before anything is scored; exits with 2 and one line if it is off."""
-    parser = Parser(prog="quality", description=__doc__, allow_abbrev=False)
+    parser = Parser(__name__, "quality", "PICTURES [--reference FOLDER] [options]", description=__doc__)
     add = parser.add_argument
     add("folder", type=Path, metavar="PICTURES", help="folder of PNG or JPEG files; taken by name")
     add("--reference", type=Path, metavar="FOLDER", help="the pictures to compare with")
@@ -486,7 +486,8 @@ def main(argv=None):
     def work():
         report = report_of(args, score(args))
         write_file(args.save_path, lambda stream: stream.write(json_bytes(report)))
-        print(text_of(report), end="")
+        show(text_of(report))
+        say_written(args.save_path.parent, args.save_path.name)
 
     return exit_status("quality", work)
 

@@ -4,9 +4,12 @@ import base64
 import io
 import json
 import math
+import os
 import re
 import sys
+from hashlib import sha256
 from pathlib import Path
+from urllib.parse import quote
 
 from FBCache_ms.eval.arguments import Parser, exit_status
 from FBCache_ms.eval.files import write_text
@@ -31,10 +34,10 @@ PICTURE = {"index": (int,), "seconds": NUMBER, **SCORES, "reused": LIST, "residu
 
 def parse_arguments(argv=None):
     """The command line."""
-    parser = Parser(prog="report", description=__doc__, allow_abbrev=False)
+    parser = Parser(__name__, "report", "SWEEP_FOLDER [options]", description=__doc__)
     parser.add_argument("sweep", type=Path, metavar="SWEEP_FOLDER", help="the folder that holds sweep.json")
     parser.add_argument("--save_path", type=Path, metavar="FILE", help="the page (default: SWEEP_FOLDER/report.html)")
-    parser.add_argument("--pictures", type=int, default=6, metavar="N", help="of how many prompts (default: 6)")
+    parser.add_argument("--pictures", type=int, default=6, metavar="N", help="of how many prompts")
     args = parser.parse_args(argv)
     args.save_path = args.save_path or args.sweep / "report.html"
     if args.pictures < 1:
@@ -124,19 +127,33 @@ def picture_uri(path):
     return f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 
-def page_data(folder, prompts_shown):
+def page_data(folder, prompts_shown, page_folder=None):
     """What the page shows of a sweep: read_sweep's content with the pictures of the first prompts.
 
-    ``images`` lists each different picture once; a cell's ``images`` are indices into it, one a prompt shown. Raises
-    OSError and ValueError, naming the file, for what cannot be read.
+    ``images`` lists each different picture once: what is ``shown``, and the address of the ``full`` picture as seen
+    from the page's folder, None where that is shown. A cell's ``images`` are indices into it, one a prompt shown.
+    Raises OSError and ValueError, naming the file, for what cannot be read.
     """
     data = read_sweep(folder / "sweep.json")
-    images = {}
+    images, numbers = [], {}
     for cell in data["cells"]:
-        pictures = folder / cell.pop("folder")
-        uris = [picture_uri(pictures / f"{index:05d}.png") for index in range(len(data["prompts"]))[:prompts_shown]]
-        cell["images"] = [images.setdefault(uri, len(images)) for uri in uris]
-    return {**data, "images": list(images)}
+        pictures, cell["images"] = folder / cell.pop("folder"), []
+        for index in range(len(data["prompts"]))[:prompts_shown]:
+            path = pictures / f"{index:05d}.png"
+            uri = picture_uri(path)
+            whole = uri.startswith("data:image/png")
+            # Different pictures may become the same where they are reduced.
+            key = uri if whole else sha256(path.read_bytes()).digest()
+            if key not in numbers:
+                numbers[key] = len(images)
+                images.append({"shown": uri, "full": None if whole else address(path, page_folder or folder)})
+            cell["images"].append(numbers[key])
+    return {**data, "images": images}
+
+
+def address(path, page_folder):
+    """A file's address as seen from a page in a folder."""
+    return quote(Path(os.path.relpath(path, page_folder)).as_posix())
 
 
 def page(data, plotly):
@@ -156,8 +173,9 @@ def main(argv=None):
     args = parse_arguments(argv)
 
     def work():
-        text = page(page_data(args.sweep, args.pictures), plotly_js())
-        args.save_path.parent.mkdir(parents=True, exist_ok=True)
+        folder = args.save_path.parent
+        text = page(page_data(args.sweep, args.pictures, folder), plotly_js())
+        folder.mkdir(parents=True, exist_ok=True)
         write_text(args.save_path, text)
         print(f"written to {args.save_path}")
 

@@ -9,7 +9,6 @@ import sys
 import time
 from contextlib import contextmanager
 from itertools import count
-from pathlib import Path
 
 from FBCache_ms.config import CacheConfig
 from FBCache_ms.eval.arguments import (
@@ -17,6 +16,7 @@ from FBCache_ms.eval.arguments import (
     add_cache_options,
     add_model_options,
     add_picture_options,
+    add_save_path,
     cache_config,
     check_cache,
     check_model_and_size,
@@ -29,13 +29,21 @@ from FBCache_ms.eval.files import check_folder, json_bytes, locked, write_file
 SSIM_WINDOW = 11
 """Pixels that SSIM looks at in each direction."""
 
+NAMES = OUTPUT, BASELINE, COMPARISON = "output", "baseline", "comparison"
+"""Of the pictures' files: with the cache, without it, and both side by side."""
+
 COMPARE_RUNS = 3
 """With --compare, how often the cached and the uncached run are timed, in turn; their medians are reported."""
 
 
 def parse_arguments(argv=None):
     """The command line, checked before anything is loaded; exits with 2 and one line if it is off."""
-    parser = Parser(prog="fbcache-flux", description=__doc__, allow_abbrev=False)
+    parser = Parser(
+        __name__,
+        "fbcache-flux",
+        "[--prompt TEXT] [--cache TAG|PRESET] [--compare] [options]",
+        description=__doc__,
+    )
     add = parser.add_argument_group("model").add_argument
     add_model_options(add, compile_cache=True)
     add(
@@ -45,15 +53,19 @@ def parse_arguments(argv=None):
         help="compile, or run operator by operator",
     )
     add = parser.add_argument_group("picture").add_argument
-    add("--prompt", default="a big red circle in the center, blue background", metavar="TEXT")
+    add("--prompt", default="a big red circle in the center, blue background", metavar="TEXT", help="what to show")
     add("--negative_prompt", metavar="TEXT", help="what not to show; takes effect with --true_cfg_scale above 1")
     add_picture_options(add)
-    add("--true_cfg_scale", type=float, default=1.0, metavar="G", help="of true classifier-free guidance")
-    add("--num_images_per_prompt", type=int, default=1, metavar="N")
+    add("--true_cfg_scale", type=float, default=1.0, metavar="G", help="of true classifier-free guidance; 1: none")
+    add("--num_images_per_prompt", type=int, default=1, metavar="N", help="how many pictures")
     add_cache_options(parser)
     add = parser.add_argument_group("output").add_argument
-    add("--save_path", type=Path, default=Path("./results"), metavar="FOLDER")
-    add("--compare", action="store_true", help="also run with the cache off, and report the speed-up and the loss")
+    add_save_path(add, "./results", "the pictures and run.json")
+    add(
+        "--compare",
+        action="store_true",
+        help="also run with the cache off, report the speed-up and the loss, and write both pictures side by side",
+    )
     args = parser.parse_args(argv)
     try:
         args.config = cache_config(args)
@@ -99,10 +111,8 @@ def generate(pipe, args, cache_config):
     )[0]
 
 
-def compare(pipe, args, pictures):
-    """run.json's "baseline", and the cached run's median denoise time; both are timed anew, in turn."""
-    from FBCache_ms.eval.metrics import psnr, ssim
-
+def compare(pipe, args):
+    """The uncached pictures, (the cached, the uncached run's median denoise time); both are timed anew, in turn."""
     # The progress bar would run the loop in pieces and take time of its own.
     pipe.set_progress_bar_config(disable=True)
     times = {"cached": [], "baseline": []}
@@ -112,29 +122,42 @@ def compare(pipe, args, pictures):
         times["baseline"].append(pipe.seconds["denoise"])
         generate(pipe, args, args.config)
         times["cached"].append(pipe.seconds["denoise"])
-    cached, baseline = (statistics.median(times[name]) for name in ("cached", "baseline"))
-    report = {
-        "denoise": baseline,
-        "speedup": baseline / cached,
-        "psnr": statistics.mean(map(psnr, reference, pictures)),
-        "ssim": statistics.mean(map(ssim, reference, pictures)),
-    }
-    return report, cached
+    return reference, tuple(statistics.median(times[name]) for name in ("cached", "baseline"))
 
 
-def write(save_path, pictures, report):
-    """Writes the pictures and run.json, each into a new file that then takes its name; a former run's others go."""
-    from PIL import Image
+def compared(pictures, references, report):
+    """The mean PSNR and SSIM of the pictures against the uncached ones, and each pair side by side, as an Image."""
+    from FBCache_ms.eval.comparison import side_by_side
+    from FBCache_ms.eval.metrics import psnr, ssim
 
-    for index, picture in enumerate(pictures):
-        image = Image.fromarray((picture * 255).round().astype("uint8"))
-        write_file(save_path / f"output_{index}.png", lambda stream: image.save(stream, format="PNG"))
+    pairs = list(zip(references, pictures))
+    psnrs, ssims = ([metric(*pair) for pair in pairs] for metric in (psnr, ssim))
+    reused = f"{len(report['cached_steps'])} of {report['steps']} steps reused"
+    sheets = []
+    for pair, decibels, similarity in zip(pairs, psnrs, ssims):
+        words = "no difference" if math.isinf(decibels) else "difference, {times} times as bright"
+        far = "the same picture" if math.isinf(decibels) else f"PSNR {decibels:.1f} dB, SSIM {similarity:.4f}"
+        labels = ("without the cache", f"{report['steps']} steps computed"), (words, far), ("with the cache", reused)
+        sheets.append(side_by_side(*pair, labels))
+    # Equal pictures have no number of decibels; the mean is of the others.
+    return statistics.mean(list(filter(math.isfinite, psnrs)) or psnrs), statistics.mean(ssims), sheets
+
+
+def write(save_path, images, report):
+    """Writes the images, {name: list}, as NAME_0.png and so on, and run.json; a former run's others go.
+
+    Each is written into a new file that then takes its name.
+    """
+    for name, numbered in images.items():
+        for index, image in enumerate(numbered):
+            write_file(save_path / f"{name}_{index}.png", lambda stream: image.save(stream, format="PNG"))
     write_file(save_path / "run.json", lambda stream: stream.write(json_bytes(report)))
-    for index in count(len(pictures)):
-        former = save_path / f"output_{index}.png"
-        if not former.is_file():
-            break
-        former.unlink()
+    for name in NAMES:
+        for index in count(len(images.get(name, ()))):
+            former = save_path / f"{name}_{index}.png"
+            if not former.is_file():
+                break
+            former.unlink()
 
 
 @contextmanager
@@ -193,11 +216,23 @@ def run(args):
         "mindspore": ms.__version__,
         "mindone": mindone.__version__,
     }
+    images = {OUTPUT: list(map(image_of, pictures))}
     if args.compare:
-        report["baseline"], denoise = compare(pipe, args, pictures)
+        references, (denoise, baseline) = compare(pipe, args)
         report["seconds"].update(denoise=denoise, per_step=denoise / args.num_inference_steps)
-    write(args.save_path, pictures, report)
+        psnr, ssim, images[COMPARISON] = compared(pictures, references, report)
+        images[BASELINE] = list(map(image_of, references))
+        report["baseline"] = {"denoise": baseline, "speedup": baseline / denoise, "psnr": psnr, "ssim": ssim}
+    report["files"] = [f"{name}_{index}.png" for name in NAMES for index in range(len(images.get(name, ())))]
+    write(args.save_path, images, report)
     return report
+
+
+def image_of(picture):
+    """A float array (H, W, 3) in [0, 1] as a PIL Image."""
+    from PIL import Image
+
+    return Image.fromarray((picture * 255).round().astype("uint8"))
 
 
 def summary(report, save_path):
@@ -213,12 +248,16 @@ def summary(report, save_path):
     ]
     if "baseline" in report:
         baseline = report["baseline"]
+        loss = "the same picture" if math.isinf(baseline["psnr"]) else f"PSNR {baseline['psnr']:.1f} dB"
         lines.append(
-            f"without the cache: denoise {baseline['denoise']:.2f} s, so {baseline['speedup']:.2f} times as fast; "
-            f"PSNR {baseline['psnr']:.1f} dB, SSIM {baseline['ssim']:.4f} against it"
+            f"denoise {seconds['denoise']:.3f} s with the cache, {baseline['denoise']:.3f} s without (medians of "
+            f"{COMPARE_RUNS} each, warm): {baseline['speedup']:.2f} times as fast; {loss}, SSIM {baseline['ssim']:.4f}"
         )
     last = report["pictures"] - 1
-    lines.append(f"written to {save_path}: output_0.png{f' to output_{last}.png' if last else ''} and run.json")
+    files = [f"{name}_0.png" for name in NAMES if f"{name}_0.png" in report["files"]]
+    if last:
+        files = [f"{first} to {first.replace('_0', f'_{last}')}" for first in files]
+    lines.append(f"written to {save_path}: {', '.join(files)} and run.json")
     return "\n".join(lines)
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from FBCache_ms.checkpoint import TINY_FLUX, check_checkpoint
 from FBCache_ms.config import CacheConfig
-from FBCache_ms.eval.arguments import Parser, quiet
-from FBCache_ms.eval.files import write_file
+from FBCache_ms.eval.arguments import Parser, add_save_path, exit_status
+from FBCache_ms.eval.files import say_written, write_file
 from FBCache_ms.eval.scenes import held_out_captions, parse_caption, score_picture
 
 BATCH = 20
@@ -17,14 +17,14 @@ ROW = 10
 
 def parse_arguments(argv=None):
     """The command line."""
-    parser = Parser(prog="score_tiny_flux", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--ckpt", type=Path, default=TINY_FLUX, metavar="PATH")
-    parser.add_argument("--limit", type=int, default=200, metavar="N", help="how many captions (default: 200)")
+    parser = Parser(__name__, "score_tiny_flux", description=__doc__)
+    parser.add_argument("--ckpt", type=Path, default=TINY_FLUX, metavar="PATH", help="folder in diffusers layout")
+    parser.add_argument("--limit", type=int, default=200, metavar="N", help="how many captions")
     parser.add_argument("--seed", type=int, default=0, help="of the captions and of the noise")
-    parser.add_argument("--num_inference_steps", type=int, default=28, metavar="N")
-    parser.add_argument("--guidance_scale", type=float, default=3.5, metavar="G")
+    parser.add_argument("--num_inference_steps", type=int, default=28, metavar="N", help="steps of the denoise loop")
+    parser.add_argument("--guidance_scale", type=float, default=3.5, metavar="G", help="of the guidance embedding")
     parser.add_argument("--cache", metavar="TAG|PRESET", help="like F1B0_W0M0MC0_T1O1_R0.12 (default: no cache)")
-    parser.add_argument("--save_path", type=Path, default=Path("./results/score"), metavar="FOLDER")
+    add_save_path(parser.add_argument, "./results/score", "score.json and pictures.png")
     args = parser.parse_args(argv)
     try:
         args.config = None if args.cache is None else CacheConfig.named(args.cache)
@@ -83,7 +83,11 @@ def row(pictures):
 def main(argv=None):
     """The program; returns its exit status."""
     args = parse_arguments(argv)
-    quiet()
+    return exit_status("score_tiny_flux", lambda: run(args))
+
+
+def run(args):
+    """Draws, scores, and writes score.json and pictures.png."""
     captions = held_out_captions(args.limit, args.seed)
     pictures = draw_captions(args, captions)
     shares = score(captions, pictures)
@@ -93,7 +97,7 @@ def main(argv=None):
     write_file(args.save_path / "pictures.png", lambda stream: row(pictures).save(stream, format="PNG"))
     for attribute, share in shares.items():
         print(f"{attribute:<12}{share:6.1%}")
-    return 0
+    say_written(args.save_path, "score.json", "pictures.png")
 
 
 if __name__ == "__main__":

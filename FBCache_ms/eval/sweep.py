@@ -14,17 +14,19 @@ from FBCache_ms.eval.arguments import (
     reason,
 )
 from FBCache_ms.eval.cases import BASELINE, CASES, Row
-from FBCache_ms.eval.drawing import Setting, draw_and_finish
-from FBCache_ms.eval.files import check_folder, check_into, put_into
+from FBCache_ms.eval.drawing import Setting, draw_and_finish, share
+from FBCache_ms.eval.files import check_folder, check_into, put_into, say_written
 from FBCache_ms.eval.measure import Judge, cell_of, clip_folder, write_sweep
 from FBCache_ms.eval.prompts import choose_prompts
+from FBCache_ms.eval.ranks import rank_and_world
+from FBCache_ms.eval.tables import KINDS, show
 
 OVER_THRESHOLDS = ("fbcache", "teacache", "gates")
 
 
 def parse_arguments(argv=None):
     """The command line."""
-    parser = Parser(prog="sweep", description=__doc__, allow_abbrev=False)
+    parser = Parser(__name__, "sweep", description=__doc__)
     add = parser.add_argument_group("configurations").add_argument
     add("--cases", nargs="+", choices=list(CASES), metavar="CASE", help=f"of {', '.join(CASES)} (default: fbcache)")
     add("--cache", nargs="+", default=[], metavar="TAG|PRESET", help="rows of your own, beside or instead of the cases")
@@ -72,19 +74,30 @@ def main(argv=None):
     steps = args.num_inference_steps
     settings = {row: Setting.named(row.cache_at(steps), row.steps_of(steps)) for row in args.rows}
 
-    def finish(painter, folders):
+    drawn = dict.fromkeys(settings.values())
+
+    def work():
         from tqdm import tqdm
 
-        judge = Judge(args.prompts, folders[settings[BASELINE]], args.clip)
-        cells = [
-            cell_of(row, setting, folders[setting], args.save_path, judge)
-            for row, setting in tqdm(settings.items(), desc="judging")
-        ]
-        text = write_sweep(args.save_path, {**painter.common, "steps": steps}, args.prompts, cells)
-        put_into(args.into, text)
-        print(text, end="")
+        ranks = rank_and_world()
+        # The first rank judges each row.
+        total = len(drawn) * len(share(ranks, args.prompts)) + (len(settings) if ranks[0] == 0 else 0)
+        with tqdm(total=total, desc="sweep") as bar:
 
-    return exit_status("sweep", lambda: draw_and_finish(args, args.prompts, dict.fromkeys(settings.values()), finish))
+            def finish(painter, folders):
+                judge, cells = Judge(args.prompts, folders[settings[BASELINE]], args.clip), []
+                for row, setting in settings.items():
+                    cells.append(cell_of(row, setting, folders[setting], args.save_path, judge))
+                    bar.update()
+                bar.close()
+                text = write_sweep(args.save_path, {**painter.common, "steps": steps}, args.prompts, cells)
+                put_into(args.into, text)
+                show(text)
+                say_written(args.save_path, *(f"sweep.{kind}" for kind in KINDS), "pictures")
+
+            draw_and_finish(args, args.prompts, drawn, finish, bar=bar)
+
+    return exit_status("sweep", work)
 
 
 if __name__ == "__main__":

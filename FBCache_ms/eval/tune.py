@@ -15,10 +15,11 @@ from FBCache_ms.eval.arguments import (
     reason,
 )
 from FBCache_ms.eval.cases import BASELINE, UNCACHED, Row
-from FBCache_ms.eval.drawing import Setting, draw_missing, session, wait_for_all
-from FBCache_ms.eval.files import check_folder, json_bytes, write_file
+from FBCache_ms.eval.drawing import Setting, draw_missing, session, share, wait_for_all
+from FBCache_ms.eval.files import check_folder, json_bytes, say_written, write_file
 from FBCache_ms.eval.measure import Judge, cell_of, clip_folder, means, write_sweep
 from FBCache_ms.eval.prompts import choose_prompts
+from FBCache_ms.eval.tables import KINDS
 
 THRESHOLDS = (0.04, 0.06, 0.08, 0.1, 0.12, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8, 1)
 TEACACHE = (0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8, 1, 1.3, 1.6, 2)
@@ -95,7 +96,12 @@ class Wish:
 
 def parse_arguments(argv=None):
     """The command line."""
-    parser = Parser(prog="tune", description=__doc__, allow_abbrev=False)
+    parser = Parser(
+        __name__,
+        "tune",
+        "(--min_psnr DB | --max_clip_score_loss PERCENT | --min_speedup X) [options]",
+        description=__doc__,
+    )
     add = parser.add_argument_group("what is wished for, one or more").add_argument
     add("--min_psnr", type=float, metavar="DB", help="keep this mean PSNR against the uncached pictures; 35, say")
     add("--max_clip_score_loss", type=float, metavar="PERCENT", help="lose at most so much of the CLIP score; 0.5, say")
@@ -129,7 +135,7 @@ class Search:
     """Looks for the border of what is wished for, in every family at once, by halving.
 
     Args:
-        measure: a function that takes a list of Rows and gives a list of their figures.
+        measure: a function that takes a list of Rows, and how many more may follow, and gives a list of their figures.
         wish: the Wish.
         families: {name: (tag with a gap, values from careful to daring)}.
     """
@@ -137,8 +143,14 @@ class Search:
     def __init__(self, measure, wish, families=None):
         self.measure, self.wish = measure, wish
         self.families = FAMILIES if families is None else families
-        self.uncached = measure([BASELINE])[0]
+        # Below low all is careful enough, from high on all is too daring; what is asked of the speed turns it round.
+        self.borders = {family: [0, len(values)] for family, (_, values) in self.families.items()}
+        self.uncached = measure([BASELINE], self.left())[0]
         self.found = {}
+
+    def left(self):
+        """How many Rows are still to be tried, at most."""
+        return sum((high - low).bit_length() for low, high in self.borders.values())
 
     def row(self, family, index):
         """The Row of a family's value."""
@@ -149,18 +161,16 @@ class Search:
 
     def run(self):
         """{Row: figures} of every configuration that was tried."""
-        # Below low all is careful enough, from high on all is too daring; what is asked of the speed turns it round.
-        borders = {family: [0, len(values)] for family, (_, values) in self.families.items()}
-        while borders:
-            rows = {family: self.row(family, (low + high) // 2) for family, (low, high) in borders.items()}
-            for (family, row), figures in zip(rows.items(), self.measure(list(rows.values()))):
+        while self.left():
+            rows = {family: self.row(family, (low + high) // 2) for family, (low, high) in self.borders.items()}
+            for (family, row), figures in zip(rows.items(), self.measure(list(rows.values()), self.left() - len(rows))):
                 self.found[row] = figures
-                middle = sum(borders[family]) // 2
+                middle = sum(self.borders[family]) // 2
                 if self.careful(figures):
-                    borders[family][0] = middle + 1
+                    self.borders[family][0] = middle + 1
                 else:
-                    borders[family][1] = middle
-            borders = {family: [low, high] for family, (low, high) in borders.items() if low < high}
+                    self.borders[family][1] = middle
+            self.borders = {family: [low, high] for family, (low, high) in self.borders.items() if low < high}
         return self.found
 
     def careful(self, figures):
@@ -241,8 +251,8 @@ def text_of(args, found, uncached, chosen, control):
             *(f"  {score}" for score in scores),
             f"leaving one prompt out: the others choose the same {same} times of {number}; on the prompt left out "
             f"their choice keeps the wish {kept} times of {number} (lowest PSNR {lowest:.1f} dB)",
-            f"for comparison, {control['steps']} of {figures['steps']} steps and no cache: {control['speedup']:.2f}x, "
-            f"PSNR {control['psnr']:.1f} dB",
+            f"for comparison, {control['steps']} of {figures['steps']} steps and no cache: {control['speedup']:.2f}x "
+            f"({control['seconds']:.3f} s against {control['uncached_seconds']:.3f} s), PSNR {control['psnr']:.1f} dB",
             f"use it: --cache {args.save_path / 'best.json'}",
             "",
         ]
@@ -251,32 +261,43 @@ def text_of(args, found, uncached, chosen, control):
 
 def run(args):
     """Searches and, on the first rank, writes sweep.json, best.json and what was found."""
-    with session(args) as (painter, ranks):
+    from tqdm import tqdm
+
+    with session(args) as (painter, ranks), tqdm(desc="tune") as bar:
         steps, path = args.num_inference_steps, args.save_path / "pictures"
         judges = []
         if ranks[0] == 0:
             (args.save_path / "best.json").unlink(missing_ok=True)
 
-        def measure(rows):
+        def measure(rows, left):
+            # Each row is drawn and judged; the control comes last.
+            bar.total = bar.n + (len(rows) + left + 1) * (len(share(ranks, args.prompts)) + 1)
             settings = {row: Setting.named(row.cache, row.steps_of(steps)) for row in rows}
             folders = {row: painter.folder(path, setting) for row, setting in settings.items()}
             by_setting = {settings[row]: folder for row, folder in folders.items()}
-            draw_missing(painter, by_setting, args.prompts, ranks)
+            draw_missing(painter, by_setting, args.prompts, ranks, bar=bar)
             wait_for_all(by_setting, len(args.prompts))
             if not judges:
                 judges.append(Judge(args.prompts, folders[BASELINE], args.clip))
-            return [cell_of(row, settings[row], folders[row], args.save_path, judges[0]) for row in rows]
+            cells = []
+            for row in rows:
+                cells.append(cell_of(row, settings[row], folders[row], args.save_path, judges[0]))
+                bar.update()
+            return cells
 
         search = Search(measure, args.wish, usable_families(args.ckpt, steps))
         found = search.run()
         chosen = best(found, search.uncached, args.wish)
-        share = min(1 / found[chosen]["speedup"], 1) if chosen else 0.5
-        control = measure([Row("fewer steps", f"{share:.0%} of the steps", UNCACHED, share)])[0]
+        part = min(1 / found[chosen]["speedup"], 1) if chosen else 0.5
+        control = measure([Row("fewer steps", f"{part:.0%} of the steps", UNCACHED, part)], -1)[0]
+        bar.close()
         if ranks[0] != 0:
             return
         cells = [search.uncached, *found.values(), control]
-        print(write_sweep(args.save_path, {**painter.common, "steps": steps}, args.prompts, cells))
+        write_sweep(args.save_path, {**painter.common, "steps": steps}, args.prompts, cells)
+        written = [*(f"sweep.{kind}" for kind in KINDS), "pictures"]
         if chosen is None:
+            say_written(args.save_path, *written)
             nearest = max(found, key=lambda row: (found[row]["psnr"], found[row]["speedup"]))
             raise ValueError(
                 f"none of {len(found)} configurations keeps {args.wish}; the nearest to the uncached pictures is "
@@ -294,6 +315,7 @@ def run(args):
         }
         write_file(args.save_path / "best.json", lambda stream: stream.write(json_bytes(preset)))
         print(text, end="")
+        say_written(args.save_path, "best.json", *written)
 
 
 def main(argv=None):

@@ -19,14 +19,14 @@ const SCORES = [
   { key: "clip_score", title: "CLIP score", show: fixed(4) },
 ];
 const FIGURES = [
+  { key: "uncached_seconds", title: "seconds uncached", show: fixed(3) },
+  { key: "seconds", title: "seconds", show: fixed(3) },
   { key: "speedup", title: "speed-up", show: times },
   ...SCORES,
   { key: "steps", title: "steps", show: String },
   { key: "computed_steps", title: "computed steps", show: fixed(1) },
   { key: "skipped", title: "operations skipped", show: percent },
   { key: "tflops", title: "TFLOPs", show: (value) => String(+value.toPrecision(4)) },
-  { key: "seconds", title: "seconds", show: fixed(3) },
-  { key: "uncached_seconds", title: "seconds uncached", show: fixed(3) },
   { key: "threshold", title: "threshold", show: String },
 ];
 
@@ -266,10 +266,44 @@ function drawDifferences() {
 }
 
 function picture(index, alt) {
-  const image = element("img", { src: images[index], alt, decoding: "async" });
+  const image = element("img", { src: images[index].shown, alt, decoding: "async" });
   // Large pictures come as WebP; enlarged small ones show their pixels.
   if (image.src.startsWith("data:image/webp")) image.className = "smooth";
   return image;
+}
+
+function enlarging(views, number) {
+  const { index, title } = views[number];
+  const button = element("button", { type: "button", className: "enlarge", title: "Enlarge" }, picture(index, title));
+  button.onclick = () => enlarge(views, number);
+  return button;
+}
+
+// A picture in its full size, in the place of the other one of its pair, so that turning over shows what differs.
+function enlarge(views, number) {
+  const { index, title } = views[number];
+  const image = picture(index, title);
+  const { full, shown } = images[index];
+  const note = byId("enlarged-note");
+  note.textContent = "";
+  if (full !== null) {
+    image.src = full;
+    image.onerror = () => {
+      image.onerror = null;
+      image.src = shown;
+      note.textContent = `Reduced: ${full} is not beside this page.`;
+    };
+  }
+  image.onload = () => {
+    // Small pictures by a whole factor, so that their pixels stay squares.
+    const factor = Math.max(1, Math.floor(Math.min(innerWidth, innerHeight) * 0.7 / image.naturalHeight));
+    image.width = image.naturalWidth * factor;
+  };
+  byId("enlarged-title").textContent = title;
+  byId("enlarged-picture").replaceChildren(image);
+  byId("enlarged-other").onclick = () => enlarge(views, 1 - number);
+  byId("enlarged-other").textContent = number ? "See it without the cache" : "See it with this configuration";
+  if (!byId("enlarged").open) byId("enlarged").showModal();
 }
 
 function pairs(cell, caption) {
@@ -280,12 +314,20 @@ function pairs(cell, caption) {
       element(
         "figure",
         {},
-        picture(cells[0].images[index], `uncached: ${prompts[index]}`),
-        picture(image, `${cell.name}: ${prompts[index]}`),
+        ...[0, 1].map((number) => enlarging(views(cell, index, image), number)),
         element("figcaption", {}, `${caption(index)}: ${decibels(cell.pictures[index].psnr)}`),
       ),
     ),
   );
+}
+
+// A prompt's picture without the cache, and under a configuration.
+function views(cell, index, image) {
+  const distance = decibels(cell.pictures[index].psnr);
+  return [
+    { index: cells[0].images[index], title: `uncached: ${prompts[index]}` },
+    { index: image, title: `${cell.name} (${distance}): ${prompts[index]}` },
+  ];
 }
 
 function definitions(entries) {
@@ -354,15 +396,24 @@ function compare(a, b, direction) {
   return direction * (typeof a === "string" ? collator.compare(a, b) : a < b ? -1 : a > b ? 1 : 0);
 }
 
+function settingText(value) {
+  if (Array.isArray(value)) return value.join(" × ");
+  return typeof value === "boolean" ? (value ? "yes" : "no") : String(value);
+}
+
 function start() {
   byId("settings").append(
     ...definitions(
-      Object.entries(settings).map(([name, value]) => [
-        name.replace(/_/g, " "),
-        Array.isArray(value) ? value.join(" × ") : typeof value === "string" ? value : JSON.stringify(value),
-      ]),
+      Object.entries(settings)
+        .filter(([, value]) => value !== null && String(value) !== "")
+        .map(([name, value]) => [name.replace(/_/g, " "), settingText(value)]),
     ),
   );
+  byId("enlarged-close").onclick = () => byId("enlarged").close();
+  byId("enlarged").onclick = ({ target }) => target === byId("enlarged") && byId("enlarged").close();
+  byId("enlarged").onkeydown = ({ key }) => {
+    if (key === "ArrowLeft" || key === "ArrowRight") byId("enlarged-other").click();
+  };
   for (const name of new Set(cells.map((cell) => cell.case))) {
     const group = element("optgroup", { label: name });
     cells.forEach((cell, value) => cell.case === name && group.append(element("option", { value }, cell.name)));

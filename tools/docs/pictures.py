@@ -1,0 +1,107 @@
+"""Makes the pictures of pages in docs/ anew: report.png and cost_model.png, as README.md shows them.
+
+    .venv/bin/python tools/docs/pictures.py report
+    .venv/bin/python tools/docs/pictures.py cost_model
+
+The report is that of README.md's sweep, which is drawn first and takes minutes; a killed one goes on where it was.
+Both need Debian's chromium and chromium-driver, and FBCache_ms[test].
+"""
+
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from browser import missing, open_browser, show
+from selenium.webdriver.support.ui import WebDriverWait
+
+from FBCache_ms.eval import cost_model, report, sweep
+from FBCache_ms.eval.arguments import Parser, add_save_path, check_range, exit_status, reason
+from FBCache_ms.eval.files import check_folder, say_written
+
+DOCS = Path(__file__).parents[2] / "docs"
+SWEEP = ("--cases", "fbcache", "teacache")
+WIDTH, HEIGHT = 1280, 800
+PATIENCE, SECONDS = 60, 2
+"""Seconds that a page may take until its plots are there, and that they have to settle in."""
+
+DRAWN = (
+    "const plots = [...document.querySelectorAll('.js-plotly-plot')];"
+    "return plots.length > 0 && plots.every((plot) => plot.querySelector('.main-svg'))"
+)
+
+
+def parse_arguments(argv=None):
+    """The command line."""
+    parser = Parser(__name__, "pictures", "report|cost_model [options]", description=__doc__)
+    parser.add_argument("page", choices=PAGES, help="which page")
+    parser.add_argument("--limit", type=int, default=20, metavar="N", help="how many prompts the sweep has")
+    parser.add_argument("--docs", type=Path, default=DOCS, metavar="FOLDER", help="where the picture is written")
+    add_save_path(parser.add_argument, "./results/docs", "the page and what it shows")
+    args = parser.parse_args(argv)
+    try:
+        check_range("limit", args.limit, 1)
+        if missing():
+            raise ValueError(f"there is no {' and no '.join(missing())}: apt-get install chromium chromium-driver")
+        check_folder(args.docs, "docs")
+        check_folder(args.save_path)
+    except (OSError, ValueError) as error:
+        parser.error(reason(error))
+    return args
+
+
+def report_page(args):
+    """Draws the sweep and makes its report; returns the page, and the height to show."""
+    folder = args.save_path / "sweep"
+    run(sweep, *SWEEP, "--limit", args.limit, "--save_path", folder)
+    run(report, folder)
+    return folder / "report.html", HEIGHT
+
+
+def cost_model_page(args):
+    """Makes the cost model's charts; returns the page, and the height to show, None for all of it."""
+    folder = args.save_path / "cost_model"
+    run(cost_model, "--save_path", folder)
+    return folder / "cost_model.html", None
+
+
+PAGES = {"report": report_page, "cost_model": cost_model_page}
+
+
+def run(program, *options):
+    """Runs a program of FBCache_ms.eval; raises ValueError if it fails."""
+    if program.main(list(map(str, options))) != 0:
+        raise ValueError(f"{program.__name__} failed")
+
+
+def picture_of(page, height=None):
+    """A page as PNG, WIDTH wide; all of its height unless told."""
+    with tempfile.TemporaryDirectory() as profile:
+        browser = open_browser(profile)
+        try:
+            browser.execute_cdp_cmd("Emulation.setScrollbarsHidden", {"hidden": True})
+            show(browser, WIDTH, HEIGHT)
+            browser.get(page.resolve().as_uri())
+            WebDriverWait(browser, PATIENCE).until(lambda browser: browser.execute_script(DRAWN))
+            if height is None:
+                show(browser, WIDTH, browser.execute_script("return document.documentElement.scrollHeight"))
+            time.sleep(SECONDS)
+            return browser.get_screenshot_as_png()
+        finally:
+            browser.quit()
+
+
+def main(argv=None):
+    """The program; returns its exit status."""
+    args = parse_arguments(argv)
+
+    def work():
+        picture = picture_of(*PAGES[args.page](args))
+        (args.docs / f"{args.page}.png").write_bytes(picture)
+        say_written(args.docs, f"{args.page}.png")
+
+    return exit_status("pictures", work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
