@@ -20,7 +20,7 @@ MOST = 16
 VALUES = {type(None), bool, int, float, str}
 
 MINDSPORES = dict.fromkeys([*vars(nn.Cell()), "made_of"])
-"""A cell's attributes that say nothing of what it computes, but for those that made_of names; all but the last first."""
+"""Attributes of a cell that say nothing of what it computes, but for those that made_of names, in their order."""
 
 
 class KeptGraphs:
@@ -119,12 +119,12 @@ def made_of(model):
         layer = layers.pop()
         own, kinds[type(layer)] = vars(layer), None
         objects.append(layer)
-        state += id(layer), type(layer)
+        state += [id(layer), type(layer)]
         for name, value in islice(own.items(), len(MINDSPORES) - 1, None):
             if name not in MINDSPORES:
-                state += name, value if type(value) in VALUES else frozen(value)
+                state += [name, value if type(value) in VALUES else frozen(value)]
         if isinstance(layer, nn.Cell):
-            state += layer.training, layer.mixed_precision_type, *layer._cells
+            state += [layer.training, layer.mixed_precision_type, *layer._cells]
             state += [frozen(own[hooks]) for hooks in HOOKS if own[hooks]]
             state += [frozen(parameter) for parameter in layer._params.values()]
             layers += layer._cells.values()
