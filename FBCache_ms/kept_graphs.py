@@ -144,7 +144,7 @@ def made_of(model):
 
     while layers:
         layer = layers.pop()
-        own, kinds[type(layer)] = vars(layer), None
+        own, kinds[type(layer)] = getattr(layer, "__dict__", {}), None
         state += told(layer), type(layer)
         for name in sorted(own.keys() - OF_EVERY_CELL):
             state += name, told(own[name])

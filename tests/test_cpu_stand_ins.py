@@ -1,5 +1,6 @@
 import math
 from pathlib import Path
+from types import MethodType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +9,9 @@ from scipy.special import erf
 import mindspore as ms
 from mindspore import mint, nn, ops
 
+from FBCache_ms import CacheConfig, CacheContext
 from FBCache_ms.backend import cpu, cpu_kernels
+from FBCache_ms.cached_transformer import CachedStep
 from FBCache_ms.device import prepare_device
 from FBCache_ms.models import transformer_flux_withFBCache
 
@@ -397,6 +400,259 @@ def test_a_divided_double_block_is_the_whole_one(installed):
     inputs = block_inputs(2, 5, 3, 2, 8)
     whole = Blocks(block)(*map(ms.Tensor, inputs)).asnumpy()
     check_cell(Divided(block), whole, *inputs)
+
+
+class Softened(mint.nn.LayerNorm):
+    """A norm of the user's own."""
+
+    def construct(self, input):
+        return 0.5 * input
+
+
+class Squared(cpu.activations.GELU):
+    """An activation of the user's own, whose construct is mindone's."""
+
+    def gelu(self, gate):
+        return gate * gate
+
+
+class Halved(nn.Cell):
+    """A layer of another class."""
+
+    def construct(self, x):
+        return 0.5 * x
+
+
+@ms.jit_class
+class Unattended(cpu.transformer_flux.FluxAttnProcessor):
+    """An attention processor of the user's own."""
+
+    def __call__(
+        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None, **kwargs
+    ):
+        if encoder_hidden_states is None:
+            return 0.5 * hidden_states
+        return 0.5 * hidden_states, 2.0 * encoder_hidden_states
+
+
+def doubled(cell, inputs, output):
+    return 2 * output
+
+
+def halved(self, hidden_states):
+    return 0.5 * hidden_states
+
+
+class WrittenOut(nn.Cell):
+    """A block's equations, its layers called one by one."""
+
+    def __init__(self, block, equations):
+        super().__init__()
+        self.block, self.equations = block, equations
+
+    def construct(self, image, text, temb, cosine, sine):
+        return self.equations(self.block, image, text, temb, (cosine, sine))
+
+
+def double_equations(block, image, text, temb, rotary):
+    image, unfinished = cpu.divided_double(block, image, text, temb, rotary, {})
+    return ops.concat((cpu.behind_double(block.norm2_context, block.ff_context, *unfinished), image), 1)
+
+
+def single_equations(block, image, text, temb, rotary):
+    streams = ops.concat((text, image), 1)
+    normed, gate = block.norm(streams, emb=temb)
+    return cpu.behind_single(block, streams, normed, block.attn(normed, image_rotary_emb=rotary), gate)
+
+
+DOUBLE, SINGLE = "FluxTransformerBlock", "FluxSingleTransformerBlock"
+EQUATIONS = {DOUBLE: double_equations, SINGLE: single_equations}
+OWN = {
+    "norm within norm1": (DOUBLE, lambda block: setattr(block.norm1, "norm", Softened(16, elementwise_affine=False))),
+    "norm2": (DOUBLE, lambda block: setattr(block, "norm2", Softened(16, elementwise_affine=False))),
+    "norm2_context": (DOUBLE, lambda block: setattr(block, "norm2_context", Softened(16, elementwise_affine=False))),
+    "norm2 with weights": (DOUBLE, lambda block: setattr(block, "norm2", with_random_weights(mint.nn.LayerNorm(16)))),
+    "ff": (DOUBLE, lambda block: setattr(block, "ff", Halved())),
+    "ff_context": (DOUBLE, lambda block: setattr(block, "ff_context", Halved())),
+    "ff's construct": (DOUBLE, lambda block: setattr(block.ff, "construct", MethodType(halved, block.ff))),
+    "activation's form": (DOUBLE, lambda block: setattr(block.ff.net[0], "approximate", "none")),
+    "activation's method": (DOUBLE, lambda block: block.ff.net.__setitem__(0, Squared(16, 64, "tanh"))),
+    "final dropout": (DOUBLE, lambda block: block.ff_context.net.append(mint.nn.Dropout(0.5))),
+    "processor": (DOUBLE, lambda block: setattr(block.attn, "processor", Unattended())),
+    "one epsilon": (DOUBLE, lambda block: setattr(block.attn.norm_added_k, "eps", 0.5)),
+    "hook": (DOUBLE, lambda block: block.attn.to_v.register_forward_hook(doubled)),
+    "norm's epsilon": (SINGLE, lambda block: setattr(block.attn.norm_q, "eps", 0.5)),
+    "act_mlp": (SINGLE, lambda block: setattr(block, "act_mlp", mint.nn.SiLU())),
+    "act_mlp's form": (SINGLE, lambda block: setattr(block.act_mlp, "approximate", "none")),
+    "a single block's processor": (SINGLE, lambda block: setattr(block.attn, "processor", Unattended())),
+    "a single block's hook": (SINGLE, lambda block: block.proj_mlp.register_forward_hook(doubled)),
+    "a single block's norm": (
+        SINGLE,
+        lambda block: setattr(block.norm, "norm", Softened(16, elementwise_affine=False)),
+    ),
+}
+"""What may be the user's own within a block, and how it comes there."""
+
+
+@pytest.mark.parametrize("own", OWN)
+def test_what_is_the_users_own_in_a_block_is_run(own):
+    kind, change = OWN[own]
+    block = with_random_weights(getattr(cpu.transformer_flux, kind)(16, 2, 8), 0.2)
+    inputs = block_inputs(1, 5, 3, 2, 8)
+    before = Blocks(block)(*map(ms.Tensor, inputs)).asnumpy()
+    change(block)
+    expected = WrittenOut(block, EQUATIONS[kind])(*map(ms.Tensor, inputs)).asnumpy()
+    assert own == "final dropout" or np.abs(expected - before).max() > 1e-5
+    check_cell(Blocks(block), expected, *inputs)
+
+
+def test_a_users_method_on_a_class_is_run_and_stays(monkeypatch):
+    block = with_random_weights(cpu.transformer_flux.FluxTransformerBlock(16, 2, 8), 0.2)
+    inputs = block_inputs(1, 5, 3, 2, 8)
+    monkeypatch.setattr(cpu.attention.FeedForward, "construct", halved)
+    cpu.install()
+    assert cpu.attention.FeedForward.construct is halved
+    expected = WrittenOut(block, double_equations)(*map(ms.Tensor, inputs)).asnumpy()
+    check_cell(Blocks(block), expected, *inputs)
+
+
+class Other(cpu.transformer_flux.FluxTransformerBlock):
+    """A double block of the user's own."""
+
+    def construct(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, joint_attention_kwargs=None):
+        return 0.5 * encoder_hidden_states, hidden_states + encoder_hidden_states[:, :1]
+
+
+def other(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, joint_attention_kwargs=None):
+    return 0.5 * encoder_hidden_states, hidden_states + encoder_hidden_states[:, :1]
+
+
+class Wrapped(nn.Cell):
+    """A block within a layer of another class."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.inner = block
+
+    def construct(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, joint_attention_kwargs=None):
+        text, image = self.inner(hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs)
+        return 0.5 * text, 2.0 * image
+
+
+class Mixed(nn.Cell):
+    """An activation that sees the tokens together."""
+
+    def construct(self, x):
+        return x - x.mean(1, keep_dims=True)
+
+
+def swapped(cell, inputs, output):
+    return 0.5 * output[0], 2.0 * output[1]
+
+
+OWN_BLOCKS = {
+    "subclass": (1, lambda blocks, singles: blocks.__setitem__(0, Other(32, 2, 16))),
+    "another class": (1, lambda blocks, singles: blocks.__setitem__(0, Wrapped(blocks[0]))),
+    "construct": (1, lambda blocks, singles: setattr(blocks[0], "construct", MethodType(other, blocks[0]))),
+    "hook": (1, lambda blocks, singles: blocks[0].register_forward_hook(swapped)),
+    "act_mlp": (2, lambda blocks, singles: setattr(singles[0], "act_mlp", Mixed())),
+}
+"""How many blocks run before the span, and what makes one of them the user's own."""
+
+
+@pytest.mark.parametrize("own", OWN_BLOCKS)
+def test_a_block_of_the_users_own_before_the_span_is_not_divided(own):
+    """The cached step's first call computes every block: it is mindone's transformer."""
+    first, change = OWN_BLOCKS[own]
+    transformer = cpu.transformer_flux.FluxTransformer2DModel(
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=8,
+        pooled_projection_dim=8,
+        axes_dims_rope=(4, 6, 6),
+    )
+    with_random_weights(transformer, 0.2)
+    ids = random(3, 3), random(5, 3)
+    inputs = [ms.Tensor(x) for x in (random(1, 5, 4), random(1, 3, 8), random(1, 8), random(1), ids[1], ids[0])]
+    before = ms.get_context("mode")
+    ms.set_context(mode=ms.GRAPH_MODE)
+    plain = transformer(*inputs)[0].asnumpy()
+    change(transformer.transformer_blocks, transformer.single_transformer_blocks)
+    transformer.compile_cache.clear()
+    expected = transformer(*inputs)[0].asnumpy()
+    context = CacheContext(1, 5, 32, text_len=3, config=CacheConfig(Fn_compute_blocks=first))
+    step = CachedStep(transformer, context)
+    got = step(*inputs)[0].asnumpy()
+    ms.set_context(mode=before)
+    assert np.abs(expected - plain).max() > 1e-3
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_a_probe_cannot_look_at_is_named():
+    block = cpu.transformer_flux.FluxTransformerBlock(16, 2, 8)
+    transformer = SimpleNamespace(transformer_blocks=[block], single_transformer_blocks=[])
+    assert transformer_flux_withFBCache.why_not_probed(transformer) is None
+    block.norm1 = Halved()
+    assert "norm1, Halved, is not mindone's" in transformer_flux_withFBCache.why_not_probed(transformer)
+    transformer.transformer_blocks = [Halved()]
+    assert "Halved, has no norm1" in transformer_flux_withFBCache.why_not_probed(transformer)
+    transformer.transformer_blocks = []
+    assert "no double block" in transformer_flux_withFBCache.why_not_probed(transformer)
+
+
+class Call(nn.Cell):
+    """An operator in a graph."""
+
+    def __init__(self, operator):
+        super().__init__()
+        self.operator = operator
+
+    def construct(self, *inputs):
+        return self.operator(*inputs)
+
+
+ONE = np.float32(1)
+MISFITS = {
+    "linear": ((2, 8), (5, 7), (5,)),
+    "layer_norm": ((2, 8), (2,)),
+    "group_norm": ((2, 6, 3), (5,), (6,), (), ()),
+    "relative_difference": ((2, 3, 8), (2, 4, 8)),
+    "sinusoids": ((3, 1), (4,)),
+    "weighted_sum_2": ((2, 3, 8), (), (), ()),
+    "finite_differences_1": ((3, 8), (2, 3, 9), (), ()),
+    "ada_layer_norm": ((2, 3, 8), (1, 8), (16, 8), (16,), ()),
+    "timestep_embedding": ((2, 8), (6, 8), (6,), (4, 5), (4,)),
+    "behind_double": ((1, 3, 8), (1, 3, 8), *[(1, 8)] * 3, (1, 7), (), (32, 8), (32,), (8, 32), (8,)),
+}
+"""A kernel's inputs, one of which does not fit the others."""
+
+
+@pytest.mark.skipif(cpu_kernels.LINEAR is None, reason="no kernels")
+@pytest.mark.parametrize("name", MISFITS)
+def test_a_kernel_refuses_what_does_not_fit(name):
+    shapes = MISFITS[name]
+    operator = cpu_kernels.kernel(name, len(shapes))
+    with pytest.raises(RuntimeError, match=rf"{name}: input \d is \("):
+        Call(operator)(*[ms.Tensor(random(*shape)) for shape in shapes])
+
+
+@pytest.mark.parametrize("kind", [DOUBLE, SINGLE])
+@pytest.mark.parametrize("rows, width", [(7, 8), (9, 8), (8, 4)])
+def test_a_block_refuses_a_rotary_table_for_others(kind, rows, width):
+    block = getattr(cpu.transformer_flux, kind)(16, 2, 8)
+    inputs = random(1, 5, 16), random(1, 3, 16), random(1, 16), random(rows, width), random(rows, width)
+    with pytest.raises(RuntimeError, match=r"input \d+ is \(\d.*not \((T\+S )?d\)"):
+        Blocks(block)(*map(ms.Tensor, inputs))
+
+
+@pytest.mark.parametrize("groups", [0, 4])
+def test_groups_divide_the_channels(groups):
+    inputs = random(2, 6, 3), random(6), random(6), groups * ONE, ONE
+    with pytest.raises(RuntimeError, match=f"group_norm: {groups} groups of 6 channels"):
+        cpu_kernels.GROUP_NORM(*map(ms.Tensor, inputs)).asnumpy()
 
 
 class Doubled(nn.Cell):
