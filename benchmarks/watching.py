@@ -7,20 +7,18 @@ initialised, 256 wide and on 576 image tokens, whose steps take a good part of a
 run in turn; every turn gives a ratio of its own. Ends with status 1 if one's median is above 1.03.
 """
 
-import argparse
 import io
 import statistics
 import sys
-from pathlib import Path
 
 from machine import machine
 from overhead import FLUX, PROMPT, denoise, ratios, transformer_of, with_transformer
 
 from FBCache_ms.config import CacheConfig
-from FBCache_ms.eval.arguments import Parser, add_into_option, check_range, exit_status, reason
+from FBCache_ms.eval.arguments import Parser, add_into_option, add_save_path, check_range, exit_status, reason
 from FBCache_ms.eval.cases import UNCACHED
-from FBCache_ms.eval.files import check_folder, check_into, put_into
-from FBCache_ms.eval.tables import markdown, spread, write_tables
+from FBCache_ms.eval.files import check_folder, check_into
+from FBCache_ms.eval.tables import markdown, publish, spread
 
 MOST = 1.03
 LARGE = {**FLUX, "num_attention_heads": 8}
@@ -30,13 +28,11 @@ SIDE = 192
 
 def parse_arguments(argv=None):
     """The command line."""
-    parser = Parser(prog="watching", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, nargs="+", default=[28, 100], metavar="N", help="(default: 28 100)")
-    parser.add_argument("--large_steps", type=int, default=10, metavar="N", help="of the large one (default: 10)")
-    parser.add_argument("--runs", type=int, default=7, metavar="N", help="turns (default: 7)")
-    parser.add_argument(
-        "--save_path", type=Path, default=Path("./results/speed"), metavar="FOLDER", help="(default: ./results/speed)"
-    )
+    parser = Parser(__name__, "watching", description=__doc__)
+    parser.add_argument("--steps", type=int, nargs="+", default=[28, 100], metavar="N", help="of the embedded one")
+    parser.add_argument("--large_steps", type=int, default=10, metavar="N", help="of the large one")
+    parser.add_argument("--runs", type=int, default=7, metavar="N", help="turns")
+    add_save_path(parser.add_argument, "./results/speed", "the tables")
     add_into_option(parser)
     args = parser.parse_args(argv)
     try:
@@ -101,9 +97,7 @@ def main(argv=None):
         figures = figures_of(args)
         rows = list(map(row, figures))
         data = {"settings": {**machine(), "runs": args.runs}, "loops": figures}
-        write_tables(args.save_path, "watching", markdown(rows), rows, data)
-        put_into(args.into, markdown(rows))
-        print(markdown(rows), end="")
+        publish(args.save_path, "watching", markdown(rows), rows, data, args.into)
         over.extend(each for each in figures if statistics.median(each["ratios"]) > MOST)
 
     return exit_status("watching", work) or int(bool(over))
