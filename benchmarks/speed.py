@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from FBCache_ms.eval.arguments import Parser, add_save_path, exit_status, reason
-from FBCache_ms.eval.files import check_folder, json_bytes, write_file, write_text
+from FBCache_ms.eval.files import check_folder, json_bytes, say_written, write_file, write_text
 
 BENCHMARKS = {
     "overhead": "The loop against its limit",
@@ -77,9 +77,10 @@ def main(argv=None):
 
     def work():
         for name in args.only:
-            print(f"{name}: {BENCHMARKS[name]}", flush=True)
+            print(f"{name}: {BENCHMARKS[name]}", file=sys.stderr)
             statuses[name] = subprocess.run(command_of(name, args)).returncode
         collect(args.save_path, [name for name in BENCHMARKS if (args.save_path / f"{name}.json").is_file()])
+        say_written(args.save_path, "speed.md", "speed.json")
 
     status = exit_status("speed", work)
     missed = [name for name, code in statuses.items() if code]

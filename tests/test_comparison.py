@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from FBCache_ms.eval.comparison import GAP, LEAST_SIDE, amplification, side_by_side
+from FBCache_ms.eval.comparison import GAP, LEAST_SIDE, PAPER, amplification, side_by_side
 from FBCache_ms.eval.run_flux_withFBCache_pipeline import compared
 
 LABELS = (("left", ""), ("{times} times", "between"), ("right", ""))
@@ -38,10 +38,10 @@ def test_no_label_is_cut_off_beside_a_narrow_picture():
     pictures = np.zeros((64, 2, 3))
     labels = (("a", "b"), ("a label of some length", ""), ("c", "d"))
     page = np.asarray(side_by_side(pictures, pictures, labels))
-    assert (page[:, -GAP:] == 255).all() and (page[:GAP] == 255).all()
+    assert (page[:, -GAP:] == PAPER).all() and (page[:GAP] == PAPER).all()
     column = (page.shape[1] - 4 * GAP) // 3
     between = page[:, 2 * GAP + 2 * column : 3 * GAP + 2 * column]
-    assert column > 64 and (between == 255).all()
+    assert column > 64 and (between == PAPER).all()
 
 
 def test_a_mean_psnr_leaves_equal_pictures_out():

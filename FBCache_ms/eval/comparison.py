@@ -7,8 +7,8 @@ import numpy as np
 LEAST_SIDE = 256
 """Pixels that the longer side of a small picture is enlarged to, or nearly."""
 
-TEXT, GAP = 15, 8
-"""Pixels of a line of text, and between the panels."""
+TEXT, GAP, PAPER = 15, 8, (224, 224, 224)
+"""Pixels of a line of text and between the panels; the colour behind them, on which white pictures end too."""
 
 
 def amplification(difference):
@@ -42,7 +42,7 @@ def side_by_side(reference, picture, labels):
     texts = [[line.format(times=times) for line in lines] for lines in labels]
     column = max(width * factor, math.ceil(max(font.getlength(line) for lines in texts for line in lines)))
     top = 2 * (TEXT + GAP // 2) + GAP
-    page = Image.new("RGB", (3 * column + 4 * GAP, top + height * factor + 2 * GAP), "white")
+    page = Image.new("RGB", (3 * column + 4 * GAP, top + height * factor + 2 * GAP), PAPER)
     draw = ImageDraw.Draw(page)
     for place, (panel, lines) in enumerate(zip(panels, texts)):
         left = GAP + place * (column + GAP)

@@ -19,7 +19,7 @@ def chart_page(title, rows, parts, growth):
 
     kinds = list(dict.fromkeys(row["grows"] for row in growth))
     titles = ["Published and predicted", "A reused step of ours, predicted", *(f"Predicted: {kind}" for kind in kinds)]
-    figure = make_subplots(3, COLUMNS, subplot_titles=titles, vertical_spacing=0.09, horizontal_spacing=0.12)
+    figure = make_subplots(3, COLUMNS, subplot_titles=titles, vertical_spacing=0.09, horizontal_spacing=0.17)
     for (name, seconds), colour in zip(rows.items(), (PUBLISHED, PREDICTED, OURS)):
         bars = graph_objects.Bar(name=name, x=list(seconds), y=list(seconds.values()), marker_color=colour)
         figure.add_trace(bars, 1, 1)

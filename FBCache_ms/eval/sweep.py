@@ -73,7 +73,6 @@ def main(argv=None):
     args = parse_arguments(argv)
     steps = args.num_inference_steps
     settings = {row: Setting.named(row.cache_at(steps), row.steps_of(steps)) for row in args.rows}
-
     drawn = dict.fromkeys(settings.values())
 
     def work():

@@ -67,7 +67,8 @@ def print_aligned(titles, rule, *rows):
         words = any(cell and cell[0] not in "+-0123456789" and cell != "equal" for cell in cells)
         width = max(map(len, (*cells, *title.split())))
         width = min(width, FOLDED) if words else width
-        table.add_column(title.strip("`"), justify="left" if words else "right", overflow="fold", min_width=width)
+        side = "left" if words else "right"
+        table.add_column(Text(title.strip("`")), justify=side, overflow="fold", min_width=width)
         least += width + 2
     for row in rows:
         table.add_row(*map(Text, row))
