@@ -546,15 +546,10 @@ class Mixed(nn.Cell):
         return x - x.mean(1, keep_dims=True)
 
 
-def swapped(cell, inputs, output):
-    return 0.5 * output[0], 2.0 * output[1]
-
-
 OWN_BLOCKS = {
     "subclass": (1, lambda blocks, singles: blocks.__setitem__(0, Other(32, 2, 16))),
     "another class": (1, lambda blocks, singles: blocks.__setitem__(0, Wrapped(blocks[0]))),
     "construct": (1, lambda blocks, singles: setattr(blocks[0], "construct", MethodType(other, blocks[0]))),
-    "hook": (1, lambda blocks, singles: blocks[0].register_forward_hook(swapped)),
     "act_mlp": (2, lambda blocks, singles: setattr(singles[0], "act_mlp", Mixed())),
 }
 """How many blocks run before the span, and what makes one of them the user's own."""

@@ -1,16 +1,19 @@
 """Compiled graphs are used for as long as they are right, and no longer."""
 
 import gc
+from types import MethodType
 
 import mindone.diffusers
 import numpy as np
 import pytest
+from mindone.diffusers.models.transformers.transformer_flux import FluxAttnProcessor, FluxSingleTransformerBlock
 from narrow import make_narrow
 
 import mindspore as ms
+from mindspore import mint, nn
 
 from FBCache_ms import CacheConfig, FluxPipeline, apply_cache_on_pipe
-from FBCache_ms.kept_graphs import KeptGraphs
+from FBCache_ms.kept_graphs import KeptGraphs, made_of
 
 CONFIG = CacheConfig(0.6)
 
@@ -145,19 +148,15 @@ class Weight:
         return self.address
 
 
-class Layers:
+class Layers(nn.Cell):
     """A transformer without layers."""
 
-    attn_processors = {}
-
     def __init__(self, *weights):
+        super().__init__()
         self.weights = weights
 
     def get_parameters(self):
         return iter(self.weights)
-
-    def cells_and_names(self):
-        return iter(())
 
 
 class Compiled:
@@ -187,6 +186,91 @@ def test_a_cell_that_never_ran_to_its_end_is_made_anew():
     assert again is not cell and cell.released
     graphs.settle()
     assert graphs.get(transformer, "shape", Compiled) is again
+
+
+class Quiet(FluxAttnProcessor):
+    """An attention processor of the user's own."""
+
+
+def unchanged(self, hidden_states, encoder_hidden_states, *args, **kwargs):
+    return encoder_hidden_states, hidden_states
+
+
+def watch(cell, inputs, output):
+    return output
+
+
+class Same(FluxSingleTransformerBlock):
+    """A block of the user's own."""
+
+
+def with_the_weights_of(block, kind):
+    """Another cell that has all of a block's layers."""
+    other = kind(16, 2, 8)
+    for name, layer in block._cells.items():
+        setattr(other, name, layer)
+    return other
+
+
+SWAPS = {
+    "layer": lambda blocks: setattr(blocks[0], "act_mlp", mint.nn.SiLU()),
+    "block": lambda blocks: blocks.__setitem__(0, with_the_weights_of(blocks[0], Same)),
+    "class": lambda blocks: setattr(blocks[0], "__class__", Same),
+    "order": lambda blocks: blocks.__init__([blocks[1], blocks[0]]),
+    "construct": lambda blocks: setattr(blocks[0], "construct", MethodType(unchanged, blocks[0])),
+    "processor": lambda blocks: setattr(blocks[0].attn, "processor", Quiet()),
+    "processor's attribute": lambda blocks: setattr(blocks[0].attn.processor, "strength", 2),
+    "hook": lambda blocks: blocks[0].proj_mlp.register_forward_hook(watch),
+    "training": lambda blocks: blocks[0].act_mlp.set_train(),
+    "epsilon": lambda blocks: setattr(blocks[0].norm.norm, "eps", 1e-3),
+    "precision": lambda blocks: blocks[0].proj_mlp.to_float(ms.float16),
+    "parameter": lambda blocks: setattr(blocks[0].proj_mlp, "weight", blocks[1].proj_mlp.weight),
+}
+"""What may be swapped for another in a transformer that was compiled."""
+
+
+@pytest.mark.parametrize("swap", SWAPS)
+def test_a_swap_is_seen(swap):
+    blocks = nn.CellList([FluxSingleTransformerBlock(16, 2, 8) for _ in range(2)])
+    before, again = made_of(blocks), made_of(blocks)
+    assert before[0] == again[0]
+    SWAPS[swap](blocks)
+    assert made_of(blocks)[0] != before[0]
+
+
+def test_a_method_that_a_user_puts_on_a_class_is_seen(monkeypatch):
+    blocks = nn.CellList([FluxSingleTransformerBlock(16, 2, 8)])
+    before = made_of(blocks)
+    monkeypatch.setattr(FluxSingleTransformerBlock, "construct", unchanged)
+    after = made_of(blocks)
+    assert after[0] != before[0]
+    monkeypatch.undo()
+    assert made_of(blocks)[0] == before[0]
+
+
+def test_swapped_layers_are_drawn_with(first):
+    """In each state the picture is that of a pipeline that has compiled nothing before, and is found again."""
+    pipe, stepwise, pictures = whole_loop(first), cached_step(first), []
+    double, single = first.transformer.transformer_blocks[0], first.transformer.single_transformer_blocks[0]
+    activation = single.act_mlp
+    states = {
+        "as it was": lambda: None,
+        "another layer": lambda: setattr(single, "act_mlp", mint.nn.SiLU()),
+        "another construct": lambda: setattr(double, "construct", MethodType(unchanged, double)),
+        "as it was again": lambda: (delattr(double, "construct"), setattr(single, "act_mlp", activation)),
+    }
+    try:
+        for name, change in states.items():
+            change()
+            pictures.append(draw(pipe, first))
+            np.testing.assert_array_equal(pictures[-1], draw(whole_loop(first), first), err_msg=name)
+            np.testing.assert_array_equal(pictures[-1], draw(stepwise, first), err_msg=name)
+    finally:
+        vars(double).pop("construct", None)
+        single.act_mlp = activation
+    np.testing.assert_array_equal(pictures[3], pictures[0])
+    assert all(np.abs(pictures[index] - pictures[index - 1]).max() > 1e-3 for index in (1, 2))
+    assert pipe.graph_compilations == 3
 
 
 def test_weights_that_are_set_behind_a_broken_off_call_are_seen(first):
