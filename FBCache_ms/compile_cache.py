@@ -22,8 +22,13 @@ from platform import python_version
 
 import mindone
 import transformers
+from google.protobuf.message import DecodeError
+from mindone.diffusers.utils import logging
 
 import mindspore as ms
+from mindspore.train.mind_ir_pb2 import ModelProto
+
+logger = logging.get_logger(__name__)
 
 _SOURCES = ("*.py", "models/*.py", "backend/*.py", "backend/*.cc")
 _NUMBERS = itertools.count()
@@ -75,8 +80,13 @@ def graph_key(cell, inputs, model, **structure):
 
 
 def users_folder():
-    """The user's folder for what need not be made twice; it may not be there yet."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "FBCache_ms"
+    """The user's folder for what need not be made twice; it may not be there yet.
+
+    One with a colon in its path is passed over where it can be: MindSpore takes what follows for a kernel's name.
+    """
+    folders = [os.environ.get("XDG_CACHE_HOME"), os.path.expanduser("~/.cache")]
+    folders = [Path(folder) / "FBCache_ms" for folder in folders if folder]
+    return next((folder for folder in folders if ":" not in str(folder)), folders[0])
 
 
 def config_of(model):
@@ -114,17 +124,22 @@ class CompileCache:
     def compile(self, cell, inputs, key):
         """Compiles a cell, or takes its graph from here; returns whether it came from here.
 
-        A graph is written beside the others and then takes its name, so that a process that is killed, or two at the
-        same time, leave none that is half written.
+        A graph is written beside the others and takes its name when it is whole, so that a process that is killed, a
+        full disk, or two processes at the same time leave none that is half written. What cannot be written is not
+        kept, with a warning.
         """
         number = next(_NUMBERS)
         kept = self.path(key, number).resolve()
-        found = kept.is_dir()
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        place = kept if found else Path(tempfile.mkdtemp(dir=kept.parent, prefix=f"{kept.name}."))
-        link = _link()
-        link.unlink(missing_ok=True)
-        link.symlink_to(place, target_is_directory=True)
+        found = _is_whole(kept)
+        try:
+            place = kept if found else self._fresh(kept)
+            link = _link()
+            link.unlink(missing_ok=True)
+            link.symlink_to(place, target_is_directory=True)
+        except OSError as error:
+            _warn(f"compiled graphs are not kept in {self.folder}: {error.strerror}")
+            cell.compile(*inputs)
+            return False
         variables = {
             "MS_COMPILER_CACHE_ENABLE": "1",
             "MS_COMPILER_CACHE_PATH": str(link),
@@ -132,16 +147,15 @@ class CompileCache:
             "MS_DEV_FORCE_USE_COMPILE_CACHE": "1",
         }
         environment = {name: os.environ.get(name) for name in variables}
-        files = _times(place)
+        times = _times(place)
         os.environ.update(variables)
         try:
             cell.compile(*inputs)
-            used = found and _times(place) == files
+            used = found and _times(kept) == times
             if not found:
-                (place / "graph.json").write_text(key + "\n", encoding="utf-8")
-                place.chmod(0o755)  # mkdtemp's is for its maker alone.
-                with suppress(OSError):  # Another process was faster.
-                    place.rename(kept)
+                self._keep(place, kept, key)
+            elif not _is_whole(kept):
+                shutil.rmtree(kept, ignore_errors=True)
             with suppress(OSError):  # A folder to read from, or another process that does the same.
                 (kept / "graph.json").touch()
                 self.prune()
@@ -151,6 +165,29 @@ class CompileCache:
             if not found:
                 shutil.rmtree(place, ignore_errors=True)
         return used
+
+    def _fresh(self, kept):
+        """A folder to write a graph to, beside the one that it will be."""
+        shutil.rmtree(kept, ignore_errors=True)  # Not whole.
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(dir=kept.parent, prefix=f"{kept.name}."))
+
+    def _keep(self, place, kept, key):
+        """Gives a graph its name, and graph.json: its key, and the checksums that tell whether it is still whole."""
+        try:
+            files = _checksums(place)
+            for file in files:
+                _check_end(place / file)
+            (place / "graph.json").write_text(
+                json.dumps({**json.loads(key), "files": files}, indent=1), encoding="utf-8"
+            )
+        except (OSError, DecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it could not be written to its end"
+            _warn(f"a compiled graph is not kept in {self.folder}: {reason}")
+            return
+        place.chmod(0o755)  # mkdtemp's is for its maker alone.
+        with suppress(OSError):  # Another process was faster.
+            place.rename(kept)
 
     def prune(self):
         """Removes the graphs beyond MOST that were not used for longest, and what a killed process left for a day."""
@@ -162,8 +199,36 @@ class CompileCache:
 
 
 def _times(folder):
-    """When each file in a folder was written: MindSpore writes a graph anew that it cannot use."""
+    """When each graph in a folder was written: MindSpore writes one anew that it cannot use."""
     return {file: file.stat().st_mtime_ns for file in folder.rglob("*.mindir")}
+
+
+def _is_whole(folder):
+    """Whether a graph's files are as they were when it was kept."""
+    try:
+        return json.loads((folder / "graph.json").read_text(encoding="utf-8"))["files"] == _checksums(folder)
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
+
+
+def _checksums(folder):
+    """{file: checksum} of a graph's files, of which graph.json is none."""
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != "graph.json")
+    return {file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def _check_end(file):
+    """Raises DecodeError for a graph that ends before its last field; MindSpore tells nobody that a disk is full."""
+    if file.suffix == ".mindir":
+        model = ModelProto.FromString(file.read_bytes())
+        if not model.HasField("mind_ir_version"):
+            raise DecodeError
+
+
+@lru_cache(maxsize=None)
+def _warn(text):
+    """Warns once."""
+    logger.warning(text)
 
 
 @lru_cache(maxsize=None)

@@ -1,5 +1,6 @@
 """Where Flux runs and how it is compiled there, and the folder of compiled graphs."""
 
+import errno
 import json
 import os
 import subprocess
@@ -16,9 +17,11 @@ from safetensors.numpy import load_file, save_file
 
 import mindspore as ms
 from mindspore import nn
+from mindspore.train.mind_ir_pb2 import ModelProto
 
 from FBCache_ms import CacheConfig, CacheContext, Device, FluxDenoiseLoop, choose_device, compile_cache
-from FBCache_ms.compile_cache import CompileCache, files_checksum, graph_key, sources_checksum
+from FBCache_ms.backend import cpu_kernels
+from FBCache_ms.compile_cache import CompileCache, files_checksum, graph_key, sources_checksum, users_folder
 from FBCache_ms.device import default_dtype, default_jit_level
 from FBCache_ms.eval import run_flux_withFBCache_pipeline as fbcache_flux
 from FBCache_ms.eval import sweep
@@ -251,6 +254,121 @@ def test_two_processes_that_compile_one_graph_both_have_it(tmp_path):
     assert not cache.compile(Interrupted(other_process), (), key)
     (kept,) = tmp_path.iterdir()
     assert (kept / "graph.json").read_text() == "theirs"
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+class Graph:
+    """A cell whose compilation writes what MindSpore does, or a part of it, unless it finds it."""
+
+    whole = ModelProto(ir_version="1", mind_ir_version=3).SerializeToString()
+
+    def __init__(self, content=whole):
+        self.content, self.compilations = content, 0
+
+    def compile(self):
+        file = Path(os.environ["MS_COMPILER_CACHE_PATH"]) / "rank_0" / "graph_cache" / "compile_cache_0.mindir"
+        if not file.is_file() or file.read_bytes() != self.whole:
+            self.compilations += 1
+            write(file, self.content)
+
+
+@pytest.fixture
+def one_graph(tmp_path, monkeypatch):
+    """compile(cell), as if each time in another process, and the graph's folder."""
+    monkeypatch.setattr(compile_cache, "_NUMBERS", repeat(0))
+    cache, key = CompileCache(tmp_path / "graphs"), json.dumps({"cell": "a"})
+    return lambda cell: cache.compile(cell, (), key), cache.path(key, 0)
+
+
+def test_a_whole_graph_is_found_again(one_graph):
+    compile, kept = one_graph
+    assert [compile(Graph()) for _ in range(3)] == [False, True, True]
+    assert json.loads((kept / "graph.json").read_text())["cell"] == "a"
+
+
+@pytest.mark.parametrize("end", [0, 1, len(Graph.whole) - 2, len(Graph.whole) - 1])
+def test_a_graph_that_a_full_disk_cut_short_is_not_kept(one_graph, end, monkeypatch):
+    said = []
+    monkeypatch.setattr(compile_cache, "_warn", said.append)
+    compile, kept = one_graph
+    compile(Graph(Graph.whole[:end]))
+    assert not kept.exists() and list(kept.parent.iterdir()) == []
+    assert len(said) == 1 and str(kept.parent) in said[0] and "not kept" in said[0]
+    assert [compile(Graph()) for _ in range(2)] == [False, True]
+
+
+@pytest.mark.parametrize("file", ["graph.json", "rank_0/graph_cache/compile_cache_0.mindir"])
+@pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: b"", lambda data: data[:-1] + b"\0"])
+def test_a_graph_that_was_damaged_later_is_compiled_anew(one_graph, file, damage):
+    compile, kept = one_graph
+    compile(Graph())
+    (kept / file).write_bytes(damage((kept / file).read_bytes()))
+    cell = Graph()
+    assert not compile(cell) and cell.compilations == 1
+    assert compile(Graph())
+
+
+def test_a_kept_graph_that_mindspore_cannot_use_and_writes_half_is_dropped(one_graph):
+    compile, kept = one_graph
+    compile(Graph())
+
+    class Refusing(Graph):
+        whole = b"another"
+
+    assert not compile(Refusing(b"half"))
+    assert not kept.exists()
+
+
+def test_where_nothing_can_be_written_graphs_are_compiled_with_a_warning(one_graph, monkeypatch):
+    said = []
+    monkeypatch.setattr(compile_cache, "_warn", said.append)
+    compile, kept = one_graph
+    for error in (OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EACCES, "Permission denied")):
+        monkeypatch.setattr(compile_cache.tempfile, "mkdtemp", raising(error))
+        calls = []
+        assert not compile(Interrupted(lambda: calls.append(None)))
+        assert len(calls) == 1 and said.pop() == f"compiled graphs are not kept in {kept.parent}: {error.strerror}"
+
+
+def raising(error):
+    def call(*args, **kwargs):
+        raise error
+
+    return call
+
+
+@pytest.mark.parametrize("name", ["a:b", "with space", "Jürgen", "100%", "$HOME", "new\nline", "x" * 200])
+def test_any_folder_can_keep_graphs(name, tmp_path, monkeypatch):
+    shown = []
+
+    class Told(Graph):
+        def compile(self):
+            shown.append(os.environ["MS_COMPILER_CACHE_PATH"])
+            super().compile()
+
+    cache = CompileCache(tmp_path / name)
+    monkeypatch.setattr(compile_cache, "_NUMBERS", repeat(0))
+    assert [cache.compile(Told(), (), json.dumps({"cell": "a"})) for _ in range(2)] == [False, True]
+    assert not any(name in path for path in shown)
+
+
+def test_a_users_folder_with_a_colon_is_passed_over(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a:b"))
+    assert users_folder() == tmp_path / "home" / ".cache" / "FBCache_ms"
+    monkeypatch.setenv("HOME", str(tmp_path / "c:d"))
+    assert users_folder() == tmp_path / "a:b" / "FBCache_ms"
+
+
+def test_kernels_are_in_no_folder_with_a_colon(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(cpu_kernels.logger, "warning", said.append)
+    assert cpu_kernels.compiled("g++", tmp_path / "a:b") is None
+    assert len(said) == 1 and "colon" in said[0] and str(tmp_path / "a:b") in said[0]
 
 
 def test_what_a_killed_process_left_is_no_other_ones_graph(tmp_path, monkeypatch):

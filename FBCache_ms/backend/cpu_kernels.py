@@ -40,6 +40,8 @@ def compiled(compiler, folder):
         processor = [line for line in lines if line.startswith(("flags", "Features"))][:1]
         key = hashlib.sha256("\n".join((SOURCE.read_text(), *FLAGS, *processor)).encode()).hexdigest()[:16]
         library = folder / f"cpu_kernels_{key}.so"
+        if ":" in str(library):
+            raise OSError(f"MindSpore takes no library from {folder}: there is a colon in it")
         if not library.is_file():
             folder.mkdir(parents=True, exist_ok=True)
             with TemporaryDirectory(dir=folder) as fresh:
