@@ -120,7 +120,7 @@ def test_without_the_repository_there_are_no_unit_tests(monkeypatch, tmp_path):
         (["--runs", "0"], "--runs must be in [1, 10000], not 0"),
         (["--only", "luck"], "invalid choice: 'luck'"),
         (["--only", "loop", "--skip", "loop"], "--only and --skip leave no check"),
-        (["--ckpt", "nowhere"], "checkpoint nowhere is not a folder"),
+        (["--ckpt", "nowhere"], "checkpoint nowhere: there is no such folder"),
         (["--into", "README.md", "nothing"], "has no lines <!-- nothing -->"),
     ],
 )

@@ -90,7 +90,7 @@ def test_compare_reports_the_gain_and_the_loss_and_shows_them(tmp_path, capsys):
     assert f"{seconds['denoise']:.3f} s with the cache, {baseline['denoise']:.3f} s without" in said[-2]
     output, uncached = (read_picture(tmp_path / name) for name in files[:2])
     # Files have whole numbers from 0 to 255, the PSNR is of what they were rounded from.
-    assert 30 < psnr(uncached, output) < 100
+    assert psnr(uncached, output) > 30
 
 
 def test_the_cache_off_gives_the_baselines_picture(tmp_path, capsys):
