@@ -156,7 +156,11 @@ def text_behind(transformer, index, unfinished):
     doubles = stacks(transformer)[0]
     if index >= doubles:
         return behind_single(transformer.single_transformer_blocks[index - doubles], *unfinished)
-    cell = transformer.transformer_blocks[index]
+    return text_behind_double(transformer.transformer_blocks[index], unfinished)
+
+
+def text_behind_double(cell, unfinished):
+    """A double block's text stream, of which divided_double has done the rest."""
     return finite(behind_double(cell.norm2_context, cell.ff_context, *unfinished))
 
 
