@@ -4,6 +4,7 @@ import mindone.diffusers
 import numpy as np
 import pytest
 from narrow import make_narrow
+from test_kept_graphs import text_lora
 
 import mindspore as ms
 
@@ -120,16 +121,20 @@ def test_a_lora_scale_is_taken_by_the_pipeline(components):
 
 
 def test_both_prompts_are_encoded_under_the_lora_scale(components, monkeypatch):
-    pipe, scales = whole_loop(components, CacheConfig(0.0)), []
-    encode = pipe.encode_prompt
+    pipe, strengths = whole_loop(components, CacheConfig(0.0)), []
+    pipe.load_lora_weights(text_lora(0), adapter_name="one")
+    layer, encode = pipe.text_encoder.text_model.encoder.layers[0].self_attn.q_proj, pipe.encode_prompt
 
     def spy(*args, **kwargs):
-        scales.append(kwargs.get("lora_scale"))
+        strengths.append(layer.scaling["one"])
         return encode(*args, **kwargs)
 
     monkeypatch.setattr(pipe, "encode_prompt", spy)
-    draw(pipe, **TRUE_CFG, joint_attention_kwargs={"scale": 0.5})
-    assert scales == [0.5, 0.5]
+    try:
+        draw(pipe, **TRUE_CFG, joint_attention_kwargs={"scale": 0.5})
+        assert strengths == [0.5, 0.5] and layer.scaling["one"] == 1
+    finally:
+        pipe.unload_lora_weights()
 
 
 def test_without_an_image_for_the_adapter_it_is_said_what_to_do(image_prompted):
