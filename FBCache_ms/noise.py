@@ -6,14 +6,16 @@ import warnings
 from importlib import import_module
 
 _LINES = {
-    "transformers": "None of PyTorch, TensorFlow >= 2.0, or Flax have been found",
+    "None of PyTorch, TensorFlow >= 2.0, or Flax have been found": "transformers",
     # T5's encoder has no embedding of its own: it is the model's.
-    "mindone.transformers.modeling_utils": "newly initialized: ['encoder.embed_tokens.weight']",
+    "newly initialized: ['encoder.embed_tokens.weight']": "mindone.transformers.modeling_utils",
+    # mindone's own pipelines say it so.
+    "`mindspore_dtype` is deprecated": "mindone.transformers.modeling_utils",
 }
-"""By logger, what the line has in it."""
+"""What a line has in it, and its logger."""
 
 _WARNING = "The image_processor_class argument is deprecated"
-"""What a FutureWarning begins with that is meant for mindone's authors."""
+"""How a FutureWarning begins that is meant for mindone's authors."""
 
 
 class _BeforeModels:
@@ -28,7 +30,7 @@ class _BeforeModels:
 
 def leave_out_noise():
     """To be called before mindone is imported, which it does not do itself."""
-    for name, text in _LINES.items():
+    for text, name in _LINES.items():
         logging.getLogger(name).addFilter(lambda record, text=text: text not in record.getMessage())
     warnings.filterwarnings("ignore", _WARNING, FutureWarning)
     sys.meta_path.insert(0, _BeforeModels())

@@ -2,11 +2,9 @@
 
 import argparse
 import errno
-import logging
 import math
 import os
 import sys
-import warnings
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -197,12 +195,12 @@ def cache_config(args):
 
 
 def quiet():
-    """Keeps the libraries' warnings off the terminal, unless the user has set their levels."""
+    """Keeps MindSpore's and transformers' warnings off the terminal, unless the user has set their levels.
+
+    They are about a graph's compilation and prompts that mindone says itself that it cuts short.
+    """
     os.environ.setdefault("GLOG_v", "3")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    logging.getLogger("mindone.transformers").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore", FutureWarning)
 
 
 def device_of(args):
