@@ -1,6 +1,6 @@
 """One prompt without a LoRA adapter, with it, at half its strength and without it again, in the cached loop.
 
-python examples/lora.py FBCache_ms/tiny_flux results/family/lora --prompt "a big red circle in the center"
+python examples/lora.py results/family/lora --prompt "a big red circle in the center"
 """
 
 import argparse
@@ -8,13 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
-from FBCache_ms import CacheConfig, FluxPipeline, choose_device
+from FBCache_ms import TINY_FLUX, CacheConfig, FluxPipeline, choose_device
+
+CHECKPOINT = "folder, or a name such as black-forest-labs/FLUX.1-dev (default: the embedded checkpoint)"
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="folder, or a name such as black-forest-labs/FLUX.1-dev")
     parser.add_argument("lora", help="folder, file or a name of LoRA weights")
+    parser.add_argument("--checkpoint", default=TINY_FLUX, help=CHECKPOINT)
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--output", type=Path, default=Path("lora"), help="folder of the pictures")
     args = parser.parse_args(argv)

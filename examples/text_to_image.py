@@ -1,16 +1,18 @@
 """Text to image with the whole denoise loop as one cached graph.
 
-python examples/text_to_image.py FBCache_ms/tiny_flux --prompt "a big red circle in the center, blue background"
+python examples/text_to_image.py --prompt "a big red circle in the center, blue background"
 """
 
 import argparse
 
-from FBCache_ms import CacheConfig, FluxPipeline, choose_device
+from FBCache_ms import TINY_FLUX, CacheConfig, FluxPipeline, choose_device
+
+CHECKPOINT = "folder, or a name such as black-forest-labs/FLUX.1-dev (default: the embedded checkpoint)"
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="folder, or a name such as black-forest-labs/FLUX.1-dev")
+    parser.add_argument("--checkpoint", default=TINY_FLUX, help=CHECKPOINT)
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--size", type=int, help="height and width (default: the model's)")
     parser.add_argument("--output", default="text_to_image.png")

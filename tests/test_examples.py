@@ -10,15 +10,17 @@ from make_family import make, make_lora
 from narrow import make_narrow
 from PIL import Image
 
+import FBCache_ms
+
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The folder in which the commands run: narrow checkpoints where the README's commands put them."""
+    """The folder in which the commands run: a narrow embedded checkpoint, and others where the README puts them."""
     folder = tmp_path_factory.mktemp("examples")
-    narrow = make_narrow(folder / "FBCache_ms" / "tiny_flux")
+    narrow = make_narrow(folder / "narrow")
     for layout in ("controlnet", "fill", "kontext"):
         make(folder / "results" / "family" / layout, layout, narrow)
     make_lora(folder / "results" / "family" / "lora", source=narrow)
@@ -37,6 +39,7 @@ def load(name):
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_draws_with_the_cache(folder, name, monkeypatch, capsys):
     monkeypatch.chdir(folder)
+    monkeypatch.setattr(FBCache_ms, "TINY_FLUX", folder / "narrow", raising=False)
     example = load(name)
     command = example.__doc__.partition(f"python examples/{name}.py")[2]
     arguments = shlex.split(command.replace("\\\n", ""))

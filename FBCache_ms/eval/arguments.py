@@ -5,7 +5,6 @@ import errno
 import math
 import os
 import sys
-import textwrap
 from dataclasses import fields, replace
 from pathlib import Path
 
