@@ -5,6 +5,7 @@ import errno
 import math
 import os
 import sys
+import textwrap
 from dataclasses import fields, replace
 from pathlib import Path
 
