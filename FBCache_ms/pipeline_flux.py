@@ -397,8 +397,9 @@ class FluxPipeline(MindoneFluxPipeline):
         with self.progress_bar(total=steps) if watched else nullcontext() as bar:
             while step < steps and not self.interrupt:
                 self._current_timestep = ms.Tensor(timesteps[step])
-                piece = 1 if callback else loop.steps_within(PIECE_SECONDS) if watched else steps
-                stop = min(step + piece, steps)
+                left = steps - step
+                piece = 1 if callback else loop.piece_of(left, PIECE_SECONDS) if watched else left
+                stop = step + piece
                 latents = loop.run(inputs, latents, step, stop, wait=callback is None)
                 # What scheduler.step would have counted.
                 scheduler._step_index = stop

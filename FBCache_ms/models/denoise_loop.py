@@ -1,5 +1,6 @@
 """The whole denoise loop of Flux as one graph."""
 
+import math
 import time
 
 import mindspore as ms
@@ -160,9 +161,12 @@ class FluxDenoiseLoop(nn.Cell):
             self.step_seconds = (time.perf_counter() - begin) / (stop - start)
         return latents
 
-    def steps_within(self, seconds):
-        """How many steps take about so long, 1 or more, by how long they took last."""
-        return max(int(seconds / self.step_seconds), 1) if self.step_seconds else 1
+    def piece_of(self, steps, seconds):
+        """How many of so many steps to run at once, in pieces of equal length that take about so long each."""
+        if self.step_seconds is None:
+            return 1
+        pieces = max(round(steps * self.step_seconds / seconds), 1)
+        return math.ceil(steps / pieces)
 
     def release(self):
         """Gives the cache's memory back."""
