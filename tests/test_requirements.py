@@ -51,7 +51,7 @@ def pins(file, python):
 def test_whatever_is_imported_is_named(folders, extras):
     modules = imported(folders)
     assert {"mindspore", "mindone", "PIL"} <= modules
-    assert {DISTRIBUTIONS.get(module, module) for module in modules} <= set(named(*extras))
+    assert {canonicalize_name(DISTRIBUTIONS.get(module, module)) for module in modules} <= set(named(*extras))
 
 
 @pytest.mark.parametrize(
