@@ -21,7 +21,7 @@ from FBCache_ms.eval.files import check_folder, say_written
 
 DOCS = Path(__file__).parents[2] / "docs"
 SWEEP = ("--cases", "fbcache", "teacache")
-WIDTH, HEIGHT = 1280, 800
+WIDTH, HEIGHT = 1280, 960
 PATIENCE, SECONDS = 60, 2
 """Seconds that a page may take until its plots are there, and that they have to settle in."""
 
