@@ -1,9 +1,11 @@
 """Lines of other libraries that alarm without a cause: each is left out, it alone, where it comes from."""
 
 import logging
+import os
 import sys
 import warnings
 from importlib import import_module
+from pathlib import Path
 
 _LINES = {
     "None of PyTorch, TensorFlow >= 2.0, or Flax have been found": "transformers",
@@ -13,6 +15,9 @@ _LINES = {
     "`mindspore_dtype` is deprecated": "mindone.transformers.modeling_utils",
 }
 """What a line has in it, and its logger."""
+
+_WITHOUT_AN_NPU = ("Backend Ascend is not available", "error when loading plugin for MindSpore package")
+"""What MindSpore's logger says when it is asked for an NPU; where there is one, it is what keeps MindSpore from it."""
 
 _WARNING = "The image_processor_class argument is deprecated"
 """How a FutureWarning begins that is meant for mindone's authors."""
@@ -28,9 +33,17 @@ class _BeforeModels:
             configs.setdefault("parakeet", "ParakeetEncoderConfig")
 
 
+def has_npu():
+    """Whether this machine has an Ascend NPU, as far as its device files tell."""
+    return any(Path("/dev").glob("davinci[0-9]*"))
+
+
 def leave_out_noise():
     """To be called before mindone is imported, which it does not do itself."""
-    for text, name in _LINES.items():
+    lines = dict(_LINES)
+    if not has_npu():
+        lines.update(dict.fromkeys(_WITHOUT_AN_NPU, f"ME.mindspore.log.{os.getpid()}"))
+    for text, name in lines.items():
         logging.getLogger(name).addFilter(lambda record, text=text: text not in record.getMessage())
     warnings.filterwarnings("ignore", _WARNING, FutureWarning)
     sys.meta_path.insert(0, _BeforeModels())

@@ -1,6 +1,7 @@
 """What is printed where FBCache_ms is used as a library, in a process of its own, from another folder."""
 
 import logging
+import os
 import subprocess
 import sys
 import warnings
@@ -49,6 +50,9 @@ def left_out(logger, text):
 LOADING = "Some weights of T5EncoderModel were not initialized and are newly initialized: {}\nYou should probably TRAIN"
 
 
+MINDSPORE = f"ME.mindspore.log.{os.getpid()}"
+
+
 @pytest.mark.parametrize(
     "logger, text, gone",
     [
@@ -58,6 +62,8 @@ LOADING = "Some weights of T5EncoderModel were not initialized and are newly ini
         ("mindone.diffusers.pipelines.flux.pipeline_flux", "The following part of your input was truncated", False),
         ("transformers", "None of PyTorch, TensorFlow >= 2.0, or Flax have been found. Models", True),
         ("transformers", "another warning", False),
+        (MINDSPORE, "Backend Ascend is not available.", not noise.has_npu()),
+        (MINDSPORE, "another warning", False),
     ],
 )
 def test_a_line_is_left_out_alone(logger, text, gone):
