@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 import mindspore as ms
 
-from FBCache_ms import CacheConfig, FluxPipeline, apply_cache_on_pipe, remove_cache_from_pipe
+from FBCache_ms import CacheConfig, FluxPipeline, apply_cache_on_pipe, kept_graphs, remove_cache_from_pipe
 from FBCache_ms.cached_transformer import adapters_scaled, turn
 from FBCache_ms.models.mindones import foreign_scheduler, foreign_transformer
 from FBCache_ms.pipeline_flux import is_watched
@@ -427,6 +427,14 @@ def test_a_window_counts_from_the_whole_schedule_where_a_picture_is_given(loaded
     draw(plain, image=image, strength=0.8, num_inference_steps=10)
     assert plain.transformer.cache_stats.cached_steps == [4, 5, 6, 7]
     remove_cache_from_pipe(plain)
+
+
+def test_models_that_nobody_has_changed_are_compiled_once(pipe, monkeypatch):
+    dropped = []
+    monkeypatch.setattr(kept_graphs, "drop_graphs", dropped.append)
+    for _ in range(2):
+        pipe(PROMPT, height=64, width=64, num_inference_steps=2, max_sequence_length=32)
+    assert dropped == []
 
 
 def test_a_dtype_goes_there_and_back(pipe):
