@@ -65,6 +65,8 @@ MINDSPORE = f"ME.mindspore.log.{os.getpid()}"
         (MINDSPORE, "Backend Ascend is not available.", not noise.has_npu()),
         (MINDSPORE, "another warning", False),
     ],
+    # MindSpore's logger has the process's number in its name, and the workers must agree on the tests' names.
+    ids=["tied", "untied", "both", "truncated", "no torch", "transformers", "no npu", "mindspore"],
 )
 def test_a_line_is_left_out_alone(logger, text, gone):
     assert left_out(logger, text) == gone
