@@ -19,6 +19,7 @@ from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from platform import python_version
+from types import FunctionType, MethodType
 
 import mindone
 import transformers
@@ -27,6 +28,9 @@ from mindone.diffusers.utils import logging
 
 import mindspore as ms
 from mindspore.train.mind_ir_pb2 import ModelProto
+
+from .kept_graphs import VALUES, bases_of, constants_of
+from .models.mindones import AUTHORS, is_theirs
 
 logger = logging.get_logger(__name__)
 
@@ -38,6 +42,9 @@ LEFT_OVER = 24 * 3600
 
 MOST = 128
 """So many graphs a folder keeps; a generation has four: the loop, two text encoders and the autoencoder's decoder."""
+
+DECORATORS = "contextlib", "functools", "huggingface_hub", "transformers"
+"""Packages by whose decorators mindone wraps methods."""
 
 
 def graph_key(cell, inputs, model, **structure):
@@ -51,21 +58,20 @@ def graph_key(cell, inputs, model, **structure):
         model: the model with a config that it is, or that it runs the layers of.
         structure: what makes a graph of its own beside these.
 
-    Raises OSError or TypeError for a layer whose source is in no file.
+    Raises TypeError for a model that is not mindone's own throughout: another process cannot tell what it computes.
     """
 
     def description(value):
         return [list(value.shape), str(value.dtype)] if hasattr(value, "dtype") else str(value)
 
-    processors = getattr(model, "attn_processors", {})
-    layers = [*model.cells_and_names(), *processors.items()]
-    kinds = [f"{name} {type(layer).__qualname__}" for name, layer in layers]
+    constants, kinds = constants_of(model, as_text)
+    check_authors(kinds)
     parts = {
         "cell": type(cell).__name__,
         **structure,
         "model": config_of(model),
         "training": cell.training,
-        "layers": hashlib.sha256("\n".join(kinds).encode()).hexdigest(),
+        "layers": hashlib.sha256(repr(constants).encode()).hexdigest(),
         "inputs": [description(value) for value in inputs],
         "parameters": {parameter.name: description(parameter) for parameter in cell.get_parameters()},
         "jit_syntax_level": str(ms.get_context("jit_syntax_level")),
@@ -74,9 +80,52 @@ def graph_key(cell, inputs, model, **structure):
         "transformers": transformers.__version__,
         "python": python_version(),
         "FBCache_ms": sources_checksum(),
-        "layer_sources": files_checksum({inspect.getfile(type(layer)) for _, layer in layers}),
+        "layer_sources": files_checksum({inspect.getfile(kind) for kind in kinds}),
     }
     return json.dumps(parts, indent=1, sort_keys=True, default=str)
+
+
+def as_text(value):
+    """What a layer has, as text that is the same in every process; raises TypeError for what has no such text."""
+    if type(value) in VALUES or isinstance(value, ms.Type):
+        return repr(value)
+    if isinstance(value, (list, tuple, set)):
+        return str([as_text(each) for each in value])
+    if isinstance(value, dict):
+        return str({str(name): as_text(each) for name, each in value.items()})
+    if isinstance(value, ms.Parameter):
+        return ""  # graph_key has them.
+    if isinstance(value, ms.Tensor):
+        digest = hashlib.sha256(value.float().asnumpy().tobytes()).hexdigest()
+        return f"{value.shape} {value.dtype} {digest}"
+    if isinstance(value, (FunctionType, MethodType)):
+        check_function(getattr(value, "__func__", value))
+        return f"{value.__module__}.{value.__qualname__}"
+    if hasattr(value, "to_dict"):
+        return str(value.to_dict())
+    check_authors([type(value)])
+    return f"{type(value)} {as_text(getattr(value, 'attrs', None))}"
+
+
+def check_authors(kinds):
+    """Raises TypeError unless classes, and the methods of theirs, are mindone's or MindSpore's own."""
+    for kind in kinds:
+        if kind.__module__.partition(".")[0] not in AUTHORS:
+            raise TypeError(f"{kind.__qualname__} is not mindone's")
+    for base in bases_of(kinds):
+        for method in vars(base).values():
+            method = getattr(method, "__func__", getattr(method, "fget", method))
+            if isinstance(method, FunctionType):
+                module = method.__globals__.get("__name__", "")
+                # A base from elsewhere has methods of its own file, and mindone decorates some by other packages.
+                if module != base.__module__ and module.partition(".")[0] not in DECORATORS:
+                    check_function(method)
+
+
+def check_function(function):
+    """Raises TypeError for a function of the user's."""
+    if not is_theirs(function):
+        raise TypeError(f"{function.__qualname__} is not mindone's")
 
 
 def users_folder():

@@ -58,8 +58,8 @@ class Device:
     def compile(self, cell, inputs, model, structure=None):
         """Compiles a cell for these inputs unless it is; returns whether its graph came from the compile cache.
 
-        A model with adapters or with layers that no file defines, and a program without a file of its own (python -c),
-        compile without the cache, as do a cell's further graphs, for other inputs.
+        A model with adapters or with anything in it that is not mindone's own, and a program without a file of its own
+        (python -c), compile without the cache, as do a cell's further graphs, for other inputs.
 
         Args:
             cell: what is compiled.
@@ -93,7 +93,7 @@ class Device:
                 lazy_inline=self.lazy_inline,
                 deterministic=self.deterministic,
             )
-        except (OSError, TypeError):  # A layer's class was typed into an interpreter.
+        except TypeError:
             return None
 
     def _kernels(self):

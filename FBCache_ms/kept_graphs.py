@@ -21,8 +21,9 @@ VALUES = {type(None), bool, int, float, str}
 OF_COMPILATION = {"__compile_cell_hook__", "__parse_method__", "_func_graph_flags", "current_phase"}
 """Attributes that MindSpore gives a cell where it compiles it."""
 
-OF_EVERY_CELL = frozenset(vars(nn.Cell())) | OF_COMPILATION
-"""Attributes that say nothing of what a cell computes, but for those that made_of names."""
+OF_EVERY_CELL = frozenset(vars(nn.Cell())) | OF_COMPILATION | {"init_tensor"}
+"""Attributes that say nothing of what a cell computes, but for those that constants_of names; nn.Embedding keeps what
+its weight started from."""
 
 _MADE_OF = WeakKeyDictionary()
 """What a model was made of when drop_stale_graphs saw it last."""
@@ -132,7 +133,7 @@ def made_of(model):
 
     The latter have to be kept as long as the former.
     """
-    state, objects, kinds, layers = [], [], {}, [model]
+    objects = []
 
     def told(value):
         """A value, or the id of an object, or those of a collection's entries."""
@@ -145,6 +146,15 @@ def made_of(model):
         objects.append(value)
         return id(value)
 
+    state, kinds = constants_of(model, told)
+    # Methods may be replaced in a class, too.
+    state += [told(each) for base in bases_of(kinds) for each in vars(base).values()]
+    return tuple(state), objects
+
+
+def constants_of(model, told):
+    """What a graph takes from a model's layers as constants, each as told() has it, and the layers' classes."""
+    state, kinds, layers = [], {}, [model]
     while layers:
         layer = layers.pop()
         own, kinds[type(layer)] = getattr(layer, "__dict__", {}), None
@@ -158,7 +168,9 @@ def made_of(model):
             layers += layer._cells.values()
         if "processor" in own:
             layers.append(layer.processor)
-    # Methods may be replaced in a class, too.
-    bases = dict.fromkeys(base for kind in kinds for base in kind.__mro__ if base not in nn.Cell.__mro__)
-    state += [told(each) for base in bases for each in vars(base).values()]
-    return tuple(state), objects
+    return state, list(kinds)
+
+
+def bases_of(kinds):
+    """Classes and what they inherit from, but for what every cell does."""
+    return dict.fromkeys(base for kind in kinds for base in kind.__mro__ if base not in nn.Cell.__mro__)

@@ -516,6 +516,26 @@ def test_a_users_method_on_a_class_is_run_and_stays(monkeypatch):
     check_cell(Blocks(block), expected, *inputs)
 
 
+def attending_to_the_first(query, key, value, attn_mask=None, **_):
+    """Attention of the user's own, (B, L, heads, d)."""
+    return query + value[:, :1]
+
+
+@pytest.mark.parametrize("kind", [DOUBLE, SINGLE])
+def test_attention_of_the_users_own_is_run(kind, monkeypatch):
+    inputs, stream = block_inputs(1, 5, 3, 2, 8), random(1, 5, 16)
+    block = with_random_weights(getattr(cpu.transformer_flux, kind)(16, 2, 8), 0.2)
+    before = Blocks(block)(*map(ms.Tensor, inputs)).asnumpy()
+    monkeypatch.setattr(cpu.transformer_flux, "dispatch_attention_fn", attending_to_the_first)
+    expected = WrittenOut(block, EQUATIONS[kind])(*map(ms.Tensor, inputs)).asnumpy()
+    assert np.abs(expected - before).max() > 1e-3
+    check_cell(Blocks(block), expected, *inputs)
+    if kind == SINGLE:
+        attended = block.attn(ms.Tensor(stream)).asnumpy()
+        query = block.attn.norm_q(block.attn.to_q(ms.Tensor(stream)).reshape(1, 5, 2, 8)).asnumpy().reshape(1, 5, 16)
+        np.testing.assert_allclose(attended, query + block.attn.to_v(ms.Tensor(stream)).asnumpy()[:, :1], rtol=1e-4)
+
+
 class Other(cpu.transformer_flux.FluxTransformerBlock):
     """A double block of the user's own."""
 

@@ -7,22 +7,25 @@ import subprocess
 import sys
 from itertools import repeat
 from pathlib import Path
+from types import MethodType
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mindone.diffusers import FluxTransformer2DModel
+from mindone.diffusers.models.transformers.transformer_flux import FluxAttnProcessor, FluxTransformerBlock
 from narrow import WEIGHTS, make_narrow
 from safetensors.numpy import load_file, save_file
 
 import mindspore as ms
-from mindspore import nn
+from mindspore import mint, nn
 from mindspore.train.mind_ir_pb2 import ModelProto
 
 from FBCache_ms import CacheConfig, CacheContext, Device, FluxDenoiseLoop, choose_device, compile_cache
 from FBCache_ms.backend import cpu_kernels
 from FBCache_ms.compile_cache import CompileCache, files_checksum, graph_key, sources_checksum, users_folder
-from FBCache_ms.device import default_dtype, default_jit_level
+from FBCache_ms.device import api, default_dtype, default_jit_level
 from FBCache_ms.eval import run_flux_withFBCache_pipeline as fbcache_flux
 from FBCache_ms.eval import sweep
 from FBCache_ms.eval.arguments import device_of
@@ -66,21 +69,25 @@ def test_deterministic_reaches_mindspore_once_a_process(monkeypatch, before, tol
     assert choose_device(deterministic=True).deterministic and seen == told
 
 
-class Transformer(nn.Cell):
-    """What a graph's key looks at in a transformer."""
-
-    def __init__(self, width=4, blocks=(1, 2), processor="flux"):
-        super().__init__()
-        self.config = {"width": width}
-        self.transformer_blocks = nn.CellList([nn.Dense(width, width) for _ in range(blocks[0])])
-        self.single_transformer_blocks = nn.CellList([nn.Dense(width, width) for _ in range(blocks[1])])
-        self.attn_processors = {"0": type(processor, (), {})()}
+def small_transformer(width=4, blocks=(1, 2)):
+    """mindone's, of so many double and single blocks."""
+    return FluxTransformer2DModel(
+        in_channels=4,
+        num_layers=blocks[0],
+        num_single_layers=blocks[1],
+        attention_head_dim=width,
+        num_attention_heads=1,
+        joint_attention_dim=4,
+        pooled_projection_dim=4,
+        guidance_embeds=False,
+        axes_dims_rope=(0, width // 2, width // 2),
+    )
 
 
 def key_of(tag="F1B0_W0_R0.12", transformer=None, tokens=3, dtype=ms.float32, branches=1, **compilation):
     """The graph_key of a loop."""
     config = CacheConfig.from_tag(tag)
-    transformer = transformer or Transformer()
+    transformer = transformer or small_transformer()
     cache = CacheContext(1, tokens, 4, branches=branches, mindspore_dtype=dtype, config=config, text_len=2, steps=8)
     loop = FluxDenoiseLoop(transformer, cache)
     inputs = (ms.Tensor(np.zeros((1, tokens, 4)), dtype), None)
@@ -91,10 +98,9 @@ def key_of(tag="F1B0_W0_R0.12", transformer=None, tokens=3, dtype=ms.float32, br
 @pytest.mark.parametrize(
     "change",
     [
-        {"transformer": Transformer(width=8)},
-        {"transformer": Transformer(blocks=(2, 1))},
-        {"transformer": Transformer(blocks=(1, 3))},
-        {"transformer": Transformer(processor="fused")},
+        {"transformer": small_transformer(width=8)},
+        {"transformer": small_transformer(blocks=(2, 1))},
+        {"transformer": small_transformer(blocks=(1, 3))},
         {"tokens": 5},
         {"branches": 2},
         {"dtype": ms.bfloat16},
@@ -121,6 +127,75 @@ def test_another_version_or_syntax_level_is_another_graph(monkeypatch, name, val
     before = key_of()
     monkeypatch.setattr(ms, name, value)
     assert key_of() != before
+
+
+@pytest.mark.parametrize(
+    "place, name, value",
+    [
+        ("transformer_blocks.0.norm2", "eps", 1e-3),
+        ("transformer_blocks.0.attn", "inner_kv_dim", 3),
+        ("single_transformer_blocks.1.act_mlp", "approximate", "none"),
+        ("single_transformer_blocks.1.act_mlp", "table", ms.Tensor([1.0])),
+        ("single_transformer_blocks.1", "act_mlp", mint.nn.ReLU()),
+    ],
+)
+def test_a_changed_attribute_is_another_graph(place, name, value):
+    changed = small_transformer()
+    setattr(dict(changed.cells_and_names())[place], name, value)
+    assert key_of(transformer=changed) != key_of()
+
+
+class Own(FluxTransformerBlock):
+    def construct(self, *args, **kwargs):
+        return super().construct(*args, **kwargs)
+
+
+class OwnProcessor(FluxAttnProcessor):
+    pass
+
+
+def hook(*_):
+    return None
+
+
+OWN = {
+    "a construct of an object's own": lambda block: setattr(block, "construct", lambda *_, **__: None),
+    "a bound construct": lambda block: setattr(block.ff, "construct", MethodType(hook, block.ff)),
+    "a hook": lambda block: block.register_forward_hook(hook),
+    "a hook before": lambda block: block.ff.register_forward_pre_hook(hook),
+    "a class": lambda block: setattr(block, "__class__", Own),
+    "a processor": lambda block: setattr(block.attn, "processor", OwnProcessor()),
+    "a function": lambda block: setattr(block.attn, "helper", hook),
+}
+
+
+@pytest.mark.parametrize("own", OWN)
+def test_what_is_not_mindones_own_is_compiled_without_the_folder(own):
+    transformer = small_transformer()
+    OWN[own](transformer.transformer_blocks[0])
+    with pytest.raises(TypeError, match="not mindone's"):
+        key_of(transformer=transformer)
+
+
+@pytest.mark.parametrize("kind", [FluxTransformerBlock, FluxAttnProcessor, mint.nn.Linear])
+def test_a_method_put_into_mindones_class_is_compiled_without_the_folder(kind, monkeypatch):
+    name = "construct" if hasattr(kind, "construct") else "__call__"
+    monkeypatch.setattr(kind, name, lambda *_, **__: None)
+    with pytest.raises(TypeError, match="not mindone's"):
+        key_of()
+
+
+def test_a_model_without_a_key_is_compiled(monkeypatch, tmp_path):
+    class Compiled(nn.Cell):
+        compiled = 0
+
+        def compile(self, *inputs):
+            self.compiled += 1
+
+    monkeypatch.setattr(api, "entry_script_path", __file__)
+    model, device = Compiled(), Device("CPU", "float32", compile_cache=tmp_path)
+    assert not device.compile(model, (), model)
+    assert model.compiled == 1 and list(tmp_path.iterdir()) == []
 
 
 NUMBERS = {"residual_diff_threshold": 0.3, "warmup_steps": 3, "max_cached_steps": 5, "start": 0.2}

@@ -1,8 +1,8 @@
 """Stand-ins for what MindSpore's CPU backend has no kernel for, so that mindone's whole Flux pipeline runs on it.
 
-install() puts them in the places of mint's functions and of mindone's cells. Nothing else in the package patches
-anything, and on Ascend this module is never imported. A cell is replaced where it calls a Tensor method, such as
-x.chunk, that graph mode resolves out of Python's reach.
+install() puts them in the places of mint's functions and of mindone's cells. Nothing else in the package replaces
+anything of mindone's or MindSpore's, and on Ascend this module is never imported. A cell is replaced where it calls a
+Tensor method, such as x.chunk, that graph mode resolves out of Python's reach.
 
 What takes the time was chosen by timing the 28-step loop with each candidate (benchmarks/cpu_stand_ins.py), not by
 name. The fused stand-ins, of one kernel each, take the places of others where there is a C++ compiler.
@@ -265,13 +265,27 @@ def flux_attention(self, attn, hidden_states, encoder_hidden_states=None, attent
     if image_rotary_emb is not None:
         query = transformer_flux.apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
         key = transformer_flux.apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
-    query, key, value = query.swapaxes(1, 2), key.swapaxes(1, 2), value.swapaxes(1, 2)
-    attended = scaled_dot_product_attention(query, key, value, attention_mask).swapaxes(1, 2)
+    attended = attend(self, query, key, value, attention_mask)
     attended = attended.reshape(batch, attended.shape[1], -1)
     if encoder_hidden_states is None:
         return attended
     text = encoder_hidden_states.shape[1]
     return attn.to_out[1](attn.to_out[0](attended[:, text:])), attn.to_add_out(attended[:, :text])
+
+
+def attend(processor, query, key, value, mask):
+    """dispatch_attention_fn of an attention processor: attention of (B, L, heads, d)."""
+    if is_replaced("dispatch_attention_fn"):
+        settings = {"backend": processor._attention_backend, "parallel_config": processor._parallel_config}
+        return transformer_flux.dispatch_attention_fn(query, key, value, attn_mask=mask, **settings)
+    query, key, value = query.swapaxes(1, 2), key.swapaxes(1, 2), value.swapaxes(1, 2)
+    return scaled_dot_product_attention(query, key, value, mask).swapaxes(1, 2)
+
+
+@ms.constexpr
+def is_replaced(name):
+    """Whether a function that Flux's attention calls is the user's."""
+    return not is_theirs(getattr(transformer_flux, name))
 
 
 def flux_ip_adapter_attention(
@@ -287,11 +301,10 @@ def flux_ip_adapter_attention(
     """FluxIPAdapterAttnProcessor.__call__: a double block's attention, and what the image tokens see of each image."""
     image, text = flux_attention(self, attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
     heads = (image.shape[0], -1, attn.heads, attn.head_dim)
-    query = attn.norm_q(attn.to_q(hidden_states).reshape(heads)).swapaxes(1, 2)
+    query = attn.norm_q(attn.to_q(hidden_states).reshape(heads))
     seen = ops.zeros_like(image)
     for prompt, scale, to_k_ip, to_v_ip in zip(ip_hidden_states, self.scale, self.to_k_ip, self.to_v_ip):
-        key, value = to_k_ip(prompt).reshape(heads).swapaxes(1, 2), to_v_ip(prompt).reshape(heads).swapaxes(1, 2)
-        attended = scaled_dot_product_attention(query, key, value).swapaxes(1, 2)
+        attended = attend(self, query, to_k_ip(prompt).reshape(heads), to_v_ip(prompt).reshape(heads), None)
         seen = seen + scale * attended.reshape(image.shape)
     return image, text, seen
 
@@ -391,10 +404,10 @@ def attends_plainly(attn, added):
     """Whether an attention is what a block's kernel does, with or without a text stream of its own."""
     if not is_mindones(attn, transformer_flux.FluxAttention) or attn.fused_projections or attn.pre_only == added:
         return False
-    functions = transformer_flux.apply_rotary_emb, transformer_flux._get_qkv_projections
+    functions = "apply_rotary_emb", "_get_qkv_projections", "dispatch_attention_fn"
     return (
         is_mindones(attn.processor, transformer_flux.FluxAttnProcessor)
-        and all(map(is_theirs, functions))
+        and not any(map(is_replaced, functions))
         and (attn.added_kv_proj_dim is not None) == added
         and attn.query_dim == attn.inner_dim == attn.out_dim == attn.heads * attn.head_dim
     )
