@@ -379,14 +379,16 @@ class CacheContext:
         """Resets if a new generation has begun: if forget() told so, or, where nobody tells, if this timestep shows it.
 
         Timesteps, scalars, fall within a generation. One that is as large as the last is a new generation's only after
-        a first step: a half-precision schedule may repeat a value.
+        a first step: a half-precision schedule may repeat a value. What would be step 1000 is a new generation's.
         """
         if self.told:
             if self.step.read() == 0:
                 self.reset()
         else:
             last, timestep = self.timestep.read(), timestep.astype(ms.float32)
-            if ops.logical_or(timestep > last, ops.logical_and(timestep == last, self.step.read() <= 1)):
+            step = self.step.read()
+            again = ops.logical_and(timestep == last, step <= 1)
+            if ops.logical_or(ops.logical_or(timestep > last, again), step >= MAX_STEPS):
                 self.reset()
             self.timestep.write(timestep)
 

@@ -6,6 +6,7 @@ import time
 import mindspore as ms
 from mindspore import nn, ops
 
+from ..schedules import MAX_STEPS
 from .transformer_flux_withFBCache import (
     approach,
     cached_step,
@@ -65,7 +66,8 @@ class FluxDenoiseLoop(nn.Cell):
             guidance: (B,), or None for a model without guidance embedding.
             true_cfg_scale: scalar; not used with one branch.
             timesteps, sigmas: (N,) in [0, 1000] and (N + 1,) in [0, 1], padded to any fixed length.
-            start, stop: int32 scalars; a start of 0 begins a generation, any other goes on with the last.
+            start, stop: int32 scalars from 0 on; a start of 0 begins a generation, any other goes on with the last. The
+                loop ends with the timesteps, or at 1000, where stop is beyond.
             limits, coordinates, numbers: what gates.knobs makes of a CacheConfig.
             attention_kwargs: what attention gets beside the streams, tensors and tuples of them by name, a branch each
                 on a leading axis; None for nothing.
@@ -92,6 +94,7 @@ class FluxDenoiseLoop(nn.Cell):
                 cache.select(branch)
                 cache.reset()
         # One loop over the calls of the transformer, two a step under true CFG: an NPU's host reads every condition.
+        stop = ops.minimum(stop, min(timesteps.shape[0], MAX_STEPS))
         call, last = start * cache.branches, stop * cache.branches
         if len(cache.gates) == 1:
             return self.computed_and_reused(call, last, latents, contexts.shape[1:], conditions, updates)
