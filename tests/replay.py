@@ -159,16 +159,18 @@ def replay(config, streams, sigmas=None, cut=0, progress=None):
     """What the graph makes of these streams: the outputs (N, B, S, D) and the CacheStats; in two pieces at ``cut``."""
     steps = streams.steps
     sigmas = np.linspace(1, 0, steps, endpoint=False) if sigmas is None else sigmas
-    if config.structure not in _LOOPS:
+    # A program that ran in this process may have made MindSpore deterministic, for which it compiles anew.
+    key = config.structure, ms.get_context("deterministic")
+    if key not in _LOOPS:
         shape = (BATCH, TOKENS, WIDTH)
         cache = CacheContext(*shape, config=config, text_len=TEXT, steps=steps, sigmas=sigmas)
-        _LOOPS[config.structure] = Loop(cache)
-    loop = _LOOPS[config.structure]
+        _LOOPS[key] = Loop(cache)
+    loop = _LOOPS[key]
     numbers = tuple(map(ms.Tensor, knobs(config, steps, sigmas, progress)))
     inputs = [streams.latents, streams.context, streams.image, streams.text, streams.modulated]
     outputs = ms.Tensor(np.zeros_like(streams.latents))
     for start, stop in ((0, cut), (cut, steps)) if cut else ((0, steps),):
         bounds = ms.Tensor(start, ms.int32), ms.Tensor(stop, ms.int32)
         outputs = loop(*map(ms.Tensor, inputs), outputs, *bounds, *numbers)
-    assert len(loop.compile_cache) == 1
+    assert len(loop.compile_cache) == 1, loop.compile_cache
     return outputs.asnumpy()[:steps], loop.cache.stats()
