@@ -58,7 +58,7 @@ _SHIFT = {
 }
 """What mindone's calculate_shift calls the scheduler's settings."""
 
-PIECE_SECONDS = 0.5
+PIECE_SECONDS = 0.65
 """So long a watched loop runs before its progress bar moves."""
 
 DEFAULT = object()

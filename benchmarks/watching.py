@@ -1,4 +1,4 @@
-"""What watching costs: the denoise loop with a progress bar, in pieces of half a second, against the loop in one piece.
+"""What watching costs: the denoise loop with a progress bar, in pieces, against the loop in one piece.
 
     .venv/bin/python benchmarks/watching.py
 
@@ -22,7 +22,7 @@ from FBCache_ms.eval.tables import markdown, publish, spread
 
 MOST = 1.03
 LARGE = {**FLUX, "num_attention_heads": 8}
-SIDE = 128
+SIDE = 64
 """Pixels of the large transformer's picture."""
 
 
