@@ -20,7 +20,7 @@ from .flops import step_costs
 from .kept_graphs import KeptGraphs
 from .models.mindones import foreign_transformer
 from .models.transformer_flux_withFBCache import cached_forward
-from .schedules import progress_of
+from .rules.schedules import progress_of
 from .stats import BRANCHES
 from .utils import CacheContext
 

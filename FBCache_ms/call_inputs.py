@@ -7,7 +7,7 @@ import numpy as np
 
 import mindspore as ms
 
-from .schedules import MAX_STEPS
+from .rules.schedules import MAX_STEPS
 
 IMAGE_PROMPTS = (
     "ip_adapter_image",

@@ -34,7 +34,7 @@ from .models.mindones import AUTHORS, is_theirs
 
 logger = logging.get_logger(__name__)
 
-_SOURCES = ("*.py", "models/*.py", "backend/*.py", "backend/*.cc")
+_SOURCES = ("*.py", "rules/*.py", "models/*.py", "backend/*.py", "backend/*.cc")
 _NUMBERS = itertools.count()
 
 LEFT_OVER = 24 * 3600

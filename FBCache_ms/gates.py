@@ -5,14 +5,16 @@ from typing import Tuple
 
 import numpy as np
 
-from .schedules import ASK, MAX_STEPS, REUSE, row
+from .config import OPTIONS
+from .rules.forecasts import FORECASTS
+from .rules.schedules import ASK, MAX_STEPS, REUSE, row
+from .rules.when import FORECAST, GATES, Rule
 
 LIMITS = 3
 """Of a gate at a step: reuses in all, reuses in a row, and the sum of the compared differences stay below them."""
 
-NUMBERS = 8
-SIGMA, THRESHOLD, COEFFICIENTS = 0, 1, 3
-"""Places in a gate's row of numbers: two thresholds, five coefficients."""
+FORECAST_NUMBER = 0
+"""The place of the forecast's own number among a gate's; the rules' numbers follow."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class GatePlan:
         name: for its buffers and the trace.
         stack: "all", "double" or "single": which blocks ``first`` and ``last`` are counted in.
         first, last: so many blocks at either end of the stack run outside the span; the first ones make the probe.
-        rules: names in rules.SCORES, all of which have to agree; none for a static schedule.
+        rules: all of which have to agree; none for a static schedule.
         inner: the gates within the span, asked when this one computes.
     """
 
@@ -31,7 +33,7 @@ class GatePlan:
     stack: str
     first: int
     last: int
-    rules: Tuple[str, ...]
+    rules: Tuple[Rule, ...]
     inner: Tuple["GatePlan", ...] = ()
 
     @property
@@ -44,6 +46,16 @@ class GatePlan:
         """Whether the probe is of both streams, text first (Nunchaku's single gate)."""
         return self.stack == "single" and len(self.rules) > 0
 
+    @property
+    def forecasts_probe(self):
+        """Whether a rule compares the probe with its own forecast."""
+        return any(rule.reference == FORECAST for rule in self.rules)
+
+    @property
+    def accumulates(self):
+        """Whether the differences of its first rule count for max_accumulated_residual_diff."""
+        return any(rule.needs_a_block for rule in self.rules[:1])
+
     def span(self, doubles, singles):
         """The blocks (start, stop) that a reuse stands for, doubles and singles counted together."""
         start = doubles if self.stack == "single" else 0
@@ -53,18 +65,17 @@ class GatePlan:
 
 def plan(config):
     """The gates of a configuration, in the order of their spans."""
-    gate, first, last = config.gate, config.Fn_compute_blocks, config.Bn_compute_blocks
-    if gate == "none":
+    gate, first, last = GATES[config.gate], config.Fn_compute_blocks, config.Bn_compute_blocks
+    if not gate.is_there:
         return ()
-    tests = {"fbcache_and_teacache": ("fbcache", "teacache"), "static": ()}.get(gate, (gate,))
     if config.span == "stacks":
-        return GatePlan("double", "double", 1, 0, tests), GatePlan("single", "single", 1, 0, tests)
+        return tuple(GatePlan(stack, stack, 1, 0, gate.rules) for stack in ("double", "single"))
     if config.span == "single":
-        return (GatePlan(gate, "single", 0, 0, tests),)
-    if gate == "fbcache_or_teacache":
-        inner = GatePlan("fbcache", "all", first, last, ("fbcache",))
-        return (GatePlan("teacache", "all", 0, last, ("teacache",), (inner,)),)
-    return (GatePlan(gate, "all", first, last, tests),)
+        return (GatePlan(config.gate, "single", 0, 0, gate.rules),)
+    if gate.within:
+        outer, inner = gate.rules[0].name, gate.within[0].name
+        return (GatePlan(outer, "all", 0, last, gate.rules, (GatePlan(inner, "all", first, last, gate.within),)),)
+    return (GatePlan(config.gate, "all", first, last, gate.rules),)
 
 
 def every_gate(plans):
@@ -84,12 +95,44 @@ def check_shape(config, batch_size, seq_len, inner_dim, text_len, branches):
 
 
 def threshold(config, gate, rule):
-    """What a rule's score has to stay below; DBCache's 1 lets everything pass that is a number."""
-    if rule == "teacache":
-        return config.teacache_threshold
-    if (config.gate, config.span, config.residual_diff_threshold) == ("fbcache", "blocks", 1):
-        return np.inf
-    return config.residual_diff_threshold_single if gate.name == "single" else config.residual_diff_threshold
+    """What a rule's score has to stay below; at everything_at (DBCache's 1) all passes that is a number."""
+    value = getattr(config, f"{rule.threshold}_single" if gate.name == "single" else rule.threshold)
+    return np.inf if (config.gate, config.span, value) == (rule.name, "blocks", rule.everything_at) else value
+
+
+def width(name):
+    """How many numbers a field takes, at most."""
+    option = OPTIONS[name]
+    return option.allowed[1] if option.kind is tuple else 1
+
+
+def places(rules):
+    """For each rule the place of its threshold among a gate's numbers, and those of its own numbers."""
+    found, place = [], FORECAST_NUMBER + 1
+    for rule in rules:
+        own = tuple(range(place + 1, place + 1 + sum(map(width, rule.numbers))))
+        found.append((place, own))
+        place += 1 + len(own)
+    return tuple(found)
+
+
+def numbers_width(gates):
+    """How many numbers each of so many gates has, filled up to the most that one needs."""
+    return max((FORECAST_NUMBER + 1 + sum(1 + len(own) for _, own in places(gate.rules)) for gate in gates), default=1)
+
+
+def gate_numbers(config, gate):
+    """A gate's numbers: the forecast's own, and for each rule its threshold and its own numbers.
+
+    Those of a field with fewer than it may have stand last: a polynomial's lowest powers.
+    """
+    numbers = [sum(getattr(config, name) for name in FORECASTS[config.forecast].options)]
+    for rule in gate.rules:
+        numbers.append(threshold(config, gate, rule))
+        for name in rule.numbers:
+            values = np.atleast_1d(getattr(config, name)).tolist()
+            numbers += [0.0] * (width(name) - len(values)) + values
+    return numbers
 
 
 def knobs(config, steps, sigmas=None, progress=None):
@@ -106,25 +149,24 @@ def knobs(config, steps, sigmas=None, progress=None):
             configuration's limits at a step that asks, infinity at one that is reused, minus infinity at one that
             computes. G is 1 where there is no gate.
         coordinates (1000,), float32: where each step lies for the forecast.
-        numbers (G, 8), float32: HiCache's contraction, thresholds, TeaCache's polynomial, highest power first.
+        numbers (G, numbers_width), float32: gate_numbers of each gate.
     """
     if config.forecast_coordinate == "sigma" and sigmas is None:
         raise ValueError("forecast_coordinate 'sigma' needs the schedule's sigmas")
     gates = every_gate(plan(config))
     limits = np.full((max(len(gates), 1), MAX_STEPS, LIMITS), -np.inf, np.float32)
-    numbers = np.zeros((max(len(gates), 1), NUMBERS), np.float32)
+    numbers = np.zeros((max(len(gates), 1), numbers_width(gates)), np.float32)
     for index, gate in enumerate(gates):
         thresholds = [threshold(config, gate, rule) for rule in gate.rules]
-        actions = row(config, steps, min(thresholds, default=0), "teacache" in gate.rules, progress)
+        computes_last = any(rule.computes_last for rule in gate.rules)
+        actions = row(config, steps, thresholds, computes_last, progress)
         most = config.max_cached_steps, config.max_consecutive_cache_hits, config.max_accumulated_residual_diff or -1
         limits[index, :steps][actions == ASK] = [np.inf if limit < 0 else limit for limit in most]
         limits[index, :steps][actions == REUSE] = np.inf
-        if gate.name == "teacache":
+        if not gate.accumulates:
             limits[index, :, -1] = np.where(limits[index, :, -1] > 0, np.inf, -np.inf)
-        coefficients = (0.0,) * (5 - len(config.teacache_coefficients)) + config.teacache_coefficients
-        numbers[index, SIGMA] = config.hicache_sigma
-        numbers[index, THRESHOLD : THRESHOLD + len(thresholds)] = thresholds
-        numbers[index, COEFFICIENTS:] = coefficients
+        own = gate_numbers(config, gate)
+        numbers[index, : len(own)] = own
     coordinates = np.arange(MAX_STEPS, dtype=np.float32)
     if config.forecast_coordinate == "sigma":
         coordinates[:steps] = np.asarray(sigmas)[:steps]

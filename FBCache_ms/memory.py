@@ -1,7 +1,9 @@
 """Bytes that a cache takes, counted from its configuration and the shapes alone."""
 
-from .gates import LIMITS, NUMBERS, check_shape, every_gate, plan
-from .schedules import MAX_STEPS
+from .gates import LIMITS, check_shape, every_gate, numbers_width, plan
+from .rules.forecasts import FORECASTS
+from .rules.schedules import MAX_STEPS
+from .rules.when import FORECAST, PROBE
 
 SCALAR = 4
 """Bytes of a float32 or an int32; a float32 buffer's element has as many."""
@@ -14,14 +16,14 @@ def cache_parts(config, batch_size, seq_len, inner_dim, text_len=0, branches=1, 
 
     - "differences": K B S D e' of the residual, and K B T D e' of the text's where blocks run behind the span
       (Bn_compute_blocks > 0, and the double stack's gate); e' is 4 with derivatives_dtype="float32", else e;
-    - "probe differences": K B P e', under the gate cg_taylor and the forecast dicache;
-    - "references": B P e for each probe that is compared with an earlier one, B S D e for TeaCache's;
+    - "probe differences": K B P e', where the probe is forecast (cg_taylor) or its changes scale one (dicache);
+    - "references": B P e for each probe that is compared with an earlier one, B S D e where it is the modulated input;
     - "trace": 8 bytes a step for 1000 steps, and 4 for each of K coordinates, the sum of each rule and one scalar.
 
     P is S ceil(D / downsample_factor), and (T + S) ceil(D / downsample_factor) under a gate of the single stack. Gates
     within each other share three tallies, in "trace" like the step and its timestep. All of that is there for each
     guidance branch. "numbers" is there once: 4 bytes for each of every gate's three limits at 1000 steps, 1000
-    coordinates, 8 numbers of each gate, and the branch.
+    coordinates, as many numbers for each gate as the one with most has (gates.gate_numbers), and the branch.
 
     Args:
         config: the CacheConfig.
@@ -43,13 +45,11 @@ def cache_parts(config, batch_size, seq_len, inner_dim, text_len=0, branches=1, 
     for gate in gates:
         compared = batch_size * (seq_len + text_len * gate.probes_text) * -(-inner_dim // config.downsample_factor)
         streams += batch_size * (seq_len + text_len * gate.needs_text) * inner_dim
-        if "cg_taylor" in gate.rules or config.forecast == "dicache":
+        if gate.forecasts_probe or FORECASTS[config.forecast].takes_ratio:
             probes += compared
         for rule in gate.rules:
-            if rule == "teacache":
-                references += batch_size * seq_len * inner_dim
-            elif rule != "cg_taylor":
-                references += compared
+            if rule.reference != FORECAST:
+                references += compared if rule.looks_at == PROBE else batch_size * seq_len * inner_dim
         scalars += 2 * MAX_STEPS + orders + len(gate.rules) + 1
     scalars += LIMITS * len(outer) + 2
     rows = max(len(gates), 1)
@@ -58,7 +58,7 @@ def cache_parts(config, batch_size, seq_len, inner_dim, text_len=0, branches=1, 
         "probe differences": branches * orders * probes * kept,
         "references": branches * references * itemsize,
         "trace": branches * scalars * SCALAR,
-        "numbers": ((LIMITS * rows + 1) * MAX_STEPS + rows * NUMBERS + 1) * SCALAR,
+        "numbers": ((LIMITS * rows + 1) * MAX_STEPS + rows * numbers_width(gates) + 1) * SCALAR,
     }
 
 

@@ -34,7 +34,7 @@ from .cached_transformer import (
 )
 from .call_inputs import check_call, check_shape
 from .checkpoint import absent_components, check_checkpoint, check_fit, is_hub_name
-from .config import WITH_TEACACHE, CacheConfig
+from .config import CacheConfig
 from .device import current_device, prepare_device
 from .flops import step_costs
 from .gates import knobs
@@ -42,7 +42,7 @@ from .kept_graphs import MOST, KeptGraphs, drop_graphs, drop_stale_graphs
 from .models.denoise_loop import FluxDenoiseLoop
 from .models.mindones import foreign_scheduler, foreign_transformer, replaced
 from .models.transformer_flux_withFBCache import stacks, why_not_probed
-from .schedules import MAX_STEPS, progress_of, row
+from .rules.schedules import MAX_STEPS, progress_of, row
 
 logger = logging.get_logger(__name__)
 
@@ -276,7 +276,7 @@ class FluxPipeline(MindoneFluxPipeline):
         elif reason is None:
             refuse_stg(given.joint_attention_kwargs)
             check_structure(config, self.transformer)
-            row(config, given.num_inference_steps, 1.0)
+            row(config, given.num_inference_steps, ())
             config = for_steps(config, given.num_inference_steps)
         # The scale of adapters is set here and not in mindone's methods, so that it is taken back whatever happens.
         kwargs = dict(given.joint_attention_kwargs or {})
@@ -606,9 +606,10 @@ def remove_cache_from_pipe(pipe):
 def check_structure(config, transformer):
     """Raises ValueError if a transformer does not have the blocks, or the first block, that a CacheConfig needs."""
     config.check_blocks(*stacks(transformer))
-    reason = why_not_probed(transformer) if config.gate in WITH_TEACACHE else None
-    if reason:
-        raise ValueError(f"gate {config.gate!r} looks at what modulates the first block: {reason}")
+    for rule in config.rules:
+        reason = why_not_probed(transformer, rule.looks_at)
+        if reason:
+            raise ValueError(f"gate {config.gate!r} looks at what modulates the first block: {reason}")
 
 
 def is_watched(pipe):

@@ -5,6 +5,8 @@ from types import SimpleNamespace
 
 from .flops import step_costs
 from .gates import every_gate, plan
+from .rules.forecasts import FORECASTS
+from .rules.when import COMPUTED, FORECAST, PREVIOUS
 
 FLOAT32 = 4
 
@@ -246,9 +248,9 @@ class CacheWork:
         moved = 3 * item * elements
         for rule in gate.rules:
             moved += (2 * self.cast(item) + 9 * self.wide) * elements
-            if rule in ("teacache", "dicache"):
+            if rule.reference == PREVIOUS:
                 moved += 2 * item * elements
-            if rule == "cg_taylor":
+            if rule.reference == FORECAST:
                 moved += self.forecast_bytes() * elements
         return [Work("decision", 0, moved, GATE_OPERATORS * len(gate.rules))] if gate.rules else []
 
@@ -256,7 +258,7 @@ class CacheWork:
         """What a reused step adds in the blocks' stead."""
         orders, item = self.config.taylorseer_derivative, self.shapes.itemsize
         moved = (self.forecast_bytes() + self.cast(item) + 3 * item) * self.span_elements(gate)
-        if self.config.forecast == "dicache":
+        if FORECASTS[self.config.forecast].takes_ratio:
             moved += 2 * (self.cast(item) + 5 * self.wide) * self.probe_elements(gate)
         return [Work("forecast", 0, moved, 6 + 7 * orders)]
 
@@ -264,9 +266,8 @@ class CacheWork:
         """What a computed step keeps."""
         orders, item = self.config.taylorseer_derivative, self.shapes.itemsize
         moved = (3 * item + self.differences_bytes()) * self.span_elements(gate)
-        if "fbcache" in gate.rules:
-            moved += 2 * item * self.probe_elements(gate)
-        if "cg_taylor" in gate.rules or self.config.forecast == "dicache":
+        moved += 2 * item * self.probe_elements(gate) * sum(rule.reference == COMPUTED for rule in gate.rules)
+        if gate.forecasts_probe or FORECASTS[self.config.forecast].takes_ratio:
             moved += self.differences_bytes() * self.probe_elements(gate)
         return [Work("store", 0, moved, 16 + 8 * orders)]
 

@@ -7,10 +7,12 @@ import numpy as np
 import mindspore as ms
 from mindspore import Parameter, ops
 
-from . import rules
 from .config import CacheConfig
-from .gates import COEFFICIENTS, LIMITS, NUMBERS, SIGMA, THRESHOLD, GatePlan, check_shape, every_gate, knobs, plan
-from .schedules import MAX_STEPS
+from .gates import FORECAST_NUMBER, LIMITS, GatePlan, check_shape, every_gate, knobs, numbers_width, places, plan
+from .rules.arithmetic import finite_differences, probe_ratio, relative_difference, weighted_sum, within_limits
+from .rules.forecasts import FORECASTS
+from .rules.schedules import MAX_STEPS
+from .rules.when import COMPUTED, FORECAST, PREVIOUS, PROBE
 from .stats import BRANCHES, NOT_COMPARED, NOT_REACHED, REUSED, CacheStats, GateStats, skipped_share
 
 
@@ -51,11 +53,11 @@ class Differences:
 
     def update(self, value, filled, gaps):
         """Takes over the value at a computed step."""
-        self.derivatives.write(rules.finite_differences(value, self.derivatives.read(), filled, gaps))
+        self.derivatives.write(finite_differences(value, self.derivatives.read(), filled, gaps))
 
     def forecast(self, weights):
         """What the tensor is expected to be, in float32."""
-        return rules.weighted_sum(weights, self.derivatives.read())
+        return weighted_sum(weights, self.derivatives.read())
 
 
 @ms.jit_class
@@ -93,9 +95,10 @@ class Knobs:
 
     def __init__(self, gates, step):
         self.step, self.every_step = step, ms.Tensor(np.arange(MAX_STEPS), ms.int32)
-        self.limits = Parameter(ms.Tensor(np.zeros((gates * MAX_STEPS, LIMITS)), ms.float32), "cache_limits", False)
+        number, self.width = max(len(gates), 1), numbers_width(gates)
+        self.limits = Parameter(ms.Tensor(np.zeros((number * MAX_STEPS, LIMITS)), ms.float32), "cache_limits", False)
         self.coordinates = Parameter(ms.Tensor(np.zeros(MAX_STEPS), ms.float32), "cache_coordinates", False)
-        self.numbers = Parameter(ms.Tensor(np.zeros(gates * NUMBERS), ms.float32), "cache_numbers", False)
+        self.numbers = Parameter(ms.Tensor(np.zeros(number * self.width), ms.float32), "cache_numbers", False)
 
     def set(self, limits, coordinates, numbers):
         """Takes over what knobs() gives, inside the graph or outside.
@@ -114,11 +117,28 @@ class Knobs:
 
     def number(self, gate, place):
         """One of a gate's numbers."""
-        return ops.gather(self.numbers, ms.Tensor(gate * NUMBERS + place, ms.int32), 0)
+        return ops.gather(self.numbers, ms.Tensor(gate * self.width + place, ms.int32), 0)
 
     def x(self):
         """This step's coordinate."""
         return ops.gather(self.coordinates, self.step.read(), 0)
+
+
+@ms.jit_class
+class AskedRule:
+    """A rule of a gate with what it keeps: its reference, where that is an earlier probe, and the sum of its scores.
+
+    Args:
+        rule: the Rule.
+        threshold, numbers: the places of its threshold and of its own numbers among the gate's.
+        reference: the Buffer of an earlier probe, None where the reference is a forecast.
+        sum: the Buffer of the scores accumulated since the last computed step.
+    """
+
+    def __init__(self, rule, threshold, numbers, reference, sum):
+        self.score, self.threshold, self.numbers = rule.score, threshold, numbers
+        self.reference, self.sum = reference, sum
+        self.against_previous, self.against_computed = rule.reference == PREVIOUS, rule.reference == COMPUTED
 
 
 @ms.jit_class
@@ -129,13 +149,15 @@ class Gate:
 
     def __init__(self, plan, order, config, shape, text_len, dtype, knobs, tallies, buffer):
         batch, tokens, width = shape
+        forecast = FORECASTS[config.forecast]
         self.name, self.index, self.knobs, self.tallies = plan.name, order.index(plan), knobs, tallies
         self.stack, self.first, self.last = plan.stack, plan.first, plan.last
-        self.rules, self.needs_text, self.probes_text = plan.rules, plan.needs_text, plan.probes_text
-        self.orders, self.forecast_rule = config.taylorseer_derivative + 1, config.forecast
-        # DiCache's forecast looks at what the blocks before the span added, whatever the rules look at.
-        changes = ("residual",) if config.forecast == "dicache" else ()
-        self.seen = tuple(rules.PROBES.get(rule, config.probe) for rule in plan.rules) + changes
+        self.needs_text, self.probes_text = plan.needs_text, plan.probes_text
+        self.orders, self.takes_ratio = config.taylorseer_derivative + 1, forecast.takes_ratio
+        self.forecast_weights, self.forecast_gaps = forecast.weights, forecast.gaps
+        # A forecast that the probe's changes scale looks at what the blocks before the span added.
+        probes = [config.probe if rule.looks_at == PROBE else rule.looks_at for rule in plan.rules]
+        self.seen = tuple(probes + ["residual"] * forecast.takes_ratio)
         self.factor, self.batch_reduction = config.downsample_factor, config.batch_reduction
 
         def named(name, shape, initial=0, dtype=ms.float32):
@@ -150,14 +172,19 @@ class Gate:
         self.residual = differences("derivatives", shape)
         self.text_residual = differences("text_derivatives", (batch, text_len, width)) if plan.needs_text else None
         probe_shape = (batch, tokens + text_len * plan.probes_text, -(-width // self.factor))
-        self.seen_shapes = tuple(shape if name == "modulated" else probe_shape for name in self.seen)
-        self.forecasts_probe = "cg_taylor" in plan.rules or config.forecast == "dicache"
+        shapes = [probe_shape if rule.looks_at == PROBE else shape for rule in plan.rules]
+        self.seen_shapes = tuple(shapes + [probe_shape] * forecast.takes_ratio)
+        self.forecasts_probe = plan.forecasts_probe or forecast.takes_ratio
         self.probe_differences = differences("probes", probe_shape) if self.forecasts_probe else None
-        self.references = tuple(
-            (None if rules.REFERENCES[rule] == "forecast" else named(f"{rule}_reference", seen_shape, dtype=dtype))
-            for rule, seen_shape in zip(plan.rules, self.seen_shapes)
+        references = [
+            None if rule.reference == FORECAST else named(f"{rule.name}_reference", seen_shape, dtype=dtype)
+            for rule, seen_shape in zip(plan.rules, shapes)
+        ]
+        sums = [named(f"{rule.name}_sum", ()) for rule in plan.rules]
+        self.rules = tuple(
+            AskedRule(rule, *where, reference, total)
+            for rule, where, reference, total in zip(plan.rules, places(plan.rules), references, sums)
         )
-        self.sums = tuple(named(f"{rule}_sum", ()) for rule in plan.rules)
         self.reused = named("reused", (MAX_STEPS,), NOT_REACHED, ms.int32)
         self.diffs = named("diffs", (MAX_STEPS,), NOT_COMPARED)
         self.inner = tuple(
@@ -173,32 +200,28 @@ class Gate:
 
         No limit may be reached, the schedule's among them, and every rule's score must be strictly below its threshold.
         """
-        asked = rules.within_limits(self.tallies.values.read(), self.knobs.limit(self.index))
+        asked = within_limits(self.tallies.values.read(), self.knobs.limit(self.index))
         reuse, differences, scores = asked, (), ()
         for place in range(len(self.rules)):
-            rule, probe = self.rules[place], seen[place]
-            difference = rules.relative_difference(self.reference(place), probe, self.batch_reduction)
-            score = rules.SCORES[rule](difference, self.sums[place].read(), self.coefficients(rule))
-            reuse = ops.logical_and(reuse, score < self.number(THRESHOLD + place))
+            rule = self.rules[place]
+            difference = relative_difference(self.reference(rule), seen[place], self.batch_reduction)
+            numbers = tuple([self.number(number) for number in rule.numbers])
+            score = rule.score(difference, rule.sum.read(), numbers)
+            reuse = ops.logical_and(reuse, score < self.number(rule.threshold))
             differences, scores = differences + (difference,), scores + (score,)
         for place in range(len(self.rules)):
-            if rules.REFERENCES[self.rules[place]] == "previous":
-                self.references[place].write(seen[place])
-                self.sums[place].write(ops.where(reuse, scores[place], 0.0))
+            rule = self.rules[place]
+            if rule.against_previous:
+                rule.reference.write(seen[place])
+                rule.sum.write(ops.where(reuse, scores[place], 0.0))
         self.trace(reuse, asked, differences)
         return reuse
 
-    def reference(self, place):
+    def reference(self, rule):
         """What a rule compares the probe with."""
-        if rules.REFERENCES[self.rules[place]] == "forecast":
+        if rule.reference is None:
             return self.probe_differences.forecast(self.weights(1.0))
-        return self.references[place].read()
-
-    def coefficients(self, rule):
-        """TeaCache's polynomial, highest power first."""
-        if rule != "teacache":
-            return ()
-        return tuple([self.number(COEFFICIENTS + power) for power in range(5)])
+        return rule.reference.read()
 
     def trace(self, reuse, asked, differences):
         """Writes down the decision, and the first rule's difference if the gate was asked."""
@@ -212,7 +235,7 @@ class Gate:
 
     def weights(self, ratio):
         """The forecast's weights at this step, a scalar for each order."""
-        return rules.WEIGHTS[self.forecast_rule](self.knobs.x(), self.last_nodes(), self.number(SIGMA), ratio)
+        return self.forecast_weights(self.knobs.x(), self.last_nodes(), self.number(FORECAST_NUMBER), ratio)
 
     def last_nodes(self):
         """The coordinates of the last computed steps, newest first."""
@@ -222,9 +245,9 @@ class Gate:
     def forecast(self, seen):
         """The span's residual at this step in float32: (image stream, text stream or None)."""
         ratio = 1.0
-        if self.forecast_rule == "dicache":
+        if self.takes_ratio:
             nodes, change = self.last_nodes(), seen[len(self.rules)]
-            ratio = rules.probe_ratio(change, self.probe_differences.derivatives.read(), nodes[0] - nodes[1])
+            ratio = probe_ratio(change, self.probe_differences.derivatives.read(), nodes[0] - nodes[1])
         weights = self.weights(ratio)
         if self.needs_text:
             return self.residual.forecast(weights), self.text_residual.forecast(weights)
@@ -242,16 +265,16 @@ class Gate:
     def store(self, seen, residual, text_residual):
         """Takes over a computed step: its probes as the references, what the span added into the differences."""
         filled, x, nodes = self.filled.read(), self.knobs.x(), self.last_nodes()
-        gaps = rules.GAPS[self.forecast_rule](x, nodes)
+        gaps = self.forecast_gaps(x, nodes)
         self.residual.update(residual, filled, gaps)
         if self.needs_text:
             self.text_residual.update(text_residual, filled, gaps)
         if self.forecasts_probe:
-            probe = seen[len(self.rules)] if self.forecast_rule == "dicache" else seen[0]
+            probe = seen[len(self.rules)] if self.takes_ratio else seen[0]
             self.probe_differences.update(probe, filled, gaps)
         for place in range(len(self.rules)):
-            if rules.REFERENCES[self.rules[place]] == "computed":
-                self.references[place].write(seen[place])
+            if self.rules[place].against_computed:
+                self.rules[place].reference.write(seen[place])
         if self.orders > 1:
             self.nodes.write(ops.stack((x,) + nodes[:-1]))
         self.filled.write(ops.minimum(filled + 1, self.orders))
@@ -316,7 +339,7 @@ class CacheContext:
         self.told = False
         self.step = buffer("step", (), 0, ms.int32)
         self.timestep = buffer("timestep", (), 0, ms.float32)
-        self.knobs = Knobs(max(len(every_gate(plans)), 1), self.step)
+        self.knobs = Knobs(every_gate(plans), self.step)
         self.gates = tuple(
             Gate(
                 gate,
@@ -432,7 +455,7 @@ class CacheContext:
     @property
     def first_residual(self):
         """The first gate's reference: under First-Block Cache the probe of the last computed step, (B, S, D)."""
-        return self.gates[0].references[0].value
+        return self.gates[0].rules[0].reference.value
 
     @property
     def derivatives(self):

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 import mindspore as ms
 from mindspore import Parameter, nn, ops
 
-from FBCache_ms import CacheConfig, FluxPipeline, apply_cache_on_pipe, prepare_device, rules
+from FBCache_ms import CacheConfig, FluxPipeline, apply_cache_on_pipe, prepare_device
 from FBCache_ms.cached_transformer import StandIn
 from FBCache_ms.checkpoint import TINY_FLUX
 from FBCache_ms.eval.arguments import Parser, add_into_option, add_save_path, check_range, exit_status
@@ -40,7 +40,8 @@ from FBCache_ms.models.transformer_flux_withFBCache import (
     project_time,
     run_blocks,
 )
-from FBCache_ms.schedules import MAX_STEPS
+from FBCache_ms.rules.arithmetic import relative_difference
+from FBCache_ms.rules.schedules import MAX_STEPS
 
 PROMPT = "a big red circle in the center, blue background"
 EXAMPLE, STEP, LOOP = "the example: step, Python loop", "FBCache_ms: step, Python loop", "FBCache_ms: whole loop"
@@ -91,7 +92,7 @@ class ExampleStep(nn.Cell):
         image = transformer.x_embedder(hidden_states)
         first, text = run_blocks(transformer, 0, 1, image, text, given)
         probe = first - image
-        difference = rules.relative_difference(self.first_residual, probe)
+        difference = relative_difference(self.first_residual, probe)
         reuse = ops.logical_and(self.step > 0, difference < self.threshold)
         if reuse:
             image = first + self.residual

@@ -33,7 +33,7 @@ from FBCache_ms.eval.cases import UNCACHED
 from FBCache_ms.eval.files import check_folder, check_into
 from FBCache_ms.eval.metrics import psnr, read_picture
 from FBCache_ms.eval.tables import markdown, publish, spread
-from FBCache_ms.schedules import MAX_STEPS
+from FBCache_ms.rules.schedules import MAX_STEPS
 
 PEERS = Path(__file__).parents[1] / "tools" / "peers"
 THREADS = 2

@@ -41,7 +41,7 @@ from FBCache_ms.eval.prompts import choose_prompts
 from FBCache_ms.eval.scenes import held_out_captions
 from FBCache_ms.eval.tables import KINDS, markdown, show, spread, write_tables
 from FBCache_ms.eval.tune import FAMILIES, INTERVALS, THRESHOLDS
-from FBCache_ms.schedules import LEARNT
+from FBCache_ms.rules.schedules import LEARNT
 
 PLAIN, CONTROL = "FBCache", "fewer steps"
 

@@ -25,7 +25,7 @@ from FBCache_ms.config import CacheConfig
 from FBCache_ms.eval.arguments import Parser, add_into_option, add_save_path, check_range, exit_status, quiet, reason
 from FBCache_ms.eval.files import check_folder, check_into
 from FBCache_ms.eval.tables import markdown, publish, spread
-from FBCache_ms.schedules import MAX_STEPS
+from FBCache_ms.rules.schedules import MAX_STEPS
 
 STEPS, REUSES, TEXT = 3, 8, 32
 

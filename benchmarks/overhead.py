@@ -27,7 +27,7 @@ from FBCache_ms.eval.arguments import Parser, add_into_option, add_save_path, ch
 from FBCache_ms.eval.cases import UNCACHED
 from FBCache_ms.eval.files import check_folder, check_into
 from FBCache_ms.eval.tables import markdown, publish, spread
-from FBCache_ms.schedules import MAX_STEPS
+from FBCache_ms.rules.schedules import MAX_STEPS
 
 PROMPT = "a big red circle in the center, blue background"
 ORDERS = (0, 1, 2)

@@ -24,7 +24,7 @@ from FBCache_ms.eval.arguments import Parser, add_into_option, add_save_path, ch
 from FBCache_ms.eval.drawing import Painter, Setting, draw_missing
 from FBCache_ms.eval.files import check_folder, check_into
 from FBCache_ms.eval.tables import markdown, publish, spread
-from FBCache_ms.schedules import MAX_STEPS
+from FBCache_ms.rules.schedules import MAX_STEPS
 
 THRESHOLDS = (0.04, 0.06, 0.08, 0.1, 0.12, 0.15, 0.2, 0.3, 0.4, 0.5)
 LIMITS = (

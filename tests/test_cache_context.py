@@ -6,9 +6,10 @@ from replay import Streams, replay
 import mindspore as ms
 from mindspore import ops
 
-from FBCache_ms import CacheConfig, CacheContext, rules
-from FBCache_ms.rules import GAPS, WEIGHTS
-from FBCache_ms.schedules import MAX_STEPS
+from FBCache_ms import CacheConfig, CacheContext
+from FBCache_ms.rules.arithmetic import finite_differences, relative_difference, weighted_sum
+from FBCache_ms.rules.forecasts import FORECASTS
+from FBCache_ms.rules.schedules import MAX_STEPS
 from FBCache_ms.stats import NOT_COMPARED, CacheStats, GateStats
 
 SHAPE = (1, 4, 3)
@@ -28,12 +29,12 @@ def forecast_from(values, nodes, x, order, rule="taylor"):
     derivatives = single(np.zeros((order + 1, *SHAPE)))
     last = (single(0.0),) * (order + 1)
     for index, (node, value) in enumerate(zip(nodes, values)):
-        gaps = GAPS[rule](single(node), last)
+        gaps = FORECASTS[rule].gaps(single(node), last)
         filled = ms.Tensor(min(index, order + 1), ms.int32)
-        derivatives = rules.finite_differences(single(np.full(SHAPE, value)), derivatives, filled, gaps)
+        derivatives = finite_differences(single(np.full(SHAPE, value)), derivatives, filled, gaps)
         last = (single(node), *last[:-1])
-    weights = WEIGHTS[rule](single(x), last, 0.5, 1.0)
-    return rules.weighted_sum(weights, derivatives).asnumpy()
+    weights = FORECASTS[rule].weights(single(x), last, 0.5, 1.0)
+    return weighted_sum(weights, derivatives).asnumpy()
 
 
 @pytest.mark.parametrize("order", [0, 1, 2, 3])
@@ -69,9 +70,9 @@ def test_newton_is_exact_on_polynomials_at_any_gaps(order):
 
 def test_hicache_weights_are_the_published_ones():
     s, k = 0.3, 2.0
-    weights = WEIGHTS["hicache"](single(5.0), (single(5.0 - k), single(0.0), single(0.0)), s, 1.0)
+    weights = FORECASTS["hicache"].weights(single(5.0), (single(5.0 - k), single(0.0), single(0.0)), s, 1.0)
     expected = [1, 2 * s**2 * k, s**2 * (4 * s**2 * k**2 - 2) / 2]
-    np.testing.assert_allclose([weight.asnumpy() for weight in weights], expected, rtol=1e-5)
+    np.testing.assert_allclose([float(weight) for weight in weights], expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("nodes", [(0, 1, 2), (0, 3, 4), (2, 5, 9)])
@@ -125,7 +126,7 @@ def test_a_zero_reference_computes(strict_graph_mode):
 def test_the_relative_difference_is_a_ratio_of_two_means_in_float32(reduction):
     rng = np.random.default_rng(0)
     a, b = (rng.normal(size=(2, 5, 7)).astype(np.float32) for _ in range(2))
-    ratio = rules.relative_difference(ms.Tensor(a), ms.Tensor(b), reduction).asnumpy()
+    ratio = relative_difference(ms.Tensor(a), ms.Tensor(b), reduction).asnumpy()
     np.testing.assert_allclose(ratio, ref.d(a, b, reduction), rtol=1e-5)
     assert ratio.dtype == np.float32
 

@@ -14,6 +14,7 @@ from FBCache_ms.backend import cpu, cpu_kernels
 from FBCache_ms.cached_transformer import CachedStep
 from FBCache_ms.device import prepare_device
 from FBCache_ms.models import transformer_flux_withFBCache
+from FBCache_ms.rules.arithmetic import finite_differences, relative_difference, weighted_sum
 
 FLOATS = (np.float32, np.float16)
 RNG = np.random.default_rng(0)
@@ -455,8 +456,9 @@ class WrittenOut(nn.Cell):
 
 
 def double_equations(block, image, text, temb, rotary):
-    image, unfinished = cpu.divided_double(block, image, text, temb, rotary, {})
-    return ops.concat((cpu.behind_double(block.norm2_context, block.ff_context, *unfinished), image), 1)
+    image, unfinished = transformer_flux_withFBCache.double_equations(block, image, text, temb, rotary, {})
+    text = transformer_flux_withFBCache.behind_double_equations(block.norm2_context, block.ff_context, *unfinished)
+    return ops.concat((text, image), 1)
 
 
 def single_equations(block, image, text, temb, rotary):
@@ -711,11 +713,11 @@ def test_timesteps_and_their_embedding(installed):
 @pytest.mark.parametrize("shape", [(1, 4, 8), (2, 300, 64)])
 def test_relative_difference(shape, installed):
     reference, probe = random(*shape), random(*shape)
-    difference = cpu.rules.relative_difference(ms.Tensor(reference), ms.Tensor(probe))
+    difference = relative_difference(ms.Tensor(reference), ms.Tensor(probe))
     expected = np.abs(reference - probe).mean(dtype=np.float64) / np.abs(reference).mean(dtype=np.float64)
     assert difference.shape == () and difference.asnumpy() == pytest.approx(expected, rel=1e-6)
     nothing = ms.Tensor(np.zeros(shape), ms.float32)
-    assert not np.isfinite(cpu.rules.relative_difference(nothing, ms.Tensor(probe)).asnumpy())
+    assert not np.isfinite(relative_difference(nothing, ms.Tensor(probe)).asnumpy())
 
 
 @pytest.mark.parametrize("order", [0, 1, 2, 3, 4])
@@ -730,10 +732,10 @@ def test_differences_and_their_weighted_sum(shape, order, installed):
             difference = (expected[each] - before[each]) / gaps[each]
             expected.append(difference if each < filled else 0 * value)
         arguments = ms.Tensor(value), ms.Tensor(before), ms.Tensor(filled, ms.int32), tuple(map(ms.Tensor, gaps))
-        differences = cpu.rules.finite_differences(*arguments).asnumpy()
+        differences = finite_differences(*arguments).asnumpy()
         np.testing.assert_allclose(differences, np.stack(expected), rtol=1e-6, atol=1e-6)
     expected = before[0] + np.tensordot(weights[1:], before[1:], 1)
-    summed = cpu.rules.weighted_sum(tuple(map(ms.Tensor, weights)), ms.Tensor(before)).asnumpy()
+    summed = weighted_sum(tuple(map(ms.Tensor, weights)), ms.Tensor(before)).asnumpy()
     np.testing.assert_allclose(summed, expected, rtol=1e-5, atol=1e-5)
 
 

@@ -16,7 +16,7 @@ from FBCache_ms import CacheConfig, CacheContext, FluxDenoiseLoop, FluxPipeline,
 from FBCache_ms.cached_transformer import graph_mode
 from FBCache_ms.gates import knobs
 from FBCache_ms.models.transformer_flux_withFBCache import FBCache_transformer_construct
-from FBCache_ms.schedules import MAX_STEPS
+from FBCache_ms.rules.schedules import MAX_STEPS
 
 STEPS = 9
 TAGS = (

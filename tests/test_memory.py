@@ -7,9 +7,9 @@ import pytest
 import mindspore as ms
 
 from FBCache_ms import CacheConfig, CacheContext
-from FBCache_ms.config import GATES
 from FBCache_ms.eval import memory
 from FBCache_ms.memory import cache_bytes, cache_parts
+from FBCache_ms.rules.when import GATES
 
 SPANS = ({}, {"Bn_compute_blocks": 2}, {"span": "stacks"}, {"span": "single"})
 FORECASTS = ("taylor", "hicache", "newton", "dicache")
@@ -35,7 +35,7 @@ def structures(gate):
 
 @pytest.mark.parametrize("gate", GATES)
 def test_the_formula_is_what_is_allocated_for_every_structure(gate):
-    rng, configs = np.random.default_rng(GATES.index(gate)), list(structures(gate))
+    rng, configs = np.random.default_rng(list(GATES).index(gate)), list(structures(gate))
     assert len(configs) > 50
     for config in configs:
         batch, tokens, width, text = rng.integers(1, 6, 4).tolist()

@@ -31,7 +31,8 @@ from FBCache_ms.eval.precision import (
     exact,
     forecast_rows,
 )
-from FBCache_ms.rules import GAPS, WEIGHTS, finite_differences, weighted_sum
+from FBCache_ms.rules.arithmetic import finite_differences, weighted_sum
+from FBCache_ms.rules.forecasts import TAYLOR
 
 GOLDEN = Path(__file__).parent / "golden" / "bfloat16.npz"
 LOW_HALVES = (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF)
@@ -88,13 +89,13 @@ def test_differences_and_forecasts_as_built_are_the_rules_own(arithmetic, dtype,
     for index, value in enumerate(values):
         x = ms.Tensor(float(index * apart))
         filled = ms.Tensor(index, ms.int32)
-        derivatives = finite_differences(ms.Tensor(value), derivatives, filled, GAPS["taylor"](x, nodes))
+        derivatives = finite_differences(ms.Tensor(value), derivatives, filled, TAYLOR.gaps(x, nodes))
         # What is kept in bfloat16 is read as such.
         derivatives, nodes = derivatives.astype(dtype).astype(ms.float32), (x, *nodes[:-1])
     kept = arithmetic.finite_differences(values, apart)
     np.testing.assert_allclose(np.stack(kept), derivatives.asnumpy(), rtol=1e-5, atol=1e-6)
     for k in DISTANCES:
-        weights = WEIGHTS["taylor"](nodes[0] + float(k), nodes, 0.5, 1.0)
+        weights = TAYLOR.weights(nodes[0] + float(k), nodes, 0.5, 1.0)
         expected = weighted_sum(weights, derivatives).asnumpy()
         np.testing.assert_allclose(arithmetic.forecast(kept, k), expected, rtol=1e-4, atol=1e-5)
 

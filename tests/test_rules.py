@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from replay import DOUBLES, SINGLES, Streams, replay
 
 from FBCache_ms import CacheConfig
-from FBCache_ms.config import ASKED
+from FBCache_ms.rules.when import gates_where
 
 BLOCKS = DOUBLES + SINGLES
 quick = settings(
@@ -272,7 +272,7 @@ def test_last_blocks_run_on_the_forecast_of_both_streams(steps, seed, threshold)
 
 @quick
 @given(st.integers(2, 24), seeds, st.sampled_from([np.nan, np.inf]), st.integers(0, 1), st.data())
-@pytest.mark.parametrize("gate", [*ASKED, "max"])
+@pytest.mark.parametrize("gate", [*gates_where(lambda gate: gate.rules), "max"])
 def test_what_is_no_number_computes(gate, steps, seed, bad, sample, data):
     streams = Streams(seed, steps, 0.01)
     step = data.draw(st.integers(1, steps - 1))

@@ -24,11 +24,10 @@ from mindone.diffusers.models.transformers import transformer_flux
 import mindspore as ms
 from mindspore import mint, ops
 
-from .. import rules
-from ..models import transformer_flux_withFBCache
+from ..models import kernels as model_kernels
 from ..models.mindones import is_mindones, is_theirs
 from ..models.transformer_flux_withFBCache import behind_double, behind_single, divided_double
-from ..rules import finite_differences, relative_difference, weighted_sum
+from ..rules import kernels as rule_kernels
 from . import cpu_kernels as kernels
 
 try:
@@ -463,29 +462,29 @@ def fused_double_block(
     self, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, joint_attention_kwargs=None
 ):
     """FluxTransformerBlock.construct."""
-    image, unfinished = fused_divided_double(
+    image, unfinished = divided_double(
         self, hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs or {}
     )
-    return fused_behind_double(self.norm2_context, self.ff_context, *unfinished), image
+    return behind_double(self.norm2_context, self.ff_context, *unfinished), image
 
 
 def fused_divided_double(cell, image, text, temb, rotary, attention_kwargs):
-    """divided_double."""
+    """transformer_flux_withFBCache.divided_double; None for what the kernel does not do."""
     whole = cell.kernel_weights is not None and len(attention_kwargs) == 0 and image.dtype == ms.float32
     if not whole or temb.shape[0] != image.shape[0]:
-        return divided_double(cell, image, text, temb, rotary, attention_kwargs)
+        return None
     epsilons = number((cell.norm2.eps, cell.attn.norm_q.eps))
     outputs = kernels.DOUBLE_BLOCK(image, text, temb, rotary[0], rotary[1], epsilons, *cell.kernel_weights)
     return outputs[0], (text,) + outputs[1:]
 
 
 def fused_behind_double(norm, feed_forward, stream, attended, gate, shift, scale, mlp_gate):
-    """behind_double."""
+    """transformer_flux_withFBCache.behind_double; None for what the kernel does not do."""
     whole = (
         getattr(norm, "kernel_weights", None) is not None and getattr(feed_forward, "kernel_weights", None) is not None
     )
     if not whole or stream.dtype != ms.float32 or gate.shape[0] != stream.shape[0]:
-        return behind_double(norm, feed_forward, stream, attended, gate, shift, scale, mlp_gate)
+        return None
     modulation = gate, shift, scale, mlp_gate
     return kernels.BEHIND_DOUBLE(stream, attended, *modulation, number(norm.eps), *feed_forward.kernel_weights)
 
@@ -542,10 +541,10 @@ def fused_ada_layer_norm_continuous_cell(self, x, conditioning_embedding):
     return self.norm(x) * (1 + scale.expand_dims(1)) + shift.expand_dims(1)
 
 
-def fused_relative_difference(reference, probe, batch_reduction="mean"):
-    """rules.relative_difference."""
+def fused_relative_difference(reference, probe, batch_reduction):
+    """arithmetic.relative_difference; None for what the kernel does not do."""
     if batch_reduction != "mean" or reference.dtype != ms.float32:
-        return relative_difference(reference, probe, batch_reduction)
+        return None
     return kernels.RELATIVE_DIFFERENCE(reference, probe).reshape(())
 
 
@@ -556,16 +555,16 @@ def number(value):
 
 
 def fused_weighted_sum(weights, derivatives):
-    """rules.weighted_sum."""
+    """arithmetic.weighted_sum; None for what the kernel does not do."""
     if derivatives.shape[0] not in (2, 3, 4) or derivatives.dtype != ms.float32:
-        return weighted_sum(weights, derivatives)
-    return kernels.WEIGHTED_SUM[derivatives.shape[0] - 1](derivatives, *weights)
+        return None
+    return kernels.WEIGHTED_SUM[derivatives.shape[0] - 1](derivatives, number(1.0), *weights[1:])
 
 
 def fused_finite_differences(value, derivatives, filled, gaps):
-    """rules.finite_differences."""
+    """arithmetic.finite_differences; None for what the kernel does not do."""
     if derivatives.shape[0] not in (2, 3, 4) or not value.dtype == derivatives.dtype == ms.float32:
-        return finite_differences(value, derivatives, filled, gaps)
+        return None
     return kernels.FINITE_DIFFERENCES[derivatives.shape[0] - 1](value, derivatives, filled.astype(ms.float32), *gaps)
 
 
@@ -615,11 +614,11 @@ FUSED_STAND_INS = (
     (transformer_flux.FluxTransformerBlock, "construct", fused_double_block),
     (transformer_flux.FluxSingleTransformerBlock, "kernel_weights", Weights(single_block_layers)),
     (transformer_flux.FluxSingleTransformerBlock, "construct", fused_single_block),
-    (transformer_flux_withFBCache, "divided_double", fused_divided_double),
-    (transformer_flux_withFBCache, "behind_double", fused_behind_double),
-    (rules, "relative_difference", fused_relative_difference),
-    (rules, "weighted_sum", fused_weighted_sum),
-    (rules, "finite_differences", fused_finite_differences),
+    (model_kernels, "divided_double", fused_divided_double),
+    (model_kernels, "behind_double", fused_behind_double),
+    (rule_kernels, "relative_difference", fused_relative_difference),
+    (rule_kernels, "weighted_sum", fused_weighted_sum),
+    (rule_kernels, "finite_differences", fused_finite_differences),
 )
 """Those made of compiled kernels, in the places of others."""
 

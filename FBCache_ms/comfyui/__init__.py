@@ -4,12 +4,12 @@ mindone 0.5.0's port has no diffusion model, so that its own loaders and sampler
 pipeline here, which patching nodes meet as ComfyUI's ModelPatcher.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Optional
 
 import numpy as np
 
-from FBCache_ms.config import CacheConfig
+from FBCache_ms.config import OPTIONS, CacheConfig
 
 CATEGORY = "FBCache_ms"
 DIFFUSION_MODEL = "diffusion_model"
@@ -61,7 +61,6 @@ class ApplyFBCacheOnModel:
 
     @classmethod
     def INPUT_TYPES(cls):
-        texts = {option.name: option.metadata["text"] for option in fields(CacheConfig)}
         share = {"min": 0.0, "max": 1.0, "step": 0.01}
         return {
             "required": {
@@ -71,8 +70,8 @@ class ApplyFBCacheOnModel:
                     "FLOAT",
                     {"default": 0.0, "min": 0.0, "max": 1.0, "step": 0.001, "tooltip": "0 puts the cache off"},
                 ),
-                "start": ("FLOAT", {"default": 0.0, **share, "tooltip": texts["start"]}),
-                "end": ("FLOAT", {"default": 1.0, **share, "tooltip": texts["end"]}),
+                "start": ("FLOAT", {"default": 0.0, **share, "tooltip": OPTIONS["start"].text}),
+                "end": ("FLOAT", {"default": 1.0, **share, "tooltip": OPTIONS["end"].text}),
                 "max_consecutive_cache_hits": (
                     "INT",
                     {"default": -1, "min": -1, "tooltip": "reuses in a row; -1: no limit, 0 puts the cache off"},

@@ -6,13 +6,14 @@ import math
 import os
 import sys
 import textwrap
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 from FBCache_ms.checkpoint import TINY_FLUX, block_counts, check_checkpoint, image_unit
-from FBCache_ms.config import PRESETS, CacheConfig, did_you_mean, parse, value_text
+from FBCache_ms.config import OPTIONS, PRESETS, CacheConfig
 from FBCache_ms.eval.files import check_folder
-from FBCache_ms.schedules import MAX_STEPS, row
+from FBCache_ms.rules.options import did_you_mean, value_text
+from FBCache_ms.rules.schedules import MAX_STEPS, row
 
 AUTO = object()
 """Stands for the user's own folder of compiled graphs."""
@@ -211,7 +212,7 @@ def check_range(name, value, low, high=None):
 def check_cache(config, ckpt, steps):
     """Raises ValueError for a CacheConfig that this checkpoint or this number of steps does not allow."""
     config.check_blocks(*block_counts(ckpt))
-    row(config, steps, 1.0)
+    row(config, steps, ())
 
 
 def add_cache_options(parser):
@@ -231,23 +232,23 @@ def add_cache_options(parser):
         "forecast": "cache: what is added on a reused step",
     }
     groups = {group: parser.add_argument_group(title) for group, title in titles.items()}
-    for option in fields(CacheConfig):
+    for name, option in OPTIONS.items():
         default = "" if option.default is None else f" (default: {value_text(option.default)})"
-        choices = option.metadata["allowed"] if option.metadata["kind"] is str else None
-        groups[option.metadata["group"]].add_argument(
-            f"--{option.name}",
-            metavar=None if choices else option.name.split("_")[-1].upper(),
+        choices = option.allowed if option.kind is str else None
+        groups[option.group].add_argument(
+            f"--{name}",
+            metavar=None if choices else name.split("_")[-1].upper(),
             choices=choices,
-            help=(option.metadata["text"] + default).replace("%", "%%"),
+            help=(option.text + default).replace("%", "%%"),
         )
 
 
 def cache_config(args):
     """The CacheConfig of the cache options."""
     config = CacheConfig() if args.cache is None else CacheConfig.named(args.cache)
-    given = {option.name: getattr(args, option.name) for option in fields(CacheConfig)}
-    options = {option.name: option for option in fields(CacheConfig)}
-    return config.changed(**{name: parse(options[name], text) for name, text in given.items() if text is not None})
+    given = {name: getattr(args, name) for name in OPTIONS}
+    changes = {name: OPTIONS[name].parse(name, text) for name, text in given.items() if text is not None}
+    return config.changed(**changes)
 
 
 def quiet():

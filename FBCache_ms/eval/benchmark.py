@@ -77,7 +77,7 @@ def figures_of(name, setting, folder, image_size, number):
         "compile_seconds": max(run["compile"] for run in runs),
         "computed_steps": statistics.mean(folder.record(run)["reused"].count(False) for run in range(len(runs))),
         "peak_bytes": max(run["peak_bytes"] for run in runs),
-        "cache_bytes": folder.record(0)["cache_bytes"] if setting.config.gate != "none" else 0,
+        "cache_bytes": folder.record(0)["cache_bytes"] if setting.config.has_gate else 0,
         "times": times,
     }
 

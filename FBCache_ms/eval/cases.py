@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Optional
 
-from FBCache_ms.schedules import LEARNT, MASKS
+from FBCache_ms.rules.schedules import LEARNT, MASKS
 
 UNCACHED = "F0B0_W0_R0.12,gate=none"
 """The tag of the graph that has no gate at all: what a speed-up is a speed-up over."""

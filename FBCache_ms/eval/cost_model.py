@@ -28,7 +28,7 @@ from FBCache_ms.eval.published import (
 from FBCache_ms.eval.tables import markdown, publish
 from FBCache_ms.gates import every_gate, knobs, plan
 from FBCache_ms.roofline import PYNATIVE, WHOLE_LOOP, Accelerator, Shapes, seconds, step, work_seconds
-from FBCache_ms.schedules import MAX_STEPS
+from FBCache_ms.rules.schedules import MAX_STEPS
 
 SIZES, STEPS, BATCHES, ORDERS = (512, 768, 1024, 1536, 2048), (4, 14, 28, 50), (1, 2, 4, 8), (0, 1, 2, 3)
 FIGURES = {

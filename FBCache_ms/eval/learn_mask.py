@@ -3,12 +3,11 @@
 import math
 import random
 import sys
-from dataclasses import fields
 from functools import lru_cache
 
 import numpy as np
 
-from FBCache_ms.config import CacheConfig
+from FBCache_ms.config import OPTIONS, CacheConfig
 from FBCache_ms.eval.arguments import (
     Parser,
     add_clip_option,
@@ -93,11 +92,7 @@ def parse_arguments(argv=None):
 
 def with_mask(config, mask):
     """The CacheConfig that computes a mask's steps alone, with the forecast and over the span of another one."""
-    kept = {
-        option.name: getattr(config, option.name)
-        for option in fields(CacheConfig)
-        if option.metadata["group"] in ("forecast", "span")
-    }
+    kept = {name: getattr(config, name) for name, option in OPTIONS.items() if option.group in ("forecast", "span")}
     return CacheConfig(gate="static", steps_computation_mask=mask, **kept)
 
 

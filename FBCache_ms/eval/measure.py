@@ -6,9 +6,7 @@ from importlib.util import find_spec
 from FBCache_ms.eval.metrics import psnr, read_picture, ssim
 from FBCache_ms.eval.quality import TINY_CLIP, ClipScore, clip_lacks, is_scene, prompt_score, summary
 from FBCache_ms.eval.tables import markdown, write_tables
-
-COMPARED = ("fbcache", "cg_taylor")
-"""The gates that compare the relative difference itself, not a sum over steps."""
+from FBCache_ms.rules.when import GATES
 
 
 def clip_folder(args):
@@ -109,7 +107,7 @@ def cell_of(row, setting, folder, root, judge):
 
 def difference_limit(config):
     """What CacheStats.residual_diffs have to stay below, None where a rule's score is another quantity."""
-    if config.gate not in COMPARED:
+    if not (GATES[config.gate].probes_alone and config.rules[0].compares_itself):
         return None
     if config.span == "stacks" and config.residual_diff_threshold == 0:
         # The double stack's gate, which never reuses, is not asked.

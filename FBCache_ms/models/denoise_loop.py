@@ -6,7 +6,7 @@ import time
 import mindspore as ms
 from mindspore import nn, ops
 
-from ..schedules import MAX_STEPS
+from ..rules.schedules import MAX_STEPS
 from .transformer_flux_withFBCache import (
     approach,
     cached_step,

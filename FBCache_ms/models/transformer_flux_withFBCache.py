@@ -12,6 +12,7 @@ from mindone.peft.tuners.lora.layer import Linear as LoraLinear
 import mindspore as ms
 from mindspore import mint
 
+from . import kernels
 from .mindones import AtParsing, is_mindones
 
 
@@ -130,6 +131,14 @@ def divided_block(transformer, index, image, text, given):
 
 
 def divided_double(cell, image, text, temb, rotary, attention_kwargs):
+    """A double block, divided, by a device's kernel where there is one that does it."""
+    by_kernel = kernels.divided_double(cell, image, text, temb, rotary, attention_kwargs)
+    if by_kernel is not None:
+        return by_kernel
+    return double_equations(cell, image, text, temb, rotary, attention_kwargs)
+
+
+def double_equations(cell, image, text, temb, rotary, attention_kwargs):
     """A double block, divided; the equations are those of mindone 0.5.0's FluxTransformerBlock."""
     normed, gate, shift, scale, mlp_gate = cell.norm1(image, emb=temb)
     text_normed, text_gate, text_shift, text_scale, text_mlp_gate = cell.norm1_context(text, emb=temb)
@@ -165,6 +174,14 @@ def text_behind_double(cell, unfinished):
 
 
 def behind_double(norm, feed_forward, stream, attended, gate, shift, scale, mlp_gate):
+    """A double block's stream behind attention, by a device's kernel where there is one that does it."""
+    by_kernel = kernels.behind_double(norm, feed_forward, stream, attended, gate, shift, scale, mlp_gate)
+    if by_kernel is not None:
+        return by_kernel
+    return behind_double_equations(norm, feed_forward, stream, attended, gate, shift, scale, mlp_gate)
+
+
+def behind_double_equations(norm, feed_forward, stream, attended, gate, shift, scale, mlp_gate):
     """A double block's stream: y = x + gate a, then y + mlp_gate ff((1 + scale) norm(y) + shift)."""
     stream = stream + gate.unsqueeze(1) * attended
     modulated = norm(stream) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
@@ -211,8 +228,10 @@ def modulated(transformer, gate, before, now, temb):
     return transformer.transformer_blocks[0].norm1(before[0], emb=temb)[0]
 
 
-def why_not_probed(transformer):
-    """What keeps ``modulated``, which TeaCache looks at, from a transformer, in words; None if nothing does."""
+def why_not_probed(transformer, probe):
+    """What keeps a rule's probe from a transformer, in words; None if nothing does."""
+    if probe != "modulated":
+        return None
     if stacks(transformer)[0] == 0:
         return "the transformer has no double block"
     block = transformer.transformer_blocks[0]

@@ -3,7 +3,14 @@
 A mask has one entry a step: 1 computes, 0 does not have to.
 """
 
+from dataclasses import dataclass, field
+from functools import partial
+from numbers import Integral, Real
+from typing import Callable, Mapping
+
 import numpy as np
+
+from .options import Option
 
 COMPUTE, REUSE, ASK = 1, 0, -1
 """What the row says of a step: compute it, reuse it, or ask the gate."""
@@ -111,19 +118,93 @@ def nearest(values, steps):
     return np.asarray(values)[np.round(places).astype(int)]
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """Steps that are computed, known before the loop.
+
+    Args:
+        name: as CacheConfig.schedule has it.
+        source: the paper, or the project's function and version.
+        mask: mask(steps, **values of its fields), (N,).
+        options: {argument of mask: field of CacheConfig}.
+        depends_on_steps: whether the same step may be treated otherwise in a generation with another number of steps.
+    """
+
+    name: str
+    source: str
+    mask: Callable
+    options: Mapping[str, str] = field(default_factory=dict)
+    depends_on_steps: bool = True
+
+    def of(self, config, steps):
+        """The mask (N,) that a CacheConfig asks for."""
+        return self.mask(steps, **{name: getattr(config, option) for name, option in self.options.items()})
+
+
+def mask_of_cache_dit(steps, computed, reused):
+    """Run lengths in 28 steps, taken at so many places."""
+    return nearest(run_lengths(computed, reused), steps)
+
+
 SCHEDULES = {
-    "taylorseer": lambda config, steps: taylorseer(steps, config.schedule_interval),
-    "fora": lambda config, steps: fora(steps, config.schedule_interval),
-    "magcache": lambda config, steps: magcache(
-        steps,
-        config.magcache_ratios,
-        config.magcache_threshold,
-        config.magcache_max_skips,
-        config.magcache_retention,
-    ),
-    **{name: lambda config, steps, runs=runs: nearest(run_lengths(*runs), steps) for name, runs in MASKS.items()},
-    **{name: lambda config, steps, tables=tables: learnt(steps, tables) for name, tables in LEARNT.items()},
+    schedule.name: schedule
+    for schedule in (
+        Schedule("taylorseer", "TaylorSeer's cal_type", taylorseer, {"interval": "schedule_interval"}, False),
+        Schedule("fora", "FORA", fora, {"interval": "schedule_interval"}, False),
+        Schedule(
+            "magcache",
+            "MagCache4FLUX",
+            magcache,
+            {
+                "ratios": "magcache_ratios",
+                "threshold": "magcache_threshold",
+                "max_skips": "magcache_max_skips",
+                "retention": "magcache_retention",
+            },
+        ),
+        *(
+            Schedule(name, "cache-dit 1.5.3, steps_mask", partial(mask_of_cache_dit, computed=computed, reused=reused))
+            for name, (computed, reused) in MASKS.items()
+        ),
+        *(Schedule(name, "FBCache_ms", partial(learnt, tables=tables)) for name, tables in LEARNT.items()),
+    )
 }
+
+SCHEDULE_OPTIONS = {
+    "schedule": Option(
+        None,
+        str,
+        tuple(SCHEDULES),
+        "schedule",
+        "steps that are computed: taylorseer, the first three and every N-th from there; fora, every N-th; magcache; "
+        "cache-dit's four masks; learnt_N, N steps in all, learnt on the embedded checkpoint. At the others the gate "
+        "decides, or with the static gate they are reused",
+    ),
+    "schedule_interval": Option(5, Integral, (1, None), "schedule", "N, in steps (TaylorSeer, FORA, Delta-DiT)"),
+    "steps_computation_mask": Option(
+        None,
+        tuple,
+        (1, None),
+        "schedule",
+        "a schedule of one's own, a digit a step: 1 computes, 0 as above (cache-dit)",
+        digits=True,
+    ),
+    "magcache_threshold": Option(0.24, Real, (0, None), "schedule", "largest accumulated error (MagCache)"),
+    "magcache_max_skips": Option(5, Integral, (0, None), "schedule", "MagCache's K: reuses in a row"),
+    "magcache_retention": Option(0.1, Real, (0, 1), "schedule", "share of steps computed first (MagCache)"),
+    "magcache_ratios": Option(
+        None,
+        tuple,
+        (1, None),
+        "schedule",
+        "each step's residual norm over the one before; default: FLUX.1-dev's (MagCache)",
+    ),
+}
+"""Fields of CacheConfig."""
+
+for _name in {name for schedule in SCHEDULES.values() for name in schedule.options.values()}:
+    _schedules = tuple(schedule.name for schedule in SCHEDULES.values() if _name in schedule.options.values())
+    SCHEDULE_OPTIONS[_name] = SCHEDULE_OPTIONS[_name].used(("schedule", _schedules))
 
 
 def progress_of(sigmas, steps):
@@ -138,23 +219,23 @@ def progress_of(sigmas, steps):
     return 1 - np.asarray(sigmas, float)
 
 
-def row(config, steps, threshold, ends=False, progress=None):
+def row(config, steps, thresholds, computes_last=False, progress=None):
     """COMPUTE, REUSE or ASK for each of the N steps of a generation, (N,).
 
     Args:
         config: the CacheConfig.
         steps: N.
-        threshold: the gate's; at 0 it is never asked.
-        ends: whether the gate always computes the first and the last step (TeaCache).
+        thresholds: of each of the gate's rules; none for a schedule alone. Where one is 0 the gate is never asked.
+        computes_last: whether the gate always computes the last step.
         progress: (N,), as progress_of gives it.
 
     Raises ValueError if config has a mask of another length.
     """
-    rest = REUSE if config.gate == "static" else ASK if threshold > 0 else COMPUTE
+    rest = REUSE if not thresholds else ASK if min(thresholds) > 0 else COMPUTE
     actions = np.full(steps, rest)
     mask = None
     if config.schedule is not None:
-        mask = SCHEDULES[config.schedule](config, steps)
+        mask = SCHEDULES[config.schedule].of(config, steps)
     elif config.steps_computation_mask is not None:
         mask = np.array(config.steps_computation_mask)
         if len(mask) != steps:
@@ -165,6 +246,6 @@ def row(config, steps, threshold, ends=False, progress=None):
     actions[(progress < config.start - ROUNDING) | (progress > config.end + ROUNDING)] = COMPUTE
     actions[: config.warmup_steps : config.warmup_interval] = COMPUTE
     actions[0] = COMPUTE
-    if ends:
+    if computes_last:
         actions[-1] = COMPUTE
     return actions

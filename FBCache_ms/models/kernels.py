@@ -1,0 +1,14 @@
+"""Where a device's kernels stand in for parts of a block: each gives what the model's file would, or None.
+
+None here; the code for a device, such as backend/cpu.py, puts its own in these places.
+"""
+
+
+def divided_double(cell, image, text, temb, rotary, attention_kwargs):
+    """transformer_flux_withFBCache.divided_double."""
+    return None
+
+
+def behind_double(norm, feed_forward, stream, attended, gate, shift, scale, mlp_gate):
+    """transformer_flux_withFBCache.behind_double."""
+    return None

@@ -1,0 +1,76 @@
+"""What rules and forecasts are computed with, in float32 whatever the tensors are in."""
+
+import mindspore as ms
+from mindspore import mint, ops
+
+from . import kernels
+
+
+def within_limits(tallies, limits):
+    """Whether fewer than M steps were reused, fewer than MC in a row, and the compared differences sum up to less.
+
+    Both are (3,). The order of all tests (cache-dit 1.5.3, can_cache): what schedules.row says, which gates.knobs puts
+    into the limits, then these, then the score.
+    """
+    return (tallies < limits).all()
+
+
+def relative_difference(reference, probe, batch_reduction="mean"):
+    """d = mean|r* - r| / mean|r*| in float32: over everything, or the largest of each sample's own.
+
+    The old tensor is in the denominator (ParaAttention 0.3.38, are_two_tensors_similar). Both are (B, S, D).
+    """
+    by_kernel = kernels.relative_difference(reference, probe, batch_reduction)
+    if by_kernel is not None:
+        return by_kernel
+    reference, probe = reference.astype(ms.float32), probe.astype(ms.float32)
+    change, size = mint.abs(reference - probe), mint.abs(reference)
+    if batch_reduction == "max":
+        each = change.mean((1, 2)) / size.mean((1, 2))
+        # A maximum may pass over what is no number; a sum of what is never negative does not.
+        return ops.where(ops.isfinite(each.sum()), each.max(), each.sum())
+    return change.mean() / size.mean()
+
+
+def finite_differences(value, derivatives, filled, gaps):
+    """The differences at a computed step, (K, ...), from those at the last one; zero above the valid orders.
+
+    D'_0 = Y, D'_{i+1} = (D'_i - D_i) / gap_i.
+
+    Args:
+        value: Y, a tensor of any shape.
+        derivatives: (K, ...), order 0 first.
+        filled: how many of them are valid, a scalar in [0, K].
+        gaps: K - 1 scalars.
+    """
+    by_kernel = kernels.finite_differences(value, derivatives, filled, gaps)
+    if by_kernel is not None:
+        return by_kernel
+    orders = (value.astype(ms.float32),)
+    for order in range(derivatives.shape[0] - 1):
+        difference = (orders[order] - derivatives[order].astype(ms.float32)) / gaps[order]
+        orders = orders + (ops.where(order < filled, difference, 0.0),)
+    return mint.stack(orders, 0).astype(derivatives.dtype)
+
+
+def weighted_sum(weights, derivatives):
+    """sum_i w_i D_i in float32, from (K, ...); w_0 is 1."""
+    by_kernel = kernels.weighted_sum(weights, derivatives)
+    if by_kernel is not None:
+        return by_kernel
+    if derivatives.shape[0] == 1:
+        return derivatives.reshape(derivatives.shape[1:]).astype(ms.float32)
+    forecast = derivatives[0].astype(ms.float32)
+    for order in range(1, derivatives.shape[0]):
+        forecast = forecast + weights[order] * derivatives[order].astype(ms.float32)
+    return forecast
+
+
+def probe_ratio(probe, derivatives, gap):
+    """g = clip(mean|p - p_2| / mean|p_1 - p_2|, 1, 1.5), p_1 and p_2 the last two computed steps' probes (DiCache).
+
+    1, which reuses the newest residual as it is, where that is not a number.
+    """
+    newest, change = derivatives[0].astype(ms.float32), derivatives[1].astype(ms.float32) * gap
+    ratio = mint.abs(probe.astype(ms.float32) - newest + change).mean() / mint.abs(change).mean()
+    return ops.where(ratio > 1, ops.minimum(ratio, ops.full_like(ratio, 1.5)), 1.0)

@@ -1,0 +1,19 @@
+"""Where a device's kernels stand in for the rules' arithmetic: each gives what arithmetic.py would, or None.
+
+None here; runtime code for a device, such as backend/cpu.py, puts its own in these places.
+"""
+
+
+def relative_difference(reference, probe, batch_reduction):
+    """arithmetic.relative_difference."""
+    return None
+
+
+def finite_differences(value, derivatives, filled, gaps):
+    """arithmetic.finite_differences."""
+    return None
+
+
+def weighted_sum(weights, derivatives):
+    """arithmetic.weighted_sum."""
+    return None

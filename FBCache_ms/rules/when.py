@@ -1,0 +1,188 @@
+"""When a step may be reused: every caching rule, each a declaration, and the gates that are made of them.
+
+A rule's score is written with operators alone: command lines read this file, and must not wait for MindSpore.
+"""
+
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import Callable, Mapping, Optional, Tuple
+
+from .options import Option
+
+COMPUTED, PREVIOUS, FORECAST = "computed", "previous", "forecast"
+"""What a probe is compared with: the last computed step's, the one before, what the computed steps' probes forecast."""
+
+PROBE = "probe"
+"""What a rule looks at that compares what CacheConfig.probe says, of the blocks before the span."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One caching rule: all that this package knows of it.
+
+    A step may be reused while the score is strictly below the threshold, so that one which is no number computes.
+
+    Args:
+        name: as CacheConfig.gate has it.
+        source: the paper's equation, or the project's function and version.
+        text: what it does, behind its name.
+        threshold: the field of CacheConfig that its score stays below.
+        score: score(difference, accumulated, numbers), a scalar from the probe's relative difference d, from the scores
+            accumulated since the last computed step, and from ``numbers``.
+        reference: COMPUTED, PREVIOUS or FORECAST. Against PREVIOUS a score is summed: it is ``accumulated`` at the next
+            step if this one is reused.
+        looks_at: PROBE, or the name of a probe that the model has.
+        options: {field of CacheConfig: Option}, its own.
+        numbers: its own fields whose numbers the score gets, one after the other.
+        fewest_orders: the least taylorseer_derivative that it works with.
+        computes_last: whether a generation's last step always computes.
+        everything_at: the threshold at which every difference passes, where the rule is the only one; None for none.
+    """
+
+    name: str
+    source: str
+    text: str
+    threshold: str
+    score: Callable
+    reference: str = COMPUTED
+    looks_at: str = PROBE
+    options: Mapping[str, Option] = field(default_factory=dict)
+    numbers: Tuple[str, ...] = ()
+    fewest_orders: int = 0
+    computes_last: bool = False
+    everything_at: Optional[float] = None
+
+    @property
+    def compares_itself(self):
+        """Whether the score is the difference itself, not a sum over steps."""
+        return self.reference != PREVIOUS
+
+    @property
+    def needs_a_block(self):
+        """Whether blocks have to run before it can be asked."""
+        return self.looks_at == PROBE
+
+
+def difference_itself(difference, accumulated, numbers):
+    """d."""
+    return difference
+
+
+def sum_of_differences(difference, accumulated, numbers):
+    """The sum of d."""
+    return accumulated + difference
+
+
+def sum_of_polynomials(difference, accumulated, coefficients):
+    """The sum of p(d), coefficients of p with the highest power first."""
+    rescaled = difference * 0
+    for coefficient in coefficients:
+        rescaled = rescaled * difference + coefficient
+    return accumulated + rescaled
+
+
+FBCACHE = Rule(
+    name="fbcache",
+    source="ParaAttention 0.3.38, first_block_cache; cache-dit 1.5.3, DBCache",
+    text="compares the probe with the last computed step's",
+    threshold="residual_diff_threshold",
+    score=difference_itself,
+    everything_at=1,
+)
+CG_TAYLOR = Rule(
+    name="cg_taylor",
+    source="CG-Taylor, arXiv 2508.02240",
+    text="with its own forecast (arXiv 2508.02240)",
+    threshold="residual_diff_threshold",
+    score=difference_itself,
+    reference=FORECAST,
+    fewest_orders=1,
+)
+DICACHE = Rule(
+    name="dicache",
+    source="DiCache, arXiv 2508.17356",
+    text="sums its changes from step to step (DiCache)",
+    threshold="residual_diff_threshold",
+    score=sum_of_differences,
+    reference=PREVIOUS,
+)
+TEACACHE = Rule(
+    name="teacache",
+    source="TeaCache4FLUX, teacache_flux.py",
+    text="sums a polynomial of the modulated input's changes, before any block (TeaCache)",
+    threshold="teacache_threshold",
+    score=sum_of_polynomials,
+    reference=PREVIOUS,
+    looks_at="modulated",
+    options={
+        "teacache_threshold": Option(
+            0.4,
+            Real,
+            (0, None),
+            "gate",
+            "TeaCache's rel_l1_thresh: reuse while the sum is below it; published: 0.25, 0.4, 0.6, 0.8",
+        ),
+        "teacache_coefficients": Option(
+            (498.651651, -283.781631, 55.8554382, -3.82021401, 0.264230861),
+            tuple,
+            (1, 5),
+            "gate",
+            "TeaCache's polynomial, 1 to 5 coefficients, highest power first; the default is FLUX.1-dev's",
+        ),
+    },
+    numbers=("teacache_coefficients",),
+    computes_last=True,
+)
+
+RULES = {rule.name: rule for rule in (FBCACHE, CG_TAYLOR, DICACHE, TEACACHE)}
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What decides over one span, as CacheConfig.gate names it.
+
+    Args:
+        text: what it does.
+        rules: all of which have to agree; none for a schedule alone.
+        within: those of a gate within the span, which is asked where this one computes.
+        is_there: whether there is a gate in the graph at all.
+    """
+
+    text: str
+    rules: Tuple[Rule, ...] = ()
+    within: Tuple[Rule, ...] = ()
+    is_there: bool = True
+
+    @property
+    def every_rule(self):
+        """Its rules and those within."""
+        return self.rules + self.within
+
+    @property
+    def needs_a_block(self):
+        """Whether blocks have to run before one of its rules can be asked."""
+        return any(rule.needs_a_block for rule in self.every_rule)
+
+    @property
+    def probes_alone(self):
+        """Whether one rule decides, by a probe that any stack of blocks has."""
+        return len(self.every_rule) == 1 and self.needs_a_block
+
+    @property
+    def gives_ratio(self):
+        """Whether its probe's changes may scale a forecast; one that is forecast itself has no room for them."""
+        return self.probes_alone and self.rules[0].reference != FORECAST
+
+
+GATES = {
+    **{rule.name: Gate(rule.text, (rule,)) for rule in RULES.values()},
+    "fbcache_and_teacache": Gate("where both agree", (FBCACHE, TEACACHE)),
+    "fbcache_or_teacache": Gate("where either does", (TEACACHE,), (FBCACHE,)),
+    "static": Gate("the schedule alone"),
+    "none": Gate("no cache in the graph", is_there=False),
+}
+
+
+def gates_where(test):
+    """The names of the gates that pass a test."""
+    return tuple(name for name, gate in GATES.items() if test(gate))
