@@ -283,6 +283,7 @@ def context_for(transformer, config, latents, text_len, branches, steps, sigmas)
         text_len=text_len,
         steps=steps,
         sigmas=sigmas,
+        channels=transformer.proj_out.weight.shape[0],
     )
 
 

@@ -29,6 +29,7 @@ PRESETS = {
     "ultra": "F1B0_W8I4M0MC10_T1O1_R0.8",
     "double_gate": "F1B0_W0M0MC0_T0O0_R0.09,span=stacks,residual_diff_threshold_single=0.12",
     "teacache": "F0B0_W0M0MC0_T0O0_R0.12,gate=teacache",
+    "easycache": "F0B0_W3M0MC0_T0O0_R0.12,gate=easycache",
     "cg_taylor": "F1B0_W0M0MC0_T1O1_R0.12,gate=cg_taylor",
     "dicache": "F1B0_W6M0MC0_T1O1_R0.4,gate=dicache,probe=hidden,forecast=dicache,end=0.95",
     "taylorseer": "F0B0_W0M0MC0_T1O1_R0.12,gate=static,schedule=taylorseer,schedule_interval=5",
@@ -55,6 +56,7 @@ First-Block Cache on prompts that they were not learnt from, benchmarks/frontier
 _STACKS = gates_where(lambda gate: gate.probes_alone)
 _PROBES = gates_where(lambda gate: gate.needs_a_block)
 _ASKED = gates_where(lambda gate: gate.rules)
+_BY_SAMPLE = gates_where(lambda gate: gate.rules and not any(rule.difference for rule in gate.every_rule))
 
 OPTIONS = {
     "residual_diff_threshold": Option(
@@ -145,7 +147,7 @@ OPTIONS = {
         "gate",
         "one decision for a batch: by the means over all of it (ParaAttention), or by the sample that differs most "
         "(FBCache_ms)",
-        used_with=("gate", _ASKED),
+        used_with=("gate", _BY_SAMPLE),
         shapes_graph=True,
     ),
     "residual_diff_threshold_single": Option(
@@ -174,12 +176,13 @@ OPTIONS = {
         0, Integral, (0, None), "span", "B: last blocks that always run (cache-dit)", shapes_graph=True
     ),
     "span": Option(
-        "blocks",
+        None,
         str,
-        ("blocks", "stacks", "single"),
+        ("blocks", "stacks", "single", "model"),
         "span",
         "what a reuse stands for: the blocks between F and B; the rest of the double and of the single stack, each "
-        "under a gate of its own (Nunchaku); the single stack alone (Delta-DiT)",
+        "under a gate of its own (Nunchaku); the single stack alone (Delta-DiT); the whole model, embedding and head "
+        "too (EasyCache); default: blocks, or model where the gate looks at the latents",
         shapes_graph=True,
     ),
     "forecast": Option(
@@ -243,8 +246,9 @@ class CacheConfig(_Fields):
     def __post_init__(self):
         for name, option in OPTIONS.items():
             object.__setattr__(self, name, option.checked(name, getattr(self, name)))
-        if self.Fn_compute_blocks is None:
-            object.__setattr__(self, "Fn_compute_blocks", self._default_first_blocks())
+        for name in _FOLLOWING:
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, self._default(name))
         for name, option in OPTIONS.items():
             needs = option.used_with
             if needs and getattr(self, name) != option.default and getattr(self, needs[0]) not in needs[1]:
@@ -264,8 +268,14 @@ class CacheConfig(_Fields):
         """Every Rule that decides, those of a gate within another included."""
         return GATES[self.gate].every_rule
 
-    def _default_first_blocks(self):
-        return int(GATES[self.gate].needs_a_block)
+    def _default(self, name):
+        """A field's default, which for those in _FOLLOWING is the gate's."""
+        gate = GATES[self.gate]
+        following = {
+            "Fn_compute_blocks": int(gate.needs_a_block),
+            "span": "model" if gate.before_embedding else "blocks",
+        }
+        return following.get(name, OPTIONS[name].default)
 
     def _check_combination(self):
         """Raises ValueError, with the reason, for fields that make no sense together."""
@@ -289,8 +299,13 @@ class CacheConfig(_Fields):
                 f"span 'single' has one gate, behind the double stack, and {self.gate!r} is two within each other; use "
                 f"one of {', '.join(others)}"
             )
+        if gate.rules and (self.span == "model") != gate.before_embedding:
+            raise ValueError(
+                f"span {self.span!r} does not begin where gate {self.gate!r} is asked; leave the span out, or for the "
+                f"whole model take gate {' or '.join(gates_where(lambda other: other.before_embedding))}"
+            )
         blocks = (self.Fn_compute_blocks, self.Bn_compute_blocks)
-        if self.span != "blocks" and blocks != (self._default_first_blocks(), 0):
+        if self.span != "blocks" and blocks != (self._default("Fn_compute_blocks"), 0):
             raise ValueError(
                 f"span {self.span!r} sets its own blocks; leave out Fn_compute_blocks and Bn_compute_blocks"
             )
@@ -325,9 +340,10 @@ class CacheConfig(_Fields):
             raise ValueError(f"start={self.start} is behind end={self.end}")
 
     def changed(self, **changes):
-        """A copy with other fields; Fn_compute_blocks follows the gate unless it was chosen."""
-        if self.Fn_compute_blocks == self._default_first_blocks():
-            changes.setdefault("Fn_compute_blocks", None)
+        """A copy with other fields; Fn_compute_blocks and span follow the gate unless they were chosen."""
+        for name in _FOLLOWING:
+            if getattr(self, name) == self._default(name):
+                changes.setdefault(name, None)
         return replace(self, **changes)
 
     def check_blocks(self, doubles, singles):
@@ -451,14 +467,15 @@ class CacheConfig(_Fields):
             f"F{self.Fn_compute_blocks}B{self.Bn_compute_blocks}_W{self.warmup_steps}{interval}M{most}MC{row}"
             f"_T{int(order > 0)}O{order}_R{value_text(self.residual_diff_threshold)}"
         )
-        for name, option in OPTIONS.items():
+        for name in OPTIONS:
             value = getattr(self, name)
             in_tag = name in _TAGGED and not (name.startswith("max_") and value == 0)
-            if not in_tag and value != option.default:
+            if not in_tag and value != self._default(name):
                 tag += f",{name}={value_text(value)}"
         return tag
 
 
+_FOLLOWING = "Fn_compute_blocks", "span"
 _STRUCTURE = tuple(name for name, option in OPTIONS.items() if option.shapes_graph)
 _TAGGED = (
     "residual_diff_threshold",

@@ -23,7 +23,8 @@ class GatePlan:
 
     Args:
         name: for its buffers and the trace.
-        stack: "all", "double" or "single": which blocks ``first`` and ``last`` are counted in.
+        stack: "all", "double" or "single": which blocks ``first`` and ``last`` are counted in; "model": all of them,
+            with the embedding before and the head behind.
         first, last: so many blocks at either end of the stack run outside the span; the first ones make the probe.
         rules: all of which have to agree; none for a static schedule.
         inner: the gates within the span, asked when this one computes.
@@ -45,6 +46,11 @@ class GatePlan:
     def probes_text(self):
         """Whether the probe is of both streams, text first (Nunchaku's single gate)."""
         return self.stack == "single" and len(self.rules) > 0
+
+    @property
+    def whole_model(self):
+        """Whether a reuse stands for embedding, blocks and head, so that its span begins and ends at latents."""
+        return self.stack == "model"
 
     @property
     def forecasts_probe(self):
@@ -70,6 +76,8 @@ def plan(config):
         return ()
     if config.span == "stacks":
         return tuple(GatePlan(stack, stack, 1, 0, gate.rules) for stack in ("double", "single"))
+    if config.span == "model":
+        return (GatePlan(config.gate, "model", 0, 0, gate.rules),)
     if config.span == "single":
         return (GatePlan(config.gate, "single", 0, 0, gate.rules),)
     if gate.within:
@@ -83,13 +91,15 @@ def every_gate(plans):
     return tuple(gate for outer in plans for gate in (outer, *every_gate(outer.inner)))
 
 
-def check_shape(config, batch_size, seq_len, inner_dim, text_len, branches):
+def check_shape(config, batch_size, seq_len, inner_dim, text_len, branches, channels):
     """Raises ValueError, naming what is wrong, for a shape that no CacheContext of this CacheConfig can have."""
     for name, size in {"batch_size": batch_size, "seq_len": seq_len, "inner_dim": inner_dim}.items():
         if size < 1:
             raise ValueError(f"{name} must be 1 or more, not {size}")
     if branches not in (1, 2):
         raise ValueError(f"branches must be 1 or 2, not {branches}")
+    if channels < 1 and any(gate.whole_model for gate in plan(config)):
+        raise ValueError(f"channels must be 1 or more for {config}, not {channels}")
     if text_len < 1 and any(gate.needs_text or gate.probes_text for gate in every_gate(plan(config))):
         raise ValueError(f"text_len must be 1 or more for {config}, not {text_len}")
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from .flops import step_costs
 from .gates import every_gate, plan
 from .rules.forecasts import FORECASTS
-from .rules.when import COMPUTED, FORECAST, PREVIOUS
+from .rules.when import COMPUTED, FORECAST, PREVIOUS, SPAN
 
 FLOAT32 = 4
 
@@ -120,6 +120,11 @@ class Shapes:
         return self.config.num_attention_heads * self.config.attention_head_dim
 
     @property
+    def channels(self):
+        """C, the velocity's."""
+        return (self.config.out_channels or self.config.in_channels) * self.config.patch_size**2
+
+    @property
     def tokens(self):
         """T + S."""
         return self.image_tokens + self.text_tokens
@@ -183,8 +188,7 @@ def ends(shapes):
     """What every step computes around the blocks: the embedded latents and time, the output, the scheduler's update."""
     config, width, image = shapes.config, shapes.width, shapes.stream(shapes.image_tokens)
     operations = shapes.costs.rest - sum(work.operations for work in condition(shapes))
-    channels = config.in_channels + (config.out_channels or config.in_channels) * config.patch_size**2
-    weights = shapes.weights(3) + (channels + 256) * width * shapes.itemsize
+    weights = shapes.weights(3) + (config.in_channels + shapes.channels + 256) * width * shapes.itemsize
     return [Work("around the blocks", operations, weights + 8 * image, STEP_OPERATORS)]
 
 
@@ -222,10 +226,14 @@ class CacheWork:
 
     def span_elements(self, gate):
         """Of the span's residual: the image stream's, and the text's where blocks run behind it."""
+        if gate.whole_model:
+            return self.shapes.batch * self.shapes.image_tokens * self.shapes.channels
         return self.elements(self.shapes.image_tokens + gate.needs_text * self.shapes.text_tokens)
 
     def probe_elements(self, gate):
         """Of what a gate compares."""
+        if gate.whole_model:
+            return self.span_elements(gate)
         tokens = self.shapes.image_tokens + gate.probes_text * self.shapes.text_tokens
         return self.elements(tokens) / self.config.downsample_factor
 
@@ -267,6 +275,8 @@ class CacheWork:
         orders, item = self.config.taylorseer_derivative, self.shapes.itemsize
         moved = (3 * item + self.differences_bytes()) * self.span_elements(gate)
         moved += 2 * item * self.probe_elements(gate) * sum(rule.reference == COMPUTED for rule in gate.rules)
+        kept = sum(kind == SPAN for rule in gate.rules for kind in rule.state.values())
+        moved += kept * (self.cast(item) + 7 * self.wide) * self.span_elements(gate)
         if gate.forecasts_probe or FORECASTS[self.config.forecast].takes_ratio:
             moved += self.differences_bytes() * self.probe_elements(gate)
         return [Work("store", 0, moved, 16 + 8 * orders)]
@@ -296,8 +306,11 @@ def step(shapes, config, design, reused=()):
             start = last
         return works + blocks(shapes, start, stop)
 
+    works = run(plan(config), 0, sum(counts))
+    if any(gate.whole_model and gate.name in reused for gate in plan(config)):
+        return works
     hoisted = [] if design.hoisted else condition(shapes)
-    return hoisted + ends(shapes) + run(plan(config), 0, sum(counts))
+    return hoisted + ends(shapes) + works
 
 
 def work_seconds(device, design, work):

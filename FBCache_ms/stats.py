@@ -104,5 +104,6 @@ def skipped_share(gates, traces, costs):
     for trace in traces:
         for gate, decisions in zip(gates, trace):
             start, stop = gate.span(costs.doubles, costs.singles)
-            saved += len(decisions.cached_steps) * costs.of_blocks(start, stop)
+            each = costs.total if gate.whole_model else costs.of_blocks(start, stop)
+            saved += len(decisions.cached_steps) * each
     return saved / (calls * costs.total) if calls else 0.0

@@ -12,7 +12,7 @@ from .gates import FORECAST_NUMBER, LIMITS, GatePlan, check_shape, every_gate, k
 from .rules.arithmetic import finite_differences, probe_ratio, relative_difference, weighted_sum, within_limits
 from .rules.forecasts import FORECASTS
 from .rules.schedules import MAX_STEPS
-from .rules.when import COMPUTED, FORECAST, PREVIOUS, PROBE
+from .rules.when import COMPUTED, FORECAST, PREVIOUS, PROBE, SPAN
 from .stats import BRANCHES, NOT_COMPARED, NOT_REACHED, REUSED, CacheStats, GateStats, skipped_share
 
 
@@ -133,12 +133,25 @@ class AskedRule:
         threshold, numbers: the places of its threshold and of its own numbers among the gate's.
         reference: the Buffer of an earlier probe, None where the reference is a forecast.
         sum: the Buffer of the scores accumulated since the last computed step.
+        state: the Buffers of what the rule keeps beside.
     """
 
-    def __init__(self, rule, threshold, numbers, reference, sum):
+    def __init__(self, rule, threshold, numbers, reference, sum, state):
         self.score, self.threshold, self.numbers = rule.score, threshold, numbers
-        self.reference, self.sum = reference, sum
+        self.difference, self.observe = rule.difference, rule.observe
+        self.reference, self.sum, self.state = reference, sum, state
         self.against_previous, self.against_computed = rule.reference == PREVIOUS, rule.reference == COMPUTED
+
+    def kept(self):
+        """What the rule keeps beside, as it is now."""
+        return tuple([buffer.read() for buffer in self.state])
+
+    def take(self, before, behind):
+        """Takes over what it keeps from a computed step's span."""
+        if self.observe is not None:
+            kept = self.observe(self.kept(), before, behind)
+            for place in range(len(self.state)):
+                self.state[place].write(kept[place])
 
 
 @ms.jit_class
@@ -147,8 +160,10 @@ class Gate:
 
     span = GatePlan.span
 
-    def __init__(self, plan, order, config, shape, text_len, dtype, knobs, tallies, buffer):
+    def __init__(self, plan, order, config, shape, text_len, channels, dtype, knobs, tallies, buffer):
         batch, tokens, width = shape
+        shape = (batch, tokens, channels) if plan.whole_model else shape
+        self.whole_model, self.channels = plan.whole_model, channels
         forecast = FORECASTS[config.forecast]
         self.name, self.index, self.knobs, self.tallies = plan.name, order.index(plan), knobs, tallies
         self.stack, self.first, self.last = plan.stack, plan.first, plan.last
@@ -181,14 +196,18 @@ class Gate:
             for rule, seen_shape in zip(plan.rules, shapes)
         ]
         sums = [named(f"{rule.name}_sum", ()) for rule in plan.rules]
-        self.rules = tuple(
-            AskedRule(rule, *where, reference, total)
-            for rule, where, reference, total in zip(plan.rules, places(plan.rules), references, sums)
-        )
+        states = [
+            tuple(
+                named(f"{rule.name}_{name}", shape if kind == SPAN else (), np.nan) for name, kind in rule.state.items()
+            )
+            for rule in plan.rules
+        ]
+        self.rules = tuple(map(AskedRule, plan.rules, *zip(*places(plan.rules)), references, sums, states))
         self.reused = named("reused", (MAX_STEPS,), NOT_REACHED, ms.int32)
         self.diffs = named("diffs", (MAX_STEPS,), NOT_COMPARED)
         self.inner = tuple(
-            Gate(within, order, config, shape, text_len, dtype, knobs, tallies, buffer) for within in plan.inner
+            Gate(within, order, config, shape, text_len, channels, dtype, knobs, tallies, buffer)
+            for within in plan.inner
         )
 
     def number(self, place):
@@ -204,7 +223,10 @@ class Gate:
         reuse, differences, scores = asked, (), ()
         for place in range(len(self.rules)):
             rule = self.rules[place]
-            difference = relative_difference(self.reference(rule), seen[place], self.batch_reduction)
+            if rule.difference is None:
+                difference = relative_difference(self.reference(rule), seen[place], self.batch_reduction)
+            else:
+                difference = rule.difference(self.reference(rule), seen[place], rule.kept())
             numbers = tuple([self.number(number) for number in rule.numbers])
             score = rule.score(difference, rule.sum.read(), numbers)
             reuse = ops.logical_and(reuse, score < self.number(rule.threshold))
@@ -262,11 +284,14 @@ class Gate:
         compared = (diffs != NOT_COMPARED) & np.isfinite(diffs)
         return GateStats(self.name, decisions, tuple(np.where(compared, diffs, None).tolist()))
 
-    def store(self, seen, residual, text_residual):
-        """Takes over a computed step: its probes as the references, what the span added into the differences."""
+    def store(self, seen, before, behind, text_residual):
+        """Takes over a computed step, from the image stream before and behind the span and from what the text gained.
+
+        Its probes are the references, and what the span added goes into the differences.
+        """
         filled, x, nodes = self.filled.read(), self.knobs.x(), self.last_nodes()
         gaps = self.forecast_gaps(x, nodes)
-        self.residual.update(residual, filled, gaps)
+        self.residual.update(behind - before, filled, gaps)
         if self.needs_text:
             self.text_residual.update(text_residual, filled, gaps)
         if self.forecasts_probe:
@@ -275,6 +300,7 @@ class Gate:
         for place in range(len(self.rules)):
             if self.rules[place].against_computed:
                 self.rules[place].reference.write(seen[place])
+            self.rules[place].take(before, behind)
         if self.orders > 1:
             self.nodes.write(ops.stack((x,) + nodes[:-1]))
         self.filled.write(ops.minimum(filled + 1, self.orders))
@@ -299,6 +325,7 @@ class CacheContext:
         config: the CacheConfig to start with; its order is taylorseer_derivative's default.
         text_len: T, text tokens; only where blocks run behind the span, or the single stack has a gate of its own.
         steps, sigmas: as in configure.
+        channels: C, of the velocity; only where a reuse stands for the whole model.
 
     Raises:
         ValueError: a size is below 1, branches is neither 1 nor 2, text_len or steps is missing, or config and
@@ -317,6 +344,7 @@ class CacheContext:
         text_len=0,
         steps=None,
         sigmas=None,
+        channels=0,
     ):
         if config is None:
             config = CacheConfig(taylorseer_derivative=taylorseer_derivative or 0)
@@ -324,7 +352,7 @@ class CacheContext:
             raise ValueError(
                 f"taylorseer_derivative is {taylorseer_derivative}, but {config.taylorseer_derivative} in the config"
             )
-        check_shape(config, batch_size, seq_len, inner_dim, text_len, branches)
+        check_shape(config, batch_size, seq_len, inner_dim, text_len, branches, channels)
         plans = plan(config)
         self.structure, self.branches = config.structure, branches
         self.shape, self.text_len = (batch_size, seq_len, inner_dim), text_len
@@ -347,6 +375,7 @@ class CacheContext:
                 config,
                 self.shape,
                 text_len,
+                channels,
                 mindspore_dtype,
                 self.knobs,
                 Tallies(buffer(f"{gate.name}_tallies", (LIMITS,), Tallies.initial, ms.float32)),
@@ -354,6 +383,7 @@ class CacheContext:
             )
             for gate in plans
         )
+        self.whole_model = any(gate.whole_model for gate in plans)
         self.buffers = tuple(buffers)
         self.traced = (self.step, *(each for gate in every_gate(self.gates) for each in (gate.reused, gate.diffs)))
         self.configure(config, steps, sigmas)

@@ -61,6 +61,7 @@ GRAPHS = {
         "loop", "F1B0_W0_T1O2_R0.12,gate=fbcache_or_teacache,forecast=newton,forecast_coordinate=sigma"
     ),
     "loop_static": Graph("loop", "F0B0_W0_T1O1_R0.12,gate=static,schedule=taylorseer"),
+    "loop_EasyCache": Graph("loop", "F0B0_W3_R0.12,gate=easycache"),
     "loop_CG_Taylor": Graph("loop", "F2B1_W0_T1O1_R0.12,gate=cg_taylor"),
     "loop_DiCache": Graph(
         "loop", "F1B0_W0_T1O1_R0.12,gate=dicache,forecast=dicache,batch_reduction=max,downsample_factor=2"
@@ -122,6 +123,7 @@ def build(graph, model):
         text_len=TEXT,
         steps=STEPS,
         sigmas=sigmas,
+        channels=16,
     )
     if graph.kind == "loop":
         cell = FluxDenoiseLoop(model, context)

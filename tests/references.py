@@ -119,6 +119,25 @@ def dicache(probes, threshold, margin, warmup=0):
     return reused
 
 
+def easycache(latents, velocities, threshold, margin, warmup=0):
+    """EasyCache: what is reused, and the velocity of every step, from those that the whole model gives."""
+    reused, computed, total, drawn = [], [], 0.0, []
+    for step, x in enumerate(latents):
+        hit = False
+        if len(computed) > 1 and warmup <= step < len(latents) - 1:
+            (older, v_older), (newest, v_newest) = computed[-2:]
+            with np.errstate(all="ignore"):
+                slope = np.abs(v_newest - v_older).mean() / np.abs(newest - older).mean()
+                total += slope * np.abs(x - latents[step - 1]).mean() / np.abs(v_newest).mean()
+            hit = bool(below(total, threshold, margin))
+        if not hit:
+            computed, total = [*computed, (x, velocities[step])], 0.0
+        reused.append(hit)
+        last, v_last = computed[-1]
+        drawn.append(x + (v_last - last))
+    return reused, drawn
+
+
 def both(probes, modulated, threshold, tea_threshold, margin):
     """Reuse where First-Block Cache and TeaCache agree."""
     reused, stored, total = [], None, 0.0

@@ -163,7 +163,7 @@ def replay(config, streams, sigmas=None, cut=0, progress=None):
     key = config.structure, ms.get_context("deterministic")
     if key not in _LOOPS:
         shape = (BATCH, TOKENS, WIDTH)
-        cache = CacheContext(*shape, config=config, text_len=TEXT, steps=steps, sigmas=sigmas)
+        cache = CacheContext(*shape, config=config, text_len=TEXT, steps=steps, sigmas=sigmas, channels=WIDTH)
         _LOOPS[key] = Loop(cache)
     loop = _LOOPS[key]
     numbers = tuple(map(ms.Tensor, knobs(config, steps, sigmas, progress)))

@@ -17,6 +17,7 @@ import mindspore as ms
 
 from FBCache_ms.config import CacheConfig
 from FBCache_ms.gates import every_gate, plan
+from FBCache_ms.rules.when import GATES
 
 DOUBLE_STACK, SINGLE_STACK, SINGLE_0 = "the double stack", "the single stack", "the first single block"
 ALL = (DOUBLE_STACK, SINGLE_STACK)
@@ -34,6 +35,7 @@ RUNS = {
     "loop_TeaCache_and_FBCache": PLAIN,
     "loop_TeaCache_or_FBCache": ((), (0,), ALL),
     "loop_static": ((), ALL),
+    "loop_EasyCache": ((), ALL),
     "loop_CG_Taylor": ((0, 1, -1), ALL),
     "loop_DiCache": PLAIN,
     "loop_true_CFG": PLAIN,
@@ -51,6 +53,9 @@ TEXT_END = 2
 
 BY_STREAM = ("proj_mlp", "proj_out")
 """The layers of a single block that run once a stream where it is divided."""
+
+BEFORE_THE_LOOP = "context_embedder", "time_text_embed.text_embedder", "time_text_embed.guidance_embedder"
+"""Layers that run once a generation."""
 
 TEACACHE_PROBE = "transformer_blocks.0.norm1.linear.weight"
 FULL_DEPTH = ("loop",)
@@ -130,10 +135,13 @@ def test_every_structure_is_compiled():
 def test_each_way_through_the_graph_runs_its_blocks_once_and_no_other(exported, pytestconfig, name, kind):
     doubles, singles = depth(name, pytestconfig)
     divided = divided_blocks(name, doubles, singles)
+    whole_model = GATES[CacheConfig.from_tag(GRAPHS[name].tag).gate].before_embedding
     net, found = MindIR(exported[name, kind]), set()
     for path in net.paths():
         products = Counter({weight: count for (operator, weight), count in path.items() if operator == "Dense"})
         products = Counter({weight: count for weight, count in products.items() if weight and "weight" in weight})
+        if whole_model and all(weight.startswith(BEFORE_THE_LOOP) for weight in products):
+            found.add(frozenset())
         # One step: other ways lead past a loop, or through a reused step to the computed one after it.
         if (products["x_embedder.weight"], products["proj_out.weight"]) != (1, 1):
             continue
@@ -182,3 +190,12 @@ def test_the_loop_of_reuses_is_handed_the_weights_of_the_blocks_that_it_runs(exp
     doubles, singles = depth(name, pytestconfig)
     handed = {block_of(weight, doubles) for weight in MindIR(exported[name, SHARED]).handed("reuses")} - {None}
     assert handed == numbers_of(RUNS[name][0], doubles, singles)
+
+
+def test_a_reuse_of_the_whole_model_is_handed_no_weight_at_all(exported):
+    """No block runs in it, no embedding, of the latents or of the time, and no head."""
+
+    def weights(name):
+        return {each for each in MindIR(exported[name, SHARED]).handed("reuses") if each.endswith((".weight", ".bias"))}
+
+    assert weights("loop_EasyCache") == set() != weights("loop_TeaCache")

@@ -21,6 +21,7 @@ from FBCache_ms.rules.schedules import (
     run_lengths,
     taylorseer,
 )
+from FBCache_ms.rules.when import RULES
 
 
 @pytest.mark.parametrize(
@@ -84,7 +85,6 @@ def test_every_field_comes_back_from_a_tag():
             "derivatives_dtype": "float32",
         },
         {"span": "stacks", "residual_diff_threshold_single": 0.2},
-        {"gate": "fbcache_or_teacache", "teacache_threshold": 0.7, "teacache_coefficients": (1.5, 0)},
         {
             "gate": "static",
             "schedule": "taylorseer",
@@ -103,6 +103,12 @@ def test_every_field_comes_back_from_a_tag():
         },
         {"steps_computation_mask": (1, 0)},
     ]
+    for rule in RULES.values():
+        own = {
+            name: option.default[:2] if option.kind is tuple else 2 * option.default
+            for name, option in rule.options.items()
+        }
+        groups.append({"gate": rule.name, "taylorseer_derivative": rule.fewest_orders, **own})
     assert {name for group in groups for name in group} == {option.name for option in fields(CacheConfig)}
     for group in groups:
         config = CacheConfig(**group)

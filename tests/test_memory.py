@@ -11,7 +11,7 @@ from FBCache_ms.eval import memory
 from FBCache_ms.memory import cache_bytes, cache_parts
 from FBCache_ms.rules.when import GATES
 
-SPANS = ({}, {"Bn_compute_blocks": 2}, {"span": "stacks"}, {"span": "single"})
+SPANS = ({}, {"Bn_compute_blocks": 2}, {"span": "stacks"}, {"span": "single"}, {"span": "model"})
 FORECASTS = ("taylor", "hicache", "newton", "dicache")
 
 
@@ -36,13 +36,16 @@ def structures(gate):
 @pytest.mark.parametrize("gate", GATES)
 def test_the_formula_is_what_is_allocated_for_every_structure(gate):
     rng, configs = np.random.default_rng(list(GATES).index(gate)), list(structures(gate))
-    assert len(configs) > 50
+    # A gate before the embedding has one span.
+    assert len(configs) > (30 if GATES[gate].before_embedding else 50)
     for config in configs:
-        batch, tokens, width, text = rng.integers(1, 6, 4).tolist()
+        batch, tokens, width, text, channels = rng.integers(1, 6, 5).tolist()
         branches, dtype = int(rng.integers(1, 3)), ms.bfloat16 if rng.integers(2) else ms.float32
-        context = CacheContext(batch, tokens, width, None, branches, dtype, config, text, steps=8)
+        context = CacheContext(batch, tokens, width, None, branches, dtype, config, text, 8, channels=channels)
         itemsize = 2 if dtype == ms.bfloat16 else 4
-        assert cache_bytes(config, batch, tokens, width, text, branches, itemsize) == context.nbytes, str(config)
+        assert cache_bytes(config, batch, tokens, width, text, branches, itemsize, channels) == context.nbytes, str(
+            config
+        )
 
 
 def test_parts_of_flux_dev_are_counted_by_hand():
@@ -53,6 +56,14 @@ def test_parts_of_flux_dev_are_counted_by_hand():
     assert parts["probe differences"] == 0 and parts["trace"] + parts["numbers"] < 30_000
     wide = CacheConfig(taylorseer_derivative=2, derivatives_dtype="float32")
     assert cache_parts(wide, 1, 4096, 3072)["differences"] == 3 * 2 * image
+    # EasyCache's tensors are of the latents' 64 channels: the residual, the latents before, and two in float32.
+    easy = cache_parts(CacheConfig.preset("easycache"), 1, 4096, 3072)
+    latents = 4096 * 64
+    assert [easy[name] for name in ("differences", "references", "state")] == [
+        2 * latents,
+        2 * latents,
+        8 * latents + 8,
+    ]
     assert cache_parts(CacheConfig(gate="none"), 1, 4096, 3072, branches=2)["differences"] == 0
 
 

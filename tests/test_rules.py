@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from replay import DOUBLES, SINGLES, Streams, replay
 
 from FBCache_ms import CacheConfig
-from FBCache_ms.rules.when import gates_where
+from FBCache_ms.config import OPTIONS
+from FBCache_ms.rules.when import RULES, gates_where
 
 BLOCKS = DOUBLES + SINGLES
 quick = settings(
@@ -109,6 +110,19 @@ def test_dicache(steps, seed, change, threshold, warmup):
     expected = ref.dicache(streams.span(0, 1), threshold, margin, warmup)
     decided(margin)
     assert traces(CacheConfig(threshold, gate="dicache", warmup_steps=warmup), streams) == [expected]
+
+
+@quick
+@given(lengths, seeds, changes, st.sampled_from([0, 0.05, 0.2, 0.4, 2]), st.integers(0, 6))
+def test_easycache(steps, seed, change, threshold, warmup):
+    streams, margin = Streams(seed, steps, change), []
+    config = CacheConfig(gate="easycache", easycache_threshold=threshold, warmup_steps=warmup)
+    latents = streams.latents[:steps].astype(float)
+    expected, velocities = ref.easycache(latents, latents + streams.span(0, BLOCKS), threshold, margin, warmup)
+    decided(margin)
+    outputs, stats = replay(config, streams)
+    assert list(stats.reused) == (expected if threshold else [False] * steps)
+    np.testing.assert_allclose(outputs, velocities, rtol=1e-4, atol=1e-4) if threshold else None
 
 
 @quick
@@ -277,12 +291,15 @@ def test_what_is_no_number_computes(gate, steps, seed, bad, sample, data):
     streams = Streams(seed, steps, 0.01)
     step = data.draw(st.integers(1, steps - 1))
     streams.image[step, 0, sample, 0, 0] = streams.modulated[step, sample, 0, 0] = bad
+    if gate == "easycache":
+        streams.latents[step, sample, 0, 0] = bad
     options = {"gate": gate, "taylorseer_derivative": int(gate == "cg_taylor")}
     if gate == "max":
         options = {"batch_reduction": "max"}
-    if "teacache" in gate:
-        options["teacache_threshold"] = 1e6
-    if gate != "teacache":
+    for rule in RULES:
+        if rule in gate and f"{rule}_threshold" in OPTIONS:
+            options[f"{rule}_threshold"] = 1e6
+    if gate not in ("teacache", "easycache"):
         options["residual_diff_threshold"] = 1.0
     _, stats = replay(CacheConfig(**options), streams)
     assert not stats.reused[step]

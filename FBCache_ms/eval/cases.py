@@ -167,6 +167,7 @@ def rules():
         Row("FORA", "FORA", "fora"),
         Row("Delta-DiT", "Delta-DiT", "delta_dit"),
         Row("MagCache", "MagCache", "magcache"),
+        Row("EasyCache", "EasyCache", "easycache"),
         Row("CG-Taylor", "CG-Taylor", "cg_taylor"),
         Row("DiCache", "DiCache", "dicache"),
         Row("DiCache", "DiCache's gate, reuse", "F1B0_W6_R0.4,gate=dicache"),

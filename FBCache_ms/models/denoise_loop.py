@@ -14,6 +14,7 @@ from .transformer_flux_withFBCache import (
     embed_condition,
     embed_prompt,
     embed_time,
+    enter,
     project_time,
     reached_shapes,
     reuse,
@@ -110,13 +111,16 @@ class FluxDenoiseLoop(nn.Cell):
         """The latents after the calls up to ``last``, under one gate: each that computes, and those that reuse it."""
         transformer, gate, shape = self.transformer, self.cache.gates[0], self.cache.shape
         temb = shape[0], shape[2]
-        shapes = (temb,) + reached_shapes(transformer, gate, shape, text_shape, temb)
+        stream = latents.shape if gate.whole_model else shape
+        shapes = (temb,) + reached_shapes(transformer, gate, stream, text_shape, temb)
         # Never read; no constants, as which MindSpore 2.10.0 then takes what the loop puts in their places.
         pending = tuple([ops.broadcast_to(call.to(latents.dtype), shape) for shape in shapes])
         positive = ops.zeros_like(latents)
         call, latents, positive, pending = reuses(self, call, last, latents, positive, pending, conditions, updates)
         while call < last:
-            given = pending[:1] + self.condition(call, conditions)[1][1:]
+            given = self.condition(call, conditions)[1]
+            # A reuse of the whole model does not embed the time, and has none to hand over.
+            given = given if gate.whole_model else pending[:1] + given[1:]
             image, text = compute(transformer, gate, pending[1:], given)
             latents, positive = self.advance(call, latents, positive, self.output(image, text, given), updates)
             call, latents, positive, pending = reuses(
@@ -187,9 +191,8 @@ def reuses(loop, call, last, latents, positive, pending, conditions, updates):
     transformer, gate = loop.transformer, loop.cache.gates[0]
     while call < last:
         context, given = loop.condition(call, conditions)
-        image = transformer.x_embedder(latents)
-        reached = approach(transformer, gate, 0, image, context, given)
-        pending = given[:1] + reached
+        reached = approach(transformer, gate, 0, enter(transformer, loop.cache, latents), context, given)
+        pending = (pending[:1] if gate.whole_model else given[:1]) + reached
         if not gate.decide(reached[2:]):
             break
         image, text = reuse(gate, reached)

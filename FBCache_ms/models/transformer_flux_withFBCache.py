@@ -228,6 +228,11 @@ def modulated(transformer, gate, before, now, temb):
     return transformer.transformer_blocks[0].norm1(before[0], emb=temb)[0]
 
 
+def latents(transformer, gate, before, now, temb):
+    """The latents, of as many channels as the velocity has, before the embedding."""
+    return now[0][..., : gate.channels]
+
+
 def why_not_probed(transformer, probe):
     """What keeps a rule's probe from a transformer, in words; None if nothing does."""
     if probe != "modulated":
@@ -243,7 +248,7 @@ def why_not_probed(transformer, probe):
     return f"the first block's norm1, {type(norm).__name__}, is not mindone's AdaLayerNormZero as it is there"
 
 
-PROBES = {"residual": residual, "hidden": hidden, "modulated": modulated}
+PROBES = {"residual": residual, "hidden": hidden, "modulated": modulated, "latents": latents}
 
 
 def divides(transformer, gate, start, first):
@@ -280,9 +285,24 @@ def reached_shapes(transformer, gate, image, text, temb):
     return (image, text) + gate.seen_shapes + (unfinished if divides(transformer, gate, 0, first) else ())
 
 
+def enter(transformer, cache, latents):
+    """The image stream that the first block gets, or the latents where a gate is asked before the embedding."""
+    return latents if cache.whole_model else transformer.x_embedder(latents)
+
+
+def head(transformer, image, given):
+    """The velocity (B, S, C) of the image stream behind the last block."""
+    return transformer.proj_out(transformer.norm_out(image, given[0]))
+
+
+def before_span(gate, image):
+    """What a gate's span adds to: the image stream, or the latents, of as many channels as the velocity has."""
+    return image[..., : gate.channels] if gate.whole_model else image
+
+
 def reuse(gate, reached):
     """Both streams behind a gate's span, forecast from where ``approach`` has come to."""
-    image, text = reached[:2]
+    image, text = before_span(gate, reached[0]), reached[1]
     gate.tallies.hit()
     image_residual, text_residual = gate.forecast(reached[2:])
     if gate.needs_text:
@@ -299,8 +319,13 @@ def compute(transformer, gate, reached, given):
         gate.tallies.miss()
     if len(unfinished) > 0:
         text = text_behind(transformer, first - 1, unfinished)
+    before = before_span(gate, image)
+    if gate.whole_model:
+        image = transformer.x_embedder(image)
     behind, text_behind_span = run_gates(transformer, gate.inner, first, last, image, text, given)
-    gate.store(reached[2:], behind - image, text_behind_span - text)
+    if gate.whole_model:
+        behind = head(transformer, behind, given)
+    gate.store(reached[2:], before, behind, text_behind_span - text)
     return behind, text_behind_span
 
 
@@ -317,15 +342,18 @@ def run_gates(transformer, gates, start, stop, image, text, given):
 
 
 def velocity(transformer, cache, start, image, text, given):
-    """The velocity (B, S, C) from the streams that block number ``start`` gets, through the blocks from there on."""
+    """The velocity (B, S, C) from the streams that block number ``start`` gets, through the blocks from there on.
+
+    Behind a span that is the whole model the image stream is the velocity.
+    """
     image = run_blocks(transformer, start, sum(stacks(transformer)), image, text, given)[0]
     cache.end_step()
-    return transformer.proj_out(transformer.norm_out(image, given[0]))
+    return image if cache.whole_model else head(transformer, image, given)
 
 
 def cached_step(transformer, cache, hidden_states, context, given):
     """The velocity (B, S, C) at latents of that shape, through those blocks that the cache's gates let run."""
-    blocks, image = sum(stacks(transformer)), transformer.x_embedder(hidden_states)
+    blocks, image = sum(stacks(transformer)), enter(transformer, cache, hidden_states)
     image, text = run_gates(transformer, cache.gates, 0, blocks, image, context, given)
     return velocity(transformer, cache, blocks, image, text, given)
 

@@ -15,6 +15,12 @@ COMPUTED, PREVIOUS, FORECAST = "computed", "previous", "forecast"
 PROBE = "probe"
 """What a rule looks at that compares what CacheConfig.probe says, of the blocks before the span."""
 
+LATENTS = "latents"
+"""What a rule looks at that is asked before the embedding: a reuse then stands for the whole model."""
+
+SCALAR, SPAN = "scalar", "span"
+"""The shapes of what a rule keeps from step to step: one number, or as what its span begins and ends with."""
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -31,7 +37,11 @@ class Rule:
             accumulated since the last computed step, and from ``numbers``.
         reference: COMPUTED, PREVIOUS or FORECAST. Against PREVIOUS a score is summed: it is ``accumulated`` at the next
             step if this one is reused.
-        looks_at: PROBE, or the name of a probe that the model has.
+        looks_at: PROBE, LATENTS, or the name of a probe that the model has.
+        difference: difference(reference, probe, state), a scalar; None for arithmetic.relative_difference.
+        state: {name: SCALAR or SPAN}, what it keeps beside; it is no number until ``observe`` has said one.
+        observe: observe(state, before, behind), the state after a computed step, from what went into the span and what
+            came out of it.
         options: {field of CacheConfig: Option}, its own.
         numbers: its own fields whose numbers the score gets, one after the other.
         fewest_orders: the least taylorseer_derivative that it works with.
@@ -46,6 +56,9 @@ class Rule:
     score: Callable
     reference: str = COMPUTED
     looks_at: str = PROBE
+    difference: Optional[Callable] = None
+    state: Mapping[str, str] = field(default_factory=dict)
+    observe: Optional[Callable] = None
     options: Mapping[str, Option] = field(default_factory=dict)
     numbers: Tuple[str, ...] = ()
     fewest_orders: int = 0
@@ -79,6 +92,20 @@ def sum_of_polynomials(difference, accumulated, coefficients):
     for coefficient in coefficients:
         rescaled = rescaled * difference + coefficient
     return accumulated + rescaled
+
+
+def velocity_change(previous, latents, state):
+    """k mean|x - x_prev| / mean|v_c|: by how much of itself the velocity has changed since the step before."""
+    _, _, slope, size = state
+    return slope * (latents.float() - previous.float()).abs().mean() / size
+
+
+def velocity_slope(state, latents, velocity):
+    """x_c, v_c, k = mean|v_c - v_c'| / mean|x_c - x_c'| and mean|v_c| of the last two computed steps, c' before c."""
+    last_latents, last_velocity, _, _ = state
+    latents, velocity = latents.float(), velocity.float()
+    slope = (velocity - last_velocity).abs().mean() / (latents - last_latents).abs().mean()
+    return latents, velocity, slope, velocity.abs().mean()
 
 
 FBCACHE = Rule(
@@ -134,7 +161,30 @@ TEACACHE = Rule(
     computes_last=True,
 )
 
-RULES = {rule.name: rule for rule in (FBCACHE, CG_TAYLOR, DICACHE, TEACACHE)}
+EASYCACHE = Rule(
+    name="easycache",
+    source="EasyCache, arXiv 2507.02860",
+    text="sums the velocity's expected changes, from the latents alone: a reuse runs nothing of the model (EasyCache)",
+    threshold="easycache_threshold",
+    score=sum_of_differences,
+    reference=PREVIOUS,
+    looks_at=LATENTS,
+    difference=velocity_change,
+    state={"latents": SPAN, "velocity": SPAN, "slope": SCALAR, "size": SCALAR},
+    observe=velocity_slope,
+    options={
+        "easycache_threshold": Option(
+            0.1,
+            Real,
+            (0, None),
+            "gate",
+            "EasyCache's tau: reuse while the sum is below it; 0.05 to 0.4; its R is warmup_steps",
+        ),
+    },
+    computes_last=True,
+)
+
+RULES = {rule.name: rule for rule in (FBCACHE, CG_TAYLOR, DICACHE, TEACACHE, EASYCACHE)}
 
 
 @dataclass(frozen=True)
@@ -162,6 +212,11 @@ class Gate:
     def needs_a_block(self):
         """Whether blocks have to run before one of its rules can be asked."""
         return any(rule.needs_a_block for rule in self.every_rule)
+
+    @property
+    def before_embedding(self):
+        """Whether it is asked before the embedding, so that a reuse stands for the whole model."""
+        return any(rule.looks_at == LATENTS for rule in self.every_rule)
 
     @property
     def probes_alone(self):
