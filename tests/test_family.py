@@ -91,3 +91,49 @@ def test_an_xlabs_controlnets_residuals_are_taken_in_turn(tmp_path):
     apply_cache_on_pipe(pipe, ON)
     assert 20 < psnr(plain, draw(pipe, **STEPS)) < 60
     assert pipe.transformer.cache_stats.cached_steps
+
+
+class AuthorsEasyCache:
+    """In a transformer's place, EasyCache as its authors have it, in float64: arXiv 2507.02860."""
+
+    def __init__(self, transformer, threshold, warmup, steps):
+        self.transformer, self.threshold, self.warmup, self.steps = transformer, threshold, warmup, steps
+        self.computed, self.reused, self.previous, self.error = [], [], None, 0.0
+
+    def __getattr__(self, name):
+        return getattr(self.transformer, name)
+
+    def __call__(self, hidden_states, **inputs):
+        step, channels = len(self.reused), self.transformer.proj_out.weight.shape[0]
+        latents, hit = hidden_states.asnumpy()[..., :channels].astype(float), False
+        if len(self.computed) > 1 and self.warmup <= step < self.steps - 1:
+            (older, v_older), (last, v_last) = self.computed[-2:]
+            slope = np.abs(v_last - v_older).mean() / np.abs(last - older).mean()
+            self.error += slope * np.abs(latents - self.previous).mean() / np.abs(v_last).mean()
+            hit = self.error < self.threshold
+        self.reused.append(hit)
+        self.previous = latents
+        if hit:
+            return (ms.Tensor(latents + (v_last - last), ms.float32),)
+        velocity = self.transformer(hidden_states, **inputs)
+        self.computed.append((latents, velocity[0].asnumpy().astype(float)))
+        self.error = 0.0
+        return velocity
+
+
+@pytest.mark.parametrize("threshold", [0.2, 0.4])
+@pytest.mark.parametrize("name", ["FluxPipeline", "FluxControlPipeline", "FluxFillPipeline", "FluxKontextPipeline"])
+def test_easycache_is_its_authors(family, name, threshold):
+    """Control and Fill feed the transformer more channels than the velocity has."""
+    pipe, steps = family(name), 20
+    transformer = pipe.transformer
+    authors = AuthorsEasyCache(transformer, threshold, 3, steps)
+    pipe.__dict__["transformer"] = authors
+    expected = draw(pipe, num_inference_steps=steps, output_type="latent")
+    pipe.__dict__["transformer"] = transformer
+    apply_cache_on_pipe(pipe, CacheConfig(gate="easycache", easycache_threshold=threshold, warmup_steps=3))
+    got = draw(pipe, num_inference_steps=steps, output_type="latent")
+    assert list(pipe.transformer.cache_stats.reused) == authors.reused
+    assert 0 < sum(authors.reused) < steps - 4
+    np.testing.assert_allclose(np.array(got), np.array(expected), atol=1e-5)
+    remove_cache_from_pipe(pipe)
