@@ -53,7 +53,6 @@ First-Block Cache on prompts that they were not learnt from, benchmarks/frontier
 """
 
 
-_STACKS = gates_where(lambda gate: gate.probes_alone)
 _PROBES = gates_where(lambda gate: gate.needs_a_block)
 _ASKED = gates_where(lambda gate: gate.rules)
 _BY_SAMPLE = gates_where(lambda gate: gate.rules and not any(rule.difference for rule in gate.every_rule))
@@ -232,6 +231,8 @@ OPTIONS = {
 }
 """The fields of CacheConfig; a rule's own and a forecast's own come from their declarations."""
 
+_STACKS = gates_where(lambda gate: gate.probes_alone and f"{gate.rules[0].threshold}_single" in OPTIONS)
+
 _Fields = make_dataclass(
     "_Fields",
     [(name, object, field(default=option.default, metadata={"option": option})) for name, option in OPTIONS.items()],
@@ -291,7 +292,7 @@ class CacheConfig(_Fields):
                 f"Fn_compute_blocks=0: gate {self.gate!r} compares what the first blocks add, so one must run; only "
                 f"{' and '.join(others)} do without"
             )
-        if self.span == "stacks" and not gate.probes_alone:
+        if self.span == "stacks" and self.gate not in _STACKS:
             raise ValueError(f"span 'stacks' needs a gate that probes each stack: {', '.join(_STACKS)}")
         if self.span == "single" and gate.within:
             others = gates_where(lambda other: other.rules and not other.within)

@@ -109,10 +109,9 @@ def difference_limit(config):
     """What CacheStats.residual_diffs have to stay below, None where a rule's score is another quantity."""
     if not (GATES[config.gate].probes_alone and config.rules[0].compares_itself):
         return None
-    if config.span == "stacks" and config.residual_diff_threshold == 0:
-        # The double stack's gate, which never reuses, is not asked.
-        return config.residual_diff_threshold_single
-    return config.residual_diff_threshold
+    limit = getattr(config, config.rules[0].threshold)
+    # The double stack's gate is not asked where it never reuses.
+    return config.residual_diff_threshold_single if config.span == "stacks" and limit == 0 else limit
 
 
 def table_of(cells):
