@@ -611,13 +611,15 @@ def test_a_block_of_the_users_own_before_the_span_is_not_divided(own):
 def test_what_a_probe_cannot_look_at_is_named():
     block = cpu.transformer_flux.FluxTransformerBlock(16, 2, 8)
     transformer = SimpleNamespace(transformer_blocks=[block], single_transformer_blocks=[])
-    assert transformer_flux_withFBCache.why_not_probed(transformer) is None
+    why_not_probed = transformer_flux_withFBCache.why_not_probed
+    assert why_not_probed(transformer, "modulated") is None
     block.norm1 = Halved()
-    assert "norm1, Halved, is not mindone's" in transformer_flux_withFBCache.why_not_probed(transformer)
+    assert "norm1, Halved, is not mindone's" in why_not_probed(transformer, "modulated")
     transformer.transformer_blocks = [Halved()]
-    assert "Halved, has no norm1" in transformer_flux_withFBCache.why_not_probed(transformer)
+    assert "Halved, has no norm1" in why_not_probed(transformer, "modulated")
     transformer.transformer_blocks = []
-    assert "no double block" in transformer_flux_withFBCache.why_not_probed(transformer)
+    assert "no double block" in why_not_probed(transformer, "modulated")
+    assert why_not_probed(transformer, "latents") is None
 
 
 class Call(nn.Cell):
