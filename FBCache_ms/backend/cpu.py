@@ -1,8 +1,9 @@
 """Stand-ins for what MindSpore's CPU backend has no kernel for, so that mindone's whole Flux pipeline runs on it.
 
-install() puts them in the places of mint's functions and of mindone's cells. Nothing else in the package replaces
-anything of mindone's or MindSpore's, and on Ascend this module is never imported. A cell is replaced where it calls a
-Tensor method, such as x.chunk, that graph mode resolves out of Python's reach.
+install() puts them in the places of mint's functions and of mindone's cells, and fills rules/kernels.py and
+models/kernels.py. Nothing else in the package replaces anything of mindone's or MindSpore's, and on Ascend this module
+is never imported. A cell is replaced where it calls a Tensor method, such as x.chunk, that graph mode resolves out of
+Python's reach.
 
 What takes the time was chosen by timing the 28-step loop with each candidate (benchmarks/cpu_stand_ins.py), not by
 name. The fused stand-ins, of one kernel each, take the places of others where there is a C++ compiler.
