@@ -18,7 +18,13 @@ MOST = 16
 VALUES = {type(None), bool, int, float, str}
 """Types of attributes that are compared by value, and not by which object they are."""
 
-OF_COMPILATION = {"__compile_cell_hook__", "__parse_method__", "_func_graph_flags", "current_phase"}
+OF_COMPILATION = {
+    "__compile_cell_hook__",
+    "__parse_method__",
+    "_func_graph_flags",
+    "current_phase",
+    "sequence_modified",
+}
 """Attributes that MindSpore gives a cell where it compiles it."""
 
 OF_EVERY_CELL = frozenset(vars(nn.Cell())) | OF_COMPILATION | {"init_tensor"}

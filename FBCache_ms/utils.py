@@ -223,12 +223,7 @@ class Gate:
         reuse, differences, scores = asked, (), ()
         for place in range(len(self.rules)):
             rule = self.rules[place]
-            if rule.difference is None:
-                difference = relative_difference(self.reference(rule), seen[place], self.batch_reduction)
-            else:
-                difference = rule.difference(self.reference(rule), seen[place], rule.kept())
-            numbers = tuple([self.number(number) for number in rule.numbers])
-            score = rule.score(difference, rule.sum.read(), numbers)
+            difference, score = self.compare(rule, seen[place])
             reuse = ops.logical_and(reuse, score < self.number(rule.threshold))
             differences, scores = differences + (difference,), scores + (score,)
         for place in range(len(self.rules)):
@@ -238,6 +233,15 @@ class Gate:
                 rule.sum.write(ops.where(reuse, scores[place], 0.0))
         self.trace(reuse, asked, differences)
         return reuse
+
+    def compare(self, rule, probe):
+        """A rule's difference and its score."""
+        if rule.difference is None:
+            difference = relative_difference(self.reference(rule), probe, self.batch_reduction)
+        else:
+            difference = rule.difference(self.reference(rule), probe, rule.kept())
+        numbers = tuple([self.number(number) for number in rule.numbers])
+        return difference, rule.score(difference, rule.sum.read(), numbers)
 
     def reference(self, rule):
         """What a rule compares the probe with."""
