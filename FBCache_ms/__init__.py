@@ -2,21 +2,21 @@
 
 from importlib import import_module
 
-from .noise import leave_out_noise
+from .runtime.noise import leave_out_noise
 
 _HOMES = {
     "CacheConfig": "config",
-    "CacheContext": "utils",
-    "CacheStats": "stats",
-    "Device": "device",
+    "CacheContext": "cache.context",
+    "CacheStats": "cache.stats",
+    "Device": "runtime.device",
     "FBCache_transformer_construct": "models.transformer_flux_withFBCache",
-    "FluxDenoiseLoop": "models.denoise_loop",
-    "FluxPipeline": "pipeline_flux",
-    "TINY_FLUX": "checkpoint",
-    "apply_cache_on_pipe": "pipeline_flux",
-    "choose_device": "device",
-    "prepare_device": "device",
-    "remove_cache_from_pipe": "pipeline_flux",
+    "FluxDenoiseLoop": "cache.loop",
+    "FluxPipeline": "pipelines.flux",
+    "TINY_FLUX": "runtime.checkpoint",
+    "apply_cache_on_pipe": "pipelines.flux",
+    "choose_device": "runtime.device",
+    "prepare_device": "runtime.device",
+    "remove_cache_from_pipe": "pipelines.flux",
 }
 __all__ = list(_HOMES)
 

@@ -27,12 +27,10 @@ import mindspore as ms
 from mindspore import Parameter, nn, ops
 
 from FBCache_ms import CacheConfig, FluxPipeline, apply_cache_on_pipe, prepare_device
-from FBCache_ms.cached_transformer import StandIn
-from FBCache_ms.checkpoint import TINY_FLUX
-from FBCache_ms.eval.arguments import Parser, add_into_option, add_save_path, check_range, exit_status
-from FBCache_ms.eval.cases import UNCACHED
-from FBCache_ms.eval.files import check_folder, check_into
-from FBCache_ms.eval.tables import markdown, publish, spread
+from FBCache_ms.eval.shared.arguments import Parser, add_into_option, add_save_path, check_range, exit_status
+from FBCache_ms.eval.shared.cases import UNCACHED
+from FBCache_ms.eval.shared.files import check_folder, check_into
+from FBCache_ms.eval.shared.tables import markdown, publish, spread
 from FBCache_ms.models.transformer_flux_withFBCache import (
     embed_condition,
     embed_prompt,
@@ -40,8 +38,10 @@ from FBCache_ms.models.transformer_flux_withFBCache import (
     project_time,
     run_blocks,
 )
+from FBCache_ms.pipelines.cached_transformer import StandIn
 from FBCache_ms.rules.arithmetic import relative_difference
 from FBCache_ms.rules.schedules import MAX_STEPS
+from FBCache_ms.runtime.checkpoint import TINY_FLUX
 
 PROMPT = "a big red circle in the center, blue background"
 EXAMPLE, STEP, LOOP = "the example: step, Python loop", "FBCache_ms: step, Python loop", "FBCache_ms: whole loop"

@@ -26,14 +26,14 @@ from typing import Tuple
 import numpy as np
 from machine import machine
 
-from FBCache_ms.checkpoint import TINY_FLUX
 from FBCache_ms.config import FEW_STEPS, CacheConfig
-from FBCache_ms.eval.arguments import Parser, add_into_option, add_save_path, check_range, exit_status
-from FBCache_ms.eval.cases import UNCACHED
-from FBCache_ms.eval.files import check_folder, check_into
-from FBCache_ms.eval.metrics import psnr, read_picture
-from FBCache_ms.eval.tables import markdown, publish, spread
+from FBCache_ms.eval.shared.arguments import Parser, add_into_option, add_save_path, check_range, exit_status
+from FBCache_ms.eval.shared.cases import UNCACHED
+from FBCache_ms.eval.shared.files import check_folder, check_into
+from FBCache_ms.eval.shared.metrics import psnr, read_picture
+from FBCache_ms.eval.shared.tables import markdown, publish, spread
 from FBCache_ms.rules.schedules import MAX_STEPS
+from FBCache_ms.runtime.checkpoint import TINY_FLUX
 
 PEERS = Path(__file__).parents[1] / "tools" / "peers"
 THREADS = 2

@@ -18,9 +18,9 @@ from functools import lru_cache
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 
-from FBCache_ms.eval.arguments import Parser, add_into_option, add_save_path, check_range, exit_status, quiet
-from FBCache_ms.eval.files import check_folder, check_into
-from FBCache_ms.eval.tables import markdown, publish, spread
+from FBCache_ms.eval.shared.arguments import Parser, add_into_option, add_save_path, check_range, exit_status, quiet
+from FBCache_ms.eval.shared.files import check_folder, check_into
+from FBCache_ms.eval.shared.tables import markdown, publish, spread
 
 DOUBLES, SINGLES = 19, 38
 TOKENS, TEXT, STEPS = 64, 32, 28
@@ -100,8 +100,8 @@ def build(graph, model):
     import mindspore as ms
 
     from FBCache_ms import CacheConfig, CacheContext, FluxDenoiseLoop
-    from FBCache_ms.cached_transformer import CachedStep
-    from FBCache_ms.gates import knobs
+    from FBCache_ms.cache.gates import knobs
+    from FBCache_ms.pipelines.cached_transformer import CachedStep
 
     def half(*shape):
         return ms.Tensor(np.zeros(shape), ms.bfloat16)
@@ -158,7 +158,7 @@ def export(names, folder, lazy_inline=False, doubles=DOUBLES, singles=SINGLES):
         begin = time.perf_counter()
         ms.export(cell, *inputs, file_name=str(folder / name), file_format="MINDIR")
         yield time.perf_counter() - begin, getrusage(RUSAGE_SELF).ru_maxrss * 1024
-    if "FBCache_ms.backend.cpu" in sys.modules:
+    if "FBCache_ms.runtime.cpu.stand_ins" in sys.modules:
         raise RuntimeError("the CPU's stand-ins are in the way of the Ascend path")
 
 

@@ -11,9 +11,9 @@ import time
 
 from machine import machine
 
-from FBCache_ms.eval.arguments import Parser, add_into_option, add_save_path, check_range, exit_status
-from FBCache_ms.eval.files import check_folder, check_into
-from FBCache_ms.eval.tables import markdown, publish, spread
+from FBCache_ms.eval.shared.arguments import Parser, add_into_option, add_save_path, check_range, exit_status
+from FBCache_ms.eval.shared.files import check_folder, check_into
+from FBCache_ms.eval.shared.tables import markdown, publish, spread
 
 TURNS, SHAPE = 100, (96, 128)
 
@@ -89,7 +89,7 @@ def main(argv=None):
     def work():
         import mindspore as ms
 
-        from FBCache_ms.device import choose_device, prepare_device
+        from FBCache_ms.runtime.device import choose_device, prepare_device
 
         choose_device("CPU")
         prepare_device()

@@ -19,12 +19,13 @@ import mindspore as ms
 from mindspore import mint, ops
 
 from FBCache_ms import CacheConfig, CacheContext, FluxDenoiseLoop
-from FBCache_ms.backend import cpu, cpu_kernels
-from FBCache_ms.checkpoint import TINY_FLUX
-from FBCache_ms.eval.arguments import Parser, add_into_option, add_save_path, check_range, exit_status, reason
-from FBCache_ms.eval.files import check_folder, check_into
-from FBCache_ms.eval.tables import markdown, publish, spread
-from FBCache_ms.gates import knobs
+from FBCache_ms.cache.gates import knobs
+from FBCache_ms.eval.shared.arguments import Parser, add_into_option, add_save_path, check_range, exit_status, reason
+from FBCache_ms.eval.shared.files import check_folder, check_into
+from FBCache_ms.eval.shared.tables import markdown, publish, spread
+from FBCache_ms.runtime.checkpoint import TINY_FLUX
+from FBCache_ms.runtime.cpu import kernels as cpu_kernels
+from FBCache_ms.runtime.cpu import stand_ins as cpu
 
 STEPS = 28
 IN_USE = "as it is"

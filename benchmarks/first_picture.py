@@ -20,14 +20,14 @@ from pathlib import Path
 
 from machine import machine
 
-from FBCache_ms.checkpoint import TINY_FLUX
-from FBCache_ms.eval.arguments import Parser, add_into_option, add_save_path, check_range, exit_status
-from FBCache_ms.eval.files import check_folder, check_into
-from FBCache_ms.eval.tables import markdown, publish, spread
+from FBCache_ms.eval.shared.arguments import Parser, add_into_option, add_save_path, check_range, exit_status
+from FBCache_ms.eval.shared.files import check_folder, check_into
+from FBCache_ms.eval.shared.tables import markdown, publish, spread
+from FBCache_ms.runtime.checkpoint import TINY_FLUX
 
 PROGRAM = "FBCache_ms.eval.run_flux_withFBCache_pipeline"
 PARTS = ("imports", "load", "encode", "compile", "denoise", "decode")
-MODULES = ("mindspore", "transformers", "mindone.transformers", "mindone.diffusers", "FBCache_ms.pipeline_flux")
+MODULES = ("mindspore", "transformers", "mindone.transformers", "mindone.diffusers", "FBCache_ms.pipelines.flux")
 DOUBLES, SINGLES = 19, 38
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 MOST, MOST_SECONDS = 0.35, 20

@@ -22,7 +22,7 @@ import numpy as np
 from machine import machine
 
 from FBCache_ms.config import PRESETS, CacheConfig
-from FBCache_ms.eval.arguments import (
+from FBCache_ms.eval.shared.arguments import (
     Parser,
     add_clip_option,
     add_drawing_options,
@@ -33,13 +33,13 @@ from FBCache_ms.eval.arguments import (
     exit_status,
     reason,
 )
-from FBCache_ms.eval.cases import BASELINE, UNCACHED, Row
-from FBCache_ms.eval.drawing import Setting, draw_and_finish
-from FBCache_ms.eval.files import check_folder, check_into, put_into, say_written
-from FBCache_ms.eval.measure import Judge, cell_of, clip_folder, write_sweep
-from FBCache_ms.eval.prompts import choose_prompts
-from FBCache_ms.eval.scenes import held_out_captions
-from FBCache_ms.eval.tables import KINDS, markdown, show, spread, write_tables
+from FBCache_ms.eval.shared.cases import BASELINE, UNCACHED, Row
+from FBCache_ms.eval.shared.drawing import Setting, draw_and_finish
+from FBCache_ms.eval.shared.files import check_folder, check_into, put_into, say_written
+from FBCache_ms.eval.shared.measure import Judge, cell_of, clip_folder, write_sweep
+from FBCache_ms.eval.shared.prompts import choose_prompts
+from FBCache_ms.eval.shared.scenes import held_out_captions
+from FBCache_ms.eval.shared.tables import KINDS, markdown, show, spread, write_tables
 from FBCache_ms.eval.tune import FAMILIES, INTERVALS, THRESHOLDS
 from FBCache_ms.rules.schedules import LEARNT
 

@@ -22,9 +22,17 @@ from multiprocessing import get_context
 from machine import machine
 
 from FBCache_ms.config import CacheConfig
-from FBCache_ms.eval.arguments import Parser, add_into_option, add_save_path, check_range, exit_status, quiet, reason
-from FBCache_ms.eval.files import check_folder, check_into
-from FBCache_ms.eval.tables import markdown, publish, spread
+from FBCache_ms.eval.shared.arguments import (
+    Parser,
+    add_into_option,
+    add_save_path,
+    check_range,
+    exit_status,
+    quiet,
+    reason,
+)
+from FBCache_ms.eval.shared.files import check_folder, check_into
+from FBCache_ms.eval.shared.tables import markdown, publish, spread
 from FBCache_ms.rules.schedules import MAX_STEPS
 
 STEPS, REUSES, TEXT = 3, 8, 32
@@ -108,7 +116,7 @@ def loop_of(point):
     import mindspore as ms
 
     from FBCache_ms import CacheContext, FluxDenoiseLoop, prepare_device
-    from FBCache_ms.gates import knobs
+    from FBCache_ms.cache.gates import knobs
 
     ms.set_context(mode=ms.GRAPH_MODE)
     prepare_device()
@@ -158,7 +166,7 @@ def loop_of(point):
 def measure(point, runs):
     """A point's figures: seconds of a computed and of a reused step in each run, and bytes."""
     quiet()
-    from FBCache_ms.eval.drawing import peak_bytes
+    from FBCache_ms.eval.shared.drawing import peak_bytes
 
     loop, inputs = loop_of(point)
     computing = CacheConfig(taylorseer_derivative=point.order, warmup_steps=MAX_STEPS)

@@ -22,10 +22,10 @@ from tqdm.auto import tqdm
 import mindspore as ms
 
 from FBCache_ms import CacheConfig, FluxPipeline, apply_cache_on_pipe
-from FBCache_ms.checkpoint import TINY_FLUX, check_checkpoint
-from FBCache_ms.eval.arguments import Parser, add_into_option, add_save_path, check_range, exit_status, reason
-from FBCache_ms.eval.files import check_folder, check_into
-from FBCache_ms.eval.tables import markdown, publish
+from FBCache_ms.eval.shared.arguments import Parser, add_into_option, add_save_path, check_range, exit_status, reason
+from FBCache_ms.eval.shared.files import check_folder, check_into
+from FBCache_ms.eval.shared.tables import markdown, publish
+from FBCache_ms.runtime.checkpoint import TINY_FLUX, check_checkpoint
 
 SHAPES = [(64, 64, 1), (64, 96, 1), (96, 64, 1), (64, 64, 2), (32, 32, 3)]
 """Height, width and images of a request."""

@@ -23,10 +23,10 @@ from functools import partial
 from machine import machine
 
 from FBCache_ms.config import CacheConfig
-from FBCache_ms.eval.arguments import Parser, add_into_option, add_save_path, check_range, exit_status, reason
-from FBCache_ms.eval.cases import UNCACHED
-from FBCache_ms.eval.files import check_folder, check_into
-from FBCache_ms.eval.tables import markdown, publish, spread
+from FBCache_ms.eval.shared.arguments import Parser, add_into_option, add_save_path, check_range, exit_status, reason
+from FBCache_ms.eval.shared.cases import UNCACHED
+from FBCache_ms.eval.shared.files import check_folder, check_into
+from FBCache_ms.eval.shared.tables import markdown, publish, spread
 from FBCache_ms.rules.schedules import MAX_STEPS
 
 PROMPT = "a big red circle in the center, blue background"
@@ -99,7 +99,7 @@ def pipelines(names):
     The pipelines' default size is the transformer's.
     """
     from FBCache_ms import FluxPipeline
-    from FBCache_ms.checkpoint import TINY_FLUX
+    from FBCache_ms.runtime.checkpoint import TINY_FLUX
 
     pipe = FluxPipeline.from_pretrained(str(TINY_FLUX))
     pipe.set_progress_bar_config(disable=True)

@@ -12,8 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from FBCache_ms.eval.arguments import Parser, add_save_path, exit_status, reason
-from FBCache_ms.eval.files import check_folder, json_bytes, say_written, write_file, write_text
+from FBCache_ms.eval.shared.arguments import Parser, add_save_path, exit_status, reason
+from FBCache_ms.eval.shared.files import check_folder, json_bytes, say_written, write_file, write_text
 
 BENCHMARKS = {
     "overhead": "The loop against its limit",

@@ -15,10 +15,10 @@ from machine import machine
 from overhead import FLUX, PROMPT, denoise, ratios, transformer_of, with_transformer
 
 from FBCache_ms.config import CacheConfig
-from FBCache_ms.eval.arguments import Parser, add_into_option, add_save_path, check_range, exit_status, reason
-from FBCache_ms.eval.cases import UNCACHED
-from FBCache_ms.eval.files import check_folder, check_into
-from FBCache_ms.eval.tables import markdown, publish, spread
+from FBCache_ms.eval.shared.arguments import Parser, add_into_option, add_save_path, check_range, exit_status, reason
+from FBCache_ms.eval.shared.cases import UNCACHED
+from FBCache_ms.eval.shared.files import check_folder, check_into
+from FBCache_ms.eval.shared.tables import markdown, publish, spread
 
 MOST = 1.03
 LARGE = {**FLUX, "num_attention_heads": 8}
@@ -61,7 +61,7 @@ def measure(pipe, prompt, config, steps, runs):
 def figures_of(args):
     """What was measured of each transformer and number of steps."""
     from FBCache_ms import FluxPipeline
-    from FBCache_ms.checkpoint import TINY_FLUX
+    from FBCache_ms.runtime.checkpoint import TINY_FLUX
 
     pipe = FluxPipeline.from_pretrained(str(TINY_FLUX))
     prompt = pipe.encode_prompt(PROMPT, max_sequence_length=pipe.tokenizer_2.model_max_length)[:2]

@@ -6,9 +6,9 @@ import pytest
 
 import mindspore as ms
 
-from FBCache_ms.checkpoint import TINY_FLUX
-from FBCache_ms.device import prepare_device
-from FBCache_ms.pipeline_flux import FluxPipeline
+from FBCache_ms.pipelines.flux import FluxPipeline
+from FBCache_ms.runtime.checkpoint import TINY_FLUX
+from FBCache_ms.runtime.device import prepare_device
 
 
 def pytest_addoption(parser):
@@ -34,7 +34,7 @@ def pytest_configure(config):
 
 def replaced():
     """{(owner, name): what fused stand-ins alone take the place of}, None where there is nothing."""
-    from FBCache_ms.backend import cpu
+    from FBCache_ms.runtime.cpu import stand_ins as cpu
 
     plain = {(owner, name) for owner, name, _ in cpu.STAND_INS}
     places = [(owner, name) for owner, name, _ in cpu.FUSED_STAND_INS if (owner, name) not in plain]
@@ -49,7 +49,8 @@ def installed(request, monkeypatch):
             pytest.skip("no stand-ins on this device")
         yield
         return
-    from FBCache_ms.backend import cpu, cpu_kernels
+    from FBCache_ms.runtime.cpu import kernels as cpu_kernels
+    from FBCache_ms.runtime.cpu import stand_ins as cpu
 
     if request.param == "plain":
         for name in ("KERNELS_FILE", "LINEAR"):

@@ -14,8 +14,8 @@ import sys
 import generate_clip_score_datas
 import pytest
 
-from FBCache_ms.checkpoint import TINY_FLUX
-from FBCache_ms.eval.floors import FLOOR_ELSEWHERE, FLOORS, MOST_LOST_CLIP_SCORE, is_embedded
+from FBCache_ms.eval.shared.floors import FLOOR_ELSEWHERE, FLOORS, MOST_LOST_CLIP_SCORE, is_embedded
+from FBCache_ms.runtime.checkpoint import TINY_FLUX
 
 
 def embedded(config):

@@ -9,7 +9,7 @@ import sys
 
 from test_accuracy_data import PROMPTS, STEPS, config_of, sizes
 
-from FBCache_ms.eval.arguments import (
+from FBCache_ms.eval.shared.arguments import (
     Parser,
     add_clip_option,
     add_drawing_options,
@@ -17,12 +17,12 @@ from FBCache_ms.eval.arguments import (
     exit_status,
     reason,
 )
-from FBCache_ms.eval.cases import UNCACHED
-from FBCache_ms.eval.drawing import Setting, draw_missing, session, wait_for_all
-from FBCache_ms.eval.files import check_folder, json_bytes, write_file
-from FBCache_ms.eval.floors import FLOORS
-from FBCache_ms.eval.measure import Judge, clip_folder
-from FBCache_ms.eval.prompts import choose_prompts
+from FBCache_ms.eval.shared.cases import UNCACHED
+from FBCache_ms.eval.shared.drawing import Setting, draw_missing, session, wait_for_all
+from FBCache_ms.eval.shared.files import check_folder, json_bytes, write_file
+from FBCache_ms.eval.shared.floors import FLOORS
+from FBCache_ms.eval.shared.measure import Judge, clip_folder
+from FBCache_ms.eval.shared.prompts import choose_prompts
 
 
 def parse_arguments(argv=None):

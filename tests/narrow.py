@@ -1,11 +1,14 @@
-"""A checkpoint that compiles and draws in no time: the embedded one with its first blocks alone."""
+"""A checkpoint that compiles and draws in no time: the embedded one with its first blocks alone; and a LoRA."""
 
 import json
 import shutil
 
+import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from FBCache_ms.checkpoint import TINY_FLUX
+import mindspore as ms
+
+from FBCache_ms.runtime.checkpoint import TINY_FLUX
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
@@ -25,3 +28,12 @@ def make_narrow(folder, doubles=1, singles=1):
             del tensors[name]
     save_file(tensors, folder / WEIGHTS, metadata={"format": "np"})
     return folder
+
+
+def text_lora(seed):
+    """A LoRA's state dict for a layer of each of CLIP's blocks."""
+    rng, tensors = np.random.default_rng(seed), {}
+    for part, shape in {"lora_A": (4, 64), "lora_B": (64, 4)}.items():
+        name = f"text_encoder.text_model.encoder.layers.0.self_attn.q_proj.{part}.weight"
+        tensors[name] = ms.Parameter(ms.Tensor(rng.normal(0, 0.5, shape), ms.float32), name=name)
+    return tensors

@@ -5,9 +5,9 @@ import numpy as np
 import mindspore as ms
 from mindspore import nn, ops
 
-from FBCache_ms.gates import knobs
+from FBCache_ms.cache.context import CacheContext
+from FBCache_ms.cache.gates import knobs
 from FBCache_ms.models.transformer_flux_withFBCache import cached_step
-from FBCache_ms.utils import CacheContext
 
 DOUBLES, SINGLES = 3, 4
 BATCH, TOKENS, TEXT, WIDTH = 2, 3, 2, 4

@@ -1,7 +1,7 @@
 """What flux_accuracy_test.py draws: prompts of our own, sizes, steps and settings."""
 
-from FBCache_ms.checkpoint import TINY_FLUX, image_size, image_unit
 from FBCache_ms.config import CacheConfig
+from FBCache_ms.runtime.checkpoint import TINY_FLUX, image_size, image_unit
 
 PROMPTS = 4
 """How many of our own prompts are drawn."""

@@ -8,8 +8,8 @@ import traceback
 
 from FBCache_ms.config import CacheConfig
 from FBCache_ms.eval import environment
-from FBCache_ms.eval.acceptance_checks import CHECKS, Finding, Run
-from FBCache_ms.eval.arguments import (
+from FBCache_ms.eval.shared.acceptance_checks import CHECKS, Finding, Run
+from FBCache_ms.eval.shared.arguments import (
     Parser,
     add_clip_option,
     add_drawing_options,
@@ -21,10 +21,10 @@ from FBCache_ms.eval.arguments import (
     one_line,
     reason,
 )
-from FBCache_ms.eval.cases import ROWS
-from FBCache_ms.eval.files import check_folder, check_into, json_bytes, locked, put_into, write_file, write_text
-from FBCache_ms.eval.measure import clip_folder
-from FBCache_ms.eval.prompts import choose_prompts
+from FBCache_ms.eval.shared.cases import ROWS
+from FBCache_ms.eval.shared.files import check_folder, check_into, json_bytes, locked, put_into, write_file, write_text
+from FBCache_ms.eval.shared.measure import clip_folder
+from FBCache_ms.eval.shared.prompts import choose_prompts
 
 LONGEST_REASON = 300
 """Characters of an error's message in the report; NAME.log has all of it."""

@@ -7,7 +7,7 @@ import statistics
 import sys
 
 from FBCache_ms.config import CacheConfig
-from FBCache_ms.eval.arguments import (
+from FBCache_ms.eval.shared.arguments import (
     Parser,
     add_drawing_options,
     check_cache,
@@ -16,11 +16,11 @@ from FBCache_ms.eval.arguments import (
     exit_status,
     reason,
 )
-from FBCache_ms.eval.cases import ROWS, UNCACHED
-from FBCache_ms.eval.drawing import Setting, draw_and_finish, named_settings
-from FBCache_ms.eval.files import check_folder
-from FBCache_ms.eval.prompts import choose_prompts
-from FBCache_ms.eval.tables import markdown, publish, spread
+from FBCache_ms.eval.shared.cases import ROWS, UNCACHED
+from FBCache_ms.eval.shared.drawing import Setting, draw_and_finish, named_settings
+from FBCache_ms.eval.shared.files import check_folder
+from FBCache_ms.eval.shared.prompts import choose_prompts
+from FBCache_ms.eval.shared.tables import markdown, publish, spread
 
 PYNATIVE, GRAPH = "Baseline (PyNative Mode)", "Baseline (Graph Mode)"
 

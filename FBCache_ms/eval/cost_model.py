@@ -9,12 +9,12 @@ from typing import Tuple
 
 import numpy as np
 
-from FBCache_ms.checkpoint import FLUX_DEV, image_unit, transformer_config
+from FBCache_ms.cache.gates import every_gate, knobs, plan
 from FBCache_ms.config import CacheConfig
-from FBCache_ms.eval.arguments import Parser, add_into_option, add_save_path, check_range, exit_status, reason
-from FBCache_ms.eval.cost_chart import chart_page
-from FBCache_ms.eval.files import check_folder, check_into, write_text
-from FBCache_ms.eval.published import (
+from FBCache_ms.eval.shared.arguments import Parser, add_into_option, add_save_path, check_range, exit_status, reason
+from FBCache_ms.eval.shared.cost_chart import chart_page
+from FBCache_ms.eval.shared.files import check_folder, check_into, write_text
+from FBCache_ms.eval.shared.published import (
     ATLAS,
     L20,
     PLAIN,
@@ -25,10 +25,10 @@ from FBCache_ms.eval.published import (
     predict_rows,
     with_fusion,
 )
-from FBCache_ms.eval.tables import markdown, publish
-from FBCache_ms.gates import every_gate, knobs, plan
-from FBCache_ms.roofline import PYNATIVE, WHOLE_LOOP, Accelerator, Shapes, seconds, step, work_seconds
+from FBCache_ms.eval.shared.tables import markdown, publish
+from FBCache_ms.predict.roofline import PYNATIVE, WHOLE_LOOP, Accelerator, Shapes, seconds, step, work_seconds
 from FBCache_ms.rules.schedules import MAX_STEPS
+from FBCache_ms.runtime.checkpoint import FLUX_DEV, image_unit, transformer_config
 
 SIZES, STEPS, BATCHES, ORDERS = (512, 768, 1024, 1536, 2048), (4, 14, 28, 50), (1, 2, 4, 8), (0, 1, 2, 3)
 FIGURES = {

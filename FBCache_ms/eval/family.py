@@ -10,9 +10,9 @@ from typing import Dict, Tuple
 import numpy as np
 
 from FBCache_ms.config import CacheConfig
-from FBCache_ms.eval.arguments import Parser, add_into_option, add_save_path, check_range, exit_status, reason
-from FBCache_ms.eval.files import check_folder, check_into
-from FBCache_ms.eval.tables import markdown, publish
+from FBCache_ms.eval.shared.arguments import Parser, add_into_option, add_save_path, check_range, exit_status, reason
+from FBCache_ms.eval.shared.files import check_folder, check_into
+from FBCache_ms.eval.shared.tables import markdown, publish
 
 SIDE = 64
 PROMPT, OTHER = "a big red circle in the center, blue background", "a small green square on the left, black background"
@@ -87,7 +87,7 @@ def uncached(pipe, **settings):
     mindone gives a ControlNet's residuals to the graph as constants, so that it compiles at every step, and takes old
     graphs for new ones; here they are inputs.
     """
-    from FBCache_ms.cached_transformer import StandIn, graph_input
+    from FBCache_ms.pipelines.cached_transformer import StandIn, graph_input
 
     class Plain(StandIn):
         def __call__(self, *args, **kwargs):
@@ -131,7 +131,7 @@ def measure(name, folder, config, steps, runs, components):
     ``components`` keeps the encoders for every pipeline and the models for those of their layout, as they compile long.
     """
     from FBCache_ms import apply_cache_on_pipe, remove_cache_from_pipe
-    from FBCache_ms.eval.metrics import psnr
+    from FBCache_ms.eval.shared.metrics import psnr
 
     pipe = load(name, folder, **components.get("", {}), **components.get(folder.name, {}))
     for key, parts in {"": ENCODERS, folder.name: MODELS}.items():

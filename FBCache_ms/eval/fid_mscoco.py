@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 from FBCache_ms.config import CacheConfig
-from FBCache_ms.eval.arguments import (
+from FBCache_ms.eval.quality import METRICS_PYTHON, TINY_CLIP, ClipScore, fid, fid_lacks
+from FBCache_ms.eval.shared.arguments import (
     Parser,
     add_drawing_options,
     check_cache,
@@ -14,13 +15,12 @@ from FBCache_ms.eval.arguments import (
     exit_status,
     reason,
 )
-from FBCache_ms.eval.cases import ROWS
-from FBCache_ms.eval.drawing import draw_and_finish, named_settings
-from FBCache_ms.eval.files import check_folder
-from FBCache_ms.eval.metrics import open_picture
-from FBCache_ms.eval.prompts import coco_captions
-from FBCache_ms.eval.quality import METRICS_PYTHON, TINY_CLIP, ClipScore, fid, fid_lacks
-from FBCache_ms.eval.tables import markdown, publish
+from FBCache_ms.eval.shared.cases import ROWS
+from FBCache_ms.eval.shared.drawing import draw_and_finish, named_settings
+from FBCache_ms.eval.shared.files import check_folder
+from FBCache_ms.eval.shared.metrics import open_picture
+from FBCache_ms.eval.shared.prompts import coco_captions
+from FBCache_ms.eval.shared.tables import markdown, publish
 
 
 def parse_arguments(argv=None):
@@ -104,7 +104,7 @@ def distances(args, folders):
             setting: fid(paths, args.references, args.inception, args.metrics_python)
             for setting, paths in pictures.items()
         }
-    from FBCache_ms.eval.metrics import frechet_distance, read_picture
+    from FBCache_ms.eval.shared.metrics import frechet_distance, read_picture
 
     clip = ClipScore(TINY_CLIP)
     reference = clip.image_features(map(read_picture, args.references))

@@ -8,7 +8,7 @@ from functools import lru_cache
 import numpy as np
 
 from FBCache_ms.config import OPTIONS, CacheConfig
-from FBCache_ms.eval.arguments import (
+from FBCache_ms.eval.shared.arguments import (
     Parser,
     add_clip_option,
     add_drawing_options,
@@ -18,12 +18,12 @@ from FBCache_ms.eval.arguments import (
     exit_status,
     reason,
 )
-from FBCache_ms.eval.cases import BASELINE, UNCACHED, Row
-from FBCache_ms.eval.drawing import Setting, draw_missing, session, wait_for_all
-from FBCache_ms.eval.files import check_folder, json_bytes, say_written, write_file
-from FBCache_ms.eval.measure import Judge, cell_of, clip_folder, means, write_sweep
-from FBCache_ms.eval.prompts import choose_prompts
-from FBCache_ms.eval.tables import KINDS
+from FBCache_ms.eval.shared.cases import BASELINE, UNCACHED, Row
+from FBCache_ms.eval.shared.drawing import Setting, draw_missing, session, wait_for_all
+from FBCache_ms.eval.shared.files import check_folder, json_bytes, say_written, write_file
+from FBCache_ms.eval.shared.measure import Judge, cell_of, clip_folder, means, write_sweep
+from FBCache_ms.eval.shared.prompts import choose_prompts
+from FBCache_ms.eval.shared.tables import KINDS
 
 HEAT = 0.3
 """At the beginning a move that makes the error greater by this, in its logarithm, is accepted once in e times."""

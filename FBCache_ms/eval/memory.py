@@ -3,10 +3,10 @@
 import sys
 
 from FBCache_ms.config import CacheConfig
-from FBCache_ms.eval.arguments import Parser, add_into_option, add_save_path, check_range, exit_status, reason
-from FBCache_ms.eval.files import check_folder, check_into
-from FBCache_ms.eval.tables import markdown, publish
-from FBCache_ms.memory import cache_bytes
+from FBCache_ms.eval.shared.arguments import Parser, add_into_option, add_save_path, check_range, exit_status, reason
+from FBCache_ms.eval.shared.files import check_folder, check_into
+from FBCache_ms.eval.shared.tables import markdown, publish
+from FBCache_ms.predict.memory import cache_bytes
 
 ITEMSIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
 PIXELS = 16

@@ -9,7 +9,7 @@ from typing import Callable
 import numpy as np
 
 from FBCache_ms.config import CacheConfig
-from FBCache_ms.eval.arguments import (
+from FBCache_ms.eval.shared.arguments import (
     Parser,
     add_drawing_options,
     add_into_option,
@@ -19,10 +19,10 @@ from FBCache_ms.eval.arguments import (
     exit_status,
     reason,
 )
-from FBCache_ms.eval.drawing import session
-from FBCache_ms.eval.files import check_folder, check_into, put_into, say_written
-from FBCache_ms.eval.prompts import choose_prompts
-from FBCache_ms.eval.tables import KINDS, markdown, show, write_tables
+from FBCache_ms.eval.shared.drawing import session
+from FBCache_ms.eval.shared.files import check_folder, check_into, put_into, say_written
+from FBCache_ms.eval.shared.prompts import choose_prompts
+from FBCache_ms.eval.shared.tables import KINDS, markdown, show, write_tables
 
 THRESHOLDS = np.geomspace(0.05, 0.5, 1000)
 NEAR = (0.004, 0.01)

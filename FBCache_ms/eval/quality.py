@@ -16,13 +16,13 @@ from pathlib import Path
 
 import numpy as np
 
-from FBCache_ms.eval.arguments import Parser, check_range, exit_status, reason
-from FBCache_ms.eval.files import check_folder, json_bytes, say_written, write_file
-from FBCache_ms.eval.metrics import cosine_similarity, frechet_distance, open_picture, psnr, read_picture, ssim
-from FBCache_ms.eval.tables import markdown, show
+from FBCache_ms.eval.shared.arguments import Parser, check_range, exit_status, reason
+from FBCache_ms.eval.shared.files import check_folder, json_bytes, say_written, write_file
+from FBCache_ms.eval.shared.metrics import cosine_similarity, frechet_distance, open_picture, psnr, read_picture, ssim
+from FBCache_ms.eval.shared.tables import markdown, show
 
 TINY_CLIP = Path(__file__).parents[1] / "tiny_clip"
-"""The embedded CLIP, which knows the scenes of FBCache_ms.eval.scenes alone."""
+"""The embedded CLIP, which knows the scenes of FBCache_ms.eval.shared.scenes alone."""
 
 SCORE = Path(__file__).parents[2] / "tools" / "metrics" / "score.py"
 METRICS_PYTHON = SCORE.parent / "venv" / "bin" / "python"
@@ -91,7 +91,7 @@ def prompt_score(picture, prompt):
     """
     from PIL import Image
 
-    from FBCache_ms.eval.scenes import parse_caption, score_picture
+    from FBCache_ms.eval.shared.scenes import parse_caption, score_picture
 
     try:
         scene = parse_caption(prompt)
@@ -120,7 +120,7 @@ class ClipScore:
         from mindone.transformers import CLIPModel
         from transformers import CLIPImageProcessor, CLIPTokenizer
 
-        from FBCache_ms.device import prepare_device
+        from FBCache_ms.runtime.device import prepare_device
 
         prepare_device()
         try:
@@ -334,7 +334,7 @@ def prompts_of(pictures, file=None):
     Raises OSError or ValueError for a file that cannot be read or holds fewer.
     """
     if file is not None:
-        from FBCache_ms.eval.prompts import read_prompts
+        from FBCache_ms.eval.shared.prompts import read_prompts
 
         prompts = read_prompts(file)
         if len(prompts) < len(pictures):
@@ -397,7 +397,7 @@ def lacking(metric, args):
     if metric == "prompt_score" or metric in CLIP_METRICS and args.clip_weights is None:
         strange = [prompt for prompt in args.prompts if not is_scene(prompt)]
         if strange and metric == "prompt_score":
-            return f"prompts of the grammar of FBCache_ms.eval.scenes, unlike {strange[0]!r}"
+            return f"prompts of the grammar of FBCache_ms.eval.shared.scenes, unlike {strange[0]!r}"
         if strange:
             return _lack("clip", None)
     if metric in CLIP_METRICS:
@@ -408,7 +408,7 @@ def lacking(metric, args):
 
 def is_scene(prompt):
     """Whether a prompt is of the scenes' grammar; None is not."""
-    from FBCache_ms.eval.scenes import parse_caption
+    from FBCache_ms.eval.shared.scenes import parse_caption
 
     try:
         return prompt is not None and bool(parse_caption(prompt))

@@ -11,9 +11,9 @@ from hashlib import sha256
 from pathlib import Path
 from urllib.parse import quote
 
-from FBCache_ms.eval.arguments import Parser, exit_status
-from FBCache_ms.eval.files import write_text
-from FBCache_ms.eval.metrics import open_picture
+from FBCache_ms.eval.shared.arguments import Parser, exit_status
+from FBCache_ms.eval.shared.files import write_text
+from FBCache_ms.eval.shared.metrics import open_picture
 
 PAGE = Path(__file__).parent / "report_page"
 LARGEST, LOSSLESS = 256, 128

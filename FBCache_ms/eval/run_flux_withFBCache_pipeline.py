@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from itertools import count
 
 from FBCache_ms.config import CacheConfig
-from FBCache_ms.eval.arguments import (
+from FBCache_ms.eval.shared.arguments import (
     Parser,
     add_cache_options,
     add_model_options,
@@ -24,7 +24,7 @@ from FBCache_ms.eval.arguments import (
     device_of,
     exit_status,
 )
-from FBCache_ms.eval.files import check_folder, json_bytes, locked, write_file
+from FBCache_ms.eval.shared.files import check_folder, json_bytes, locked, write_file
 
 SSIM_WINDOW = 11
 """Pixels that SSIM looks at in each direction."""
@@ -127,8 +127,8 @@ def compare(pipe, args):
 
 def compared(pictures, references, report):
     """The mean PSNR and SSIM of the pictures against the uncached ones, and each pair side by side, as an Image."""
-    from FBCache_ms.eval.comparison import side_by_side
-    from FBCache_ms.eval.metrics import psnr, ssim
+    from FBCache_ms.eval.shared.comparison import side_by_side
+    from FBCache_ms.eval.shared.metrics import psnr, ssim
 
     pairs = list(zip(references, pictures))
     psnrs, ssims = ([metric(*pair) for pair in pairs] for metric in (psnr, ssim))

@@ -5,11 +5,11 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from FBCache_ms.checkpoint import TINY_FLUX, check_checkpoint
 from FBCache_ms.config import CacheConfig
-from FBCache_ms.eval.arguments import Parser, add_save_path, exit_status
-from FBCache_ms.eval.files import say_written, write_file
-from FBCache_ms.eval.scenes import held_out_captions, parse_caption, score_picture
+from FBCache_ms.eval.shared.arguments import Parser, add_save_path, exit_status
+from FBCache_ms.eval.shared.files import say_written, write_file
+from FBCache_ms.eval.shared.scenes import held_out_captions, parse_caption, score_picture
+from FBCache_ms.runtime.checkpoint import TINY_FLUX, check_checkpoint
 
 BATCH = 20
 ROW = 10

@@ -3,7 +3,7 @@
 import sys
 
 from FBCache_ms.config import CacheConfig
-from FBCache_ms.eval.arguments import (
+from FBCache_ms.eval.shared.arguments import (
     Parser,
     add_clip_option,
     add_drawing_options,
@@ -13,13 +13,13 @@ from FBCache_ms.eval.arguments import (
     exit_status,
     reason,
 )
-from FBCache_ms.eval.cases import BASELINE, CASES, Row
-from FBCache_ms.eval.drawing import Setting, draw_and_finish, share
-from FBCache_ms.eval.files import check_folder, check_into, put_into, say_written
-from FBCache_ms.eval.measure import Judge, cell_of, clip_folder, write_sweep
-from FBCache_ms.eval.prompts import choose_prompts
-from FBCache_ms.eval.ranks import rank_and_world
-from FBCache_ms.eval.tables import KINDS, show
+from FBCache_ms.eval.shared.cases import BASELINE, CASES, Row
+from FBCache_ms.eval.shared.drawing import Setting, draw_and_finish, share
+from FBCache_ms.eval.shared.files import check_folder, check_into, put_into, say_written
+from FBCache_ms.eval.shared.measure import Judge, cell_of, clip_folder, write_sweep
+from FBCache_ms.eval.shared.prompts import choose_prompts
+from FBCache_ms.eval.shared.ranks import rank_and_world
+from FBCache_ms.eval.shared.tables import KINDS, show
 
 OVER_THRESHOLDS = ("fbcache", "teacache", "gates")
 

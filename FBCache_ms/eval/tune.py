@@ -4,7 +4,7 @@ import sys
 from dataclasses import dataclass
 
 from FBCache_ms.config import CacheConfig
-from FBCache_ms.eval.arguments import (
+from FBCache_ms.eval.shared.arguments import (
     Parser,
     add_clip_option,
     add_drawing_options,
@@ -14,12 +14,12 @@ from FBCache_ms.eval.arguments import (
     exit_status,
     reason,
 )
-from FBCache_ms.eval.cases import BASELINE, UNCACHED, Row
-from FBCache_ms.eval.drawing import Setting, draw_missing, session, share, wait_for_all
-from FBCache_ms.eval.files import check_folder, json_bytes, say_written, write_file
-from FBCache_ms.eval.measure import Judge, cell_of, clip_folder, means, write_sweep
-from FBCache_ms.eval.prompts import choose_prompts
-from FBCache_ms.eval.tables import KINDS
+from FBCache_ms.eval.shared.cases import BASELINE, UNCACHED, Row
+from FBCache_ms.eval.shared.drawing import Setting, draw_missing, session, share, wait_for_all
+from FBCache_ms.eval.shared.files import check_folder, json_bytes, say_written, write_file
+from FBCache_ms.eval.shared.measure import Judge, cell_of, clip_folder, means, write_sweep
+from FBCache_ms.eval.shared.prompts import choose_prompts
+from FBCache_ms.eval.shared.tables import KINDS
 
 THRESHOLDS = (0.04, 0.06, 0.08, 0.1, 0.12, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8, 1)
 TEACACHE = (0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8, 1, 1.3, 1.6, 2)

@@ -1,6 +1,6 @@
 """Where a device's kernels stand in for parts of a block: each gives what the model's file would, or None.
 
-None here; the code for a device, such as backend/cpu.py, puts its own in these places.
+None here; the code for a device, such as runtime/cpu/stand_ins.py, puts its own in these places.
 """
 
 

@@ -1,6 +1,6 @@
 """Where a device's kernels stand in for the rules' arithmetic: each gives what arithmetic.py would, or None.
 
-None here; runtime code for a device, such as backend/cpu.py, puts its own in these places.
+None here; runtime code for a device, such as runtime/cpu/stand_ins.py, puts its own in these places.
 """
 
 

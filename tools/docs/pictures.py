@@ -16,8 +16,8 @@ from browser import missing, open_browser, show
 from selenium.webdriver.support.ui import WebDriverWait
 
 from FBCache_ms.eval import cost_model, report, sweep
-from FBCache_ms.eval.arguments import Parser, add_save_path, check_range, exit_status, reason
-from FBCache_ms.eval.files import check_folder, say_written
+from FBCache_ms.eval.shared.arguments import Parser, add_save_path, check_range, exit_status, reason
+from FBCache_ms.eval.shared.files import check_folder, say_written
 
 DOCS = Path(__file__).parents[2] / "docs"
 SWEEP = ("--cases", "fbcache", "teacache")

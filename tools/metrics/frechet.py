@@ -1,4 +1,4 @@
-"""Prints torch-fidelity's Frechet distances of features that NumPy draws, which tests/test_quality.py compares with.
+"""Prints torch-fidelity's Frechet distances of features that NumPy draws, which test_quality.py compares with.
 
 tools/metrics/venv/bin/python tools/metrics/frechet.py
 """

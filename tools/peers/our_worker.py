@@ -21,7 +21,7 @@ def main():
     import mindspore as ms
 
     from FBCache_ms import CacheConfig, FluxPipeline
-    from FBCache_ms.device import choose_device
+    from FBCache_ms.runtime.device import choose_device
 
     config, device = CacheConfig.named(args.cache), choose_device("CPU")
     ms.device_context.cpu.op_tuning.threads_num(args.threads)

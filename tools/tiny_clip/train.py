@@ -1,4 +1,4 @@
-"""Trains FBCache_ms/tiny_clip: a small CLIP for the scenes of FBCache_ms.eval.scenes, so that a CLIP score means
+"""Trains FBCache_ms/tiny_clip: a small CLIP for the scenes of FBCache_ms.eval.shared.scenes, so that a CLIP score means
 something on the embedded checkpoint.
 
     python -m venv tools/tiny_flux/venv
@@ -22,8 +22,8 @@ from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-from FBCache_ms.checkpoint import TINY_FLUX
-from FBCache_ms.eval.scenes import draw, held_out_captions, is_held_out, parse_caption, random_scene
+from FBCache_ms.eval.shared.scenes import draw, held_out_captions, is_held_out, parse_caption, random_scene
+from FBCache_ms.runtime.checkpoint import TINY_FLUX
 
 IMAGE_SIZE = 64
 BATCH = 256

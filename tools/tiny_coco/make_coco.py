@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from FBCache_ms.eval.scenes import draw, held_out_captions, parse_caption
+from FBCache_ms.eval.shared.scenes import draw, held_out_captions, parse_caption
 
 IMAGE_SIZE = 64
 

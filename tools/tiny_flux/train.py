@@ -1,4 +1,4 @@
-"""Trains the embedded checkpoint, FBCache_ms/tiny_flux: a small Flux that draws the scenes of FBCache_ms.eval.scenes.
+"""Trains the embedded checkpoint, FBCache_ms/tiny_flux: a small Flux that draws the scenes of eval/shared/scenes.py.
 
     python -m venv tools/tiny_flux/venv
     tools/tiny_flux/venv/bin/pip install -r tools/tiny_flux/requirements.txt
@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
-from FBCache_ms.eval.scenes import JITTER, PLACES, SIZES, draw, is_held_out, parse_caption, random_scene
+from FBCache_ms.eval.shared.scenes import JITTER, PLACES, SIZES, draw, is_held_out, parse_caption, random_scene
 
 IMAGE_SIZE = 64
 TEXT_LENGTH = 32

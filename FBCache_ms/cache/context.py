@@ -1,0 +1,516 @@
+"""CacheContext: the state of one cached generation, the decision and the forecast."""
+
+from contextlib import contextmanager
+
+import numpy as np
+
+import mindspore as ms
+from mindspore import Parameter, ops
+
+from ..config import CacheConfig
+from ..rules.arithmetic import finite_differences, probe_ratio, relative_difference, weighted_sum, within_limits
+from ..rules.forecasts import FORECASTS
+from ..rules.schedules import MAX_STEPS
+from ..rules.when import COMPUTED, FORECAST, PREVIOUS, PROBE, SPAN
+from .gates import FORECAST_NUMBER, LIMITS, GatePlan, check_shape, every_gate, knobs, numbers_width, places, plan
+from .stats import BRANCHES, NOT_COMPARED, NOT_REACHED, REUSED, CacheStats, GateStats, skipped_share
+
+
+@ms.jit_class
+class Buffer:
+    """A static tensor that the graph keeps on the device, one for each guidance branch."""
+
+    def __init__(self, name, shape, initial, dtype, branch, branches):
+        self.initial, self.shape, self.branch, self.branches = ms.Tensor(initial, dtype), shape, branch, branches
+        self.rows = ms.Tensor(np.arange(branches).reshape((-1,) + (1,) * len(shape)), ms.int32)
+        shape = shape if branches == 1 else (branches, *shape)
+        self.value = Parameter(ms.Tensor(np.full(shape, initial), dtype), name=f"cache_{name}", requires_grad=False)
+
+    def read(self):
+        """The active branch's part."""
+        if self.branches == 1:
+            return self.value
+        return ops.gather(self.value, self.branch, 0)
+
+    def write(self, value):
+        """Replaces the active branch's part."""
+        value = value.astype(self.value.dtype)
+        if self.branches > 1:
+            value = ops.where(self.rows == self.branch, value.expand_dims(0), self.value)
+        ops.assign(self.value, value)
+
+    def reset(self):
+        """Puts the active branch's part back to where a generation starts."""
+        self.write(ops.broadcast_to(self.initial, self.shape) if len(self.shape) > 0 else self.initial)
+
+
+@ms.jit_class
+class Differences:
+    """A tensor's finite differences over the computed steps, (K, *shape), order 0 first."""
+
+    def __init__(self, derivatives):
+        self.derivatives = derivatives
+
+    def update(self, value, filled, gaps):
+        """Takes over the value at a computed step."""
+        self.derivatives.write(finite_differences(value, self.derivatives.read(), filled, gaps))
+
+    def forecast(self, weights):
+        """What the tensor is expected to be, in float32."""
+        return weighted_sum(weights, self.derivatives.read())
+
+
+@ms.jit_class
+class Tallies:
+    """Reuses in all and in a row, and the sum of the compared differences, (3,); a gate and those within it share them.
+
+    A generation begins with infinitely many reuses in a row, which are more than any limit: its first step computes.
+    """
+
+    initial = (0, np.inf, 0)
+
+    def __init__(self, values):
+        self.values = values
+        self.reuse = ms.Tensor([1, 1, 0], ms.float32)
+        self.kept = ms.Tensor([np.inf, 0, np.inf], ms.float32)
+        self.summed = ms.Tensor([0, 0, 1], ms.float32)
+
+    def hit(self):
+        """Counts a reuse."""
+        self.values.write(self.values.read() + self.reuse)
+
+    def miss(self):
+        """Counts a computed step."""
+        self.values.write(ops.minimum(self.values.read(), self.kept))
+
+    def compare(self, difference, asked):
+        """Adds a difference, if it is a number and the gate was asked."""
+        summed = ops.logical_and(asked, ops.isfinite(difference))
+        self.values.write(self.values.read() + ops.where(summed, difference, 0.0) * self.summed)
+
+
+@ms.jit_class
+class Knobs:
+    """The step's number and every number of the configuration: inputs of the graph, not constants of it."""
+
+    def __init__(self, gates, step):
+        self.step, self.every_step = step, ms.Tensor(np.arange(MAX_STEPS), ms.int32)
+        number, self.width = max(len(gates), 1), numbers_width(gates)
+        self.limits = Parameter(ms.Tensor(np.zeros((number * MAX_STEPS, LIMITS)), ms.float32), "cache_limits", False)
+        self.coordinates = Parameter(ms.Tensor(np.zeros(MAX_STEPS), ms.float32), "cache_coordinates", False)
+        self.numbers = Parameter(ms.Tensor(np.zeros(number * self.width), ms.float32), "cache_numbers", False)
+
+    def set(self, limits, coordinates, numbers):
+        """Takes over what knobs() gives, inside the graph or outside.
+
+        By assign, not by set_data: a compiled graph with a branch in it goes on with the old memory after set_data
+        (MindSpore 2.7.0, CPU).
+        """
+        ops.assign(self.limits, limits.reshape(-1, LIMITS))
+        ops.assign(self.coordinates, coordinates)
+        ops.assign(self.numbers, numbers.reshape(-1))
+
+    def limit(self, gate):
+        """What a gate's tallies must stay below at this step."""
+        step = self.step.read()
+        return ops.gather(self.limits, step + gate * MAX_STEPS if gate > 0 else step, 0)
+
+    def number(self, gate, place):
+        """One of a gate's numbers."""
+        return ops.gather(self.numbers, ms.Tensor(gate * self.width + place, ms.int32), 0)
+
+    def x(self):
+        """This step's coordinate."""
+        return ops.gather(self.coordinates, self.step.read(), 0)
+
+
+@ms.jit_class
+class AskedRule:
+    """A rule of a gate with what it keeps: its reference, where that is an earlier probe, and the sum of its scores.
+
+    Args:
+        rule: the Rule.
+        threshold, numbers: the places of its threshold and of its own numbers among the gate's.
+        reference: the Buffer of an earlier probe, None where the reference is a forecast.
+        sum: the Buffer of the scores accumulated since the last computed step.
+        state: the Buffers of what the rule keeps beside.
+    """
+
+    def __init__(self, rule, threshold, numbers, reference, sum, state):
+        self.score, self.threshold, self.numbers = rule.score, threshold, numbers
+        self.difference, self.observe = rule.difference, rule.observe
+        self.reference, self.sum, self.state = reference, sum, state
+        self.against_previous, self.against_computed = rule.reference == PREVIOUS, rule.reference == COMPUTED
+
+    def kept(self):
+        """What the rule keeps beside, as it is now."""
+        return tuple([buffer.read() for buffer in self.state])
+
+    def take(self, before, behind):
+        """Takes over what it keeps from a computed step's span."""
+        if self.observe is not None:
+            kept = self.observe(self.kept(), before, behind)
+            for place in range(len(self.state)):
+                self.state[place].write(kept[place])
+
+
+@ms.jit_class
+class Gate:
+    """A decision for a span of blocks: the rules that make it, the span's residual, and what has been decided."""
+
+    span = GatePlan.span
+
+    def __init__(self, plan, order, config, shape, text_len, channels, dtype, knobs, tallies, buffer):
+        batch, tokens, width = shape
+        shape = (batch, tokens, channels) if plan.whole_model else shape
+        self.whole_model, self.channels = plan.whole_model, channels
+        forecast = FORECASTS[config.forecast]
+        self.name, self.index, self.knobs, self.tallies = plan.name, order.index(plan), knobs, tallies
+        self.stack, self.first, self.last = plan.stack, plan.first, plan.last
+        self.needs_text, self.probes_text = plan.needs_text, plan.probes_text
+        self.orders, self.takes_ratio = config.taylorseer_derivative + 1, forecast.takes_ratio
+        self.forecast_weights, self.forecast_gaps = forecast.weights, forecast.gaps
+        # A forecast that the probe's changes scale looks at what the blocks before the span added.
+        probes = [config.probe if rule.looks_at == PROBE else rule.looks_at for rule in plan.rules]
+        self.seen = tuple(probes + ["residual"] * forecast.takes_ratio)
+        self.factor, self.batch_reduction = config.downsample_factor, config.batch_reduction
+
+        def named(name, shape, initial=0, dtype=ms.float32):
+            return buffer(f"{plan.name}_{name}", shape, initial, dtype)
+
+        def differences(name, shape):
+            kept = ms.float32 if config.derivatives_dtype == "float32" else dtype
+            return Differences(named(name, (self.orders, *shape), dtype=kept))
+
+        self.filled = named("filled", (), dtype=ms.int32)
+        self.nodes = named("nodes", (self.orders,))
+        self.residual = differences("derivatives", shape)
+        self.text_residual = differences("text_derivatives", (batch, text_len, width)) if plan.needs_text else None
+        probe_shape = (batch, tokens + text_len * plan.probes_text, -(-width // self.factor))
+        shapes = [probe_shape if rule.looks_at == PROBE else shape for rule in plan.rules]
+        self.seen_shapes = tuple(shapes + [probe_shape] * forecast.takes_ratio)
+        self.forecasts_probe = plan.forecasts_probe or forecast.takes_ratio
+        self.probe_differences = differences("probes", probe_shape) if self.forecasts_probe else None
+        references = [
+            None if rule.reference == FORECAST else named(f"{rule.name}_reference", seen_shape, dtype=dtype)
+            for rule, seen_shape in zip(plan.rules, shapes)
+        ]
+        sums = [named(f"{rule.name}_sum", ()) for rule in plan.rules]
+        states = [
+            tuple(
+                named(f"{rule.name}_{name}", shape if kind == SPAN else (), np.nan) for name, kind in rule.state.items()
+            )
+            for rule in plan.rules
+        ]
+        self.rules = tuple(map(AskedRule, plan.rules, *zip(*places(plan.rules)), references, sums, states))
+        self.reused = named("reused", (MAX_STEPS,), NOT_REACHED, ms.int32)
+        self.diffs = named("diffs", (MAX_STEPS,), NOT_COMPARED)
+        self.inner = tuple(
+            Gate(within, order, config, shape, text_len, channels, dtype, knobs, tallies, buffer)
+            for within in plan.inner
+        )
+
+    def number(self, place):
+        """One of the gate's numbers."""
+        return self.knobs.number(self.index, place)
+
+    def decide(self, seen):
+        """Whether this step is reused, a scalar; ``seen`` begins with a probe for each rule.
+
+        No limit may be reached, the schedule's among them, and every rule's score must be strictly below its threshold.
+        """
+        asked = within_limits(self.tallies.values.read(), self.knobs.limit(self.index))
+        reuse, differences, scores = asked, (), ()
+        for place in range(len(self.rules)):
+            rule = self.rules[place]
+            difference, score = self.compare(rule, seen[place])
+            reuse = ops.logical_and(reuse, score < self.number(rule.threshold))
+            differences, scores = differences + (difference,), scores + (score,)
+        for place in range(len(self.rules)):
+            rule = self.rules[place]
+            if rule.against_previous:
+                rule.reference.write(seen[place])
+                rule.sum.write(ops.where(reuse, scores[place], 0.0))
+        self.trace(reuse, asked, differences)
+        return reuse
+
+    def compare(self, rule, probe):
+        """A rule's difference and its score."""
+        if rule.difference is None:
+            difference = relative_difference(self.reference(rule), probe, self.batch_reduction)
+        else:
+            difference = rule.difference(self.reference(rule), probe, rule.kept())
+        numbers = tuple([self.number(number) for number in rule.numbers])
+        return difference, rule.score(difference, rule.sum.read(), numbers)
+
+    def reference(self, rule):
+        """What a rule compares the probe with."""
+        if rule.reference is None:
+            return self.probe_differences.forecast(self.weights(1.0))
+        return rule.reference.read()
+
+    def trace(self, reuse, asked, differences):
+        """Writes down the decision, and the first rule's difference if the gate was asked."""
+        here = self.knobs.every_step == self.knobs.step.read()
+        self.reused.write(ops.where(here, reuse.astype(ms.int32), self.reused.read()))
+        if len(differences) > 0:
+            difference = ops.where(asked, differences[0], NOT_COMPARED)
+            self.diffs.write(ops.where(here, difference, self.diffs.read()))
+            if len(self.inner) == 0:
+                self.tallies.compare(differences[0], asked)
+
+    def weights(self, ratio):
+        """The forecast's weights at this step, a scalar for each order."""
+        return self.forecast_weights(self.knobs.x(), self.last_nodes(), self.number(FORECAST_NUMBER), ratio)
+
+    def last_nodes(self):
+        """The coordinates of the last computed steps, newest first."""
+        nodes = self.nodes.read()
+        return tuple([nodes[order] for order in range(self.orders)])
+
+    def forecast(self, seen):
+        """The span's residual at this step in float32: (image stream, text stream or None)."""
+        ratio = 1.0
+        if self.takes_ratio:
+            nodes, change = self.last_nodes(), seen[len(self.rules)]
+            ratio = probe_ratio(change, self.probe_differences.derivatives.read(), nodes[0] - nodes[1])
+        weights = self.weights(ratio)
+        if self.needs_text:
+            return self.residual.forecast(weights), self.text_residual.forecast(weights)
+        return self.residual.forecast(weights), None
+
+    def stats(self, steps, branch):
+        """The trace of the first ``steps`` steps of a guidance branch, a GateStats."""
+        reused, diffs = (
+            buffer.value.asnumpy().reshape(-1, MAX_STEPS)[branch, :steps] for buffer in (self.reused, self.diffs)
+        )
+        decisions = tuple(None if mark == NOT_REACHED else mark == REUSED for mark in reused.tolist())
+        compared = (diffs != NOT_COMPARED) & np.isfinite(diffs)
+        return GateStats(self.name, decisions, tuple(np.where(compared, diffs, None).tolist()))
+
+    def store(self, seen, before, behind, text_residual):
+        """Takes over a computed step, from the image stream before and behind the span and from what the text gained.
+
+        Its probes are the references, and what the span added goes into the differences.
+        """
+        filled, x, nodes = self.filled.read(), self.knobs.x(), self.last_nodes()
+        gaps = self.forecast_gaps(x, nodes)
+        self.residual.update(behind - before, filled, gaps)
+        if self.needs_text:
+            self.text_residual.update(text_residual, filled, gaps)
+        if self.forecasts_probe:
+            probe = seen[len(self.rules)] if self.takes_ratio else seen[0]
+            self.probe_differences.update(probe, filled, gaps)
+        for place in range(len(self.rules)):
+            if self.rules[place].against_computed:
+                self.rules[place].reference.write(seen[place])
+            self.rules[place].take(before, behind)
+        if self.orders > 1:
+            self.nodes.write(ops.stack((x,) + nodes[:-1]))
+        self.filled.write(ops.minimum(filled + 1, self.orders))
+
+
+@ms.jit_class
+class CacheContext:
+    """The preallocated state of one generation's cache, for one shape.
+
+    Every value that a generation changes is a Parameter, so that the compiled graph keeps it on the device, and
+    reset() puts all of them back. The configuration's numbers are Parameters too: changing them compiles nothing.
+
+    Args:
+        batch_size: B, latents per call.
+        seq_len: S, image tokens: height / 16 * width / 16 for Flux.
+        inner_dim: D, the transformer's width: 3072 for Flux.
+        taylorseer_derivative: order of the forecast, 0 for plain reuse.
+        branches: 1, or 2 for true CFG, which caches its positive and its negative prompt apart; every buffer then has
+            a leading axis of that length.
+        mindspore_dtype: dtype of the large buffers, of the differences unless derivatives_dtype says otherwise;
+            computations are in float32 whatever it is.
+        config: the CacheConfig to start with; its order is taylorseer_derivative's default.
+        text_len: T, text tokens; only where blocks run behind the span, or the single stack has a gate of its own.
+        steps, sigmas: as in configure.
+        channels: C, of the velocity; only where a reuse stands for the whole model.
+
+    Raises:
+        ValueError: a size is below 1, branches is neither 1 nor 2, text_len or steps is missing, or config and
+            taylorseer_derivative disagree.
+    """
+
+    def __init__(
+        self,
+        batch_size,
+        seq_len,
+        inner_dim,
+        taylorseer_derivative=None,
+        branches=1,
+        mindspore_dtype=ms.float32,
+        config=None,
+        text_len=0,
+        steps=None,
+        sigmas=None,
+        channels=0,
+    ):
+        if config is None:
+            config = CacheConfig(taylorseer_derivative=taylorseer_derivative or 0)
+        if taylorseer_derivative not in (None, config.taylorseer_derivative):
+            raise ValueError(
+                f"taylorseer_derivative is {taylorseer_derivative}, but {config.taylorseer_derivative} in the config"
+            )
+        check_shape(config, batch_size, seq_len, inner_dim, text_len, branches, channels)
+        plans = plan(config)
+        self.structure, self.branches = config.structure, branches
+        self.shape, self.text_len = (batch_size, seq_len, inner_dim), text_len
+        self.branch = Parameter(ms.Tensor(0, ms.int32), name="cache_branch", requires_grad=False)
+        buffers = []
+
+        def buffer(name, shape, initial, dtype):
+            buffers.append(Buffer(name, shape, initial, dtype, self.branch, branches))
+            return buffers[-1]
+
+        # Whether forget() tells of every generation; otherwise the timesteps show where one begins.
+        self.told = False
+        self.step = buffer("step", (), 0, ms.int32)
+        self.timestep = buffer("timestep", (), 0, ms.float32)
+        self.knobs = Knobs(every_gate(plans), self.step)
+        self.gates = tuple(
+            Gate(
+                gate,
+                every_gate(plans),
+                config,
+                self.shape,
+                text_len,
+                channels,
+                mindspore_dtype,
+                self.knobs,
+                Tallies(buffer(f"{gate.name}_tallies", (LIMITS,), Tallies.initial, ms.float32)),
+                buffer,
+            )
+            for gate in plans
+        )
+        self.whole_model = any(gate.whole_model for gate in plans)
+        self.buffers = tuple(buffers)
+        self.traced = (self.step, *(each for gate in every_gate(self.gates) for each in (gate.reused, gate.diffs)))
+        self.configure(config, steps, sigmas)
+
+    def configure(self, config, steps=None, sigmas=None, progress=None):
+        """Takes over a CacheConfig's numbers; compiles nothing.
+
+        Args:
+            config: one of the same structure.
+            steps: how many steps a generation has; only for a config that depends on it.
+            sigmas: (steps,) or longer, the noise levels; only for forecast_coordinate="sigma".
+            progress: as for schedules.row.
+
+        Raises ValueError if the structure is another, or steps or sigmas are missing.
+        """
+        if config.structure != self.structure:
+            raise ValueError(f"{config} needs a CacheContext of its own: this one was made for {self.structure}")
+        if steps is None and config.depends_on_steps:
+            raise ValueError(f"{config} depends on the number of steps; give steps")
+        self.knobs.set(*map(ms.Tensor, knobs(config, steps or MAX_STEPS, sigmas, progress)))
+
+    @contextmanager
+    def __call__(self, name):
+        """Turns to the buffers of a guidance branch: mindone's FluxPipeline enters "cond" and "uncond" each step.
+
+        Raises ValueError for another name, and for "uncond" if this context has one branch only.
+        """
+        if name not in BRANCHES[: self.branches]:
+            raise ValueError(
+                f"cache_context {name!r} must be one of {', '.join(BRANCHES[:self.branches])}; for true CFG make the "
+                "CacheContext with branches=2"
+            )
+        self.select(ms.Tensor(BRANCHES.index(name), ms.int32))
+        yield self
+
+    def select(self, branch):
+        """Turns to the buffers of branch number ``branch``."""
+        ops.assign(self.branch, branch)
+
+    def reset(self):
+        """Puts every buffer of the active branch back to where a generation starts."""
+        for buffer in self.buffers:
+            buffer.reset()
+
+    def begin_step(self, timestep):
+        """Resets if a new generation has begun: if forget() told so, or, where nobody tells, if this timestep shows it.
+
+        Timesteps, scalars, fall within a generation. One that is as large as the last is a new generation's only after
+        a first step: a half-precision schedule may repeat a value. What would be step 1000 is a new generation's.
+        """
+        if self.told:
+            if self.step.read() == 0:
+                self.reset()
+        else:
+            last, timestep = self.timestep.read(), timestep.astype(ms.float32)
+            step = self.step.read()
+            again = ops.logical_and(timestep == last, step <= 1)
+            if ops.logical_or(ops.logical_or(timestep > last, again), step >= MAX_STEPS):
+                self.reset()
+            self.timestep.write(timestep)
+
+    def end_step(self):
+        """Goes on to the next step."""
+        self.step.write(self.step.read() + 1)
+
+    def trace(self):
+        """The steps and decisions of the generation so far, NumPy arrays for ``go_on``."""
+        return [buffer.value.asnumpy() for buffer in self.traced]
+
+    def go_on(self, trace):
+        """Goes on with a generation that another context of this structure has begun; its next step computes."""
+        for branch in range(self.branches):
+            self.select(ms.Tensor(branch, ms.int32))
+            self.reset()
+        for buffer, values in zip(self.traced, trace):
+            ops.assign(buffer.value, ms.Tensor(values))
+
+    def forget(self):
+        """Makes the next step, of either branch, a generation's first."""
+        for buffer in (self.timestep, self.step):
+            ops.assign(buffer.value, ops.zeros_like(buffer.value))
+
+    def parameters(self):
+        """Every buffer and setting."""
+        settings = (self.branch, self.knobs.limits, self.knobs.coordinates, self.knobs.numbers)
+        return [buffer.value for buffer in self.buffers] + list(settings)
+
+    def release(self):
+        """Gives the memory of every buffer and setting back; nothing may run with them after that."""
+        # MindSpore holds the Parameters of a graph for good, even when the graph's cell is gone.
+        for parameter in self.parameters():
+            parameter.set_data(ms.Tensor(0, parameter.dtype), slice_shape=True)
+
+    @property
+    def nbytes(self):
+        """Bytes that all of it takes; memory.cache_bytes tells them beforehand."""
+        return sum(parameter.nbytes for parameter in self.parameters())
+
+    @property
+    def first_residual(self):
+        """The first gate's reference: under First-Block Cache the probe of the last computed step, (B, S, D)."""
+        return self.gates[0].rules[0].reference.value
+
+    @property
+    def derivatives(self):
+        """The first gate's differences of the span's residual, (K, B, S, D)."""
+        return self.gates[0].residual.derivatives.value
+
+    @property
+    def filled(self):
+        """How many of the first gate's differences are valid."""
+        return self.gates[0].filled.value
+
+    def stats(self, costs=None):
+        """The generation's trace so far, a CacheStats; reads the device.
+
+        ``costs`` is a flops.StepCosts, for the share of operations that was skipped.
+        """
+        steps = self.step.value.asnumpy().reshape(self.branches)
+        gates = every_gate(self.gates)
+        traces = [tuple(gate.stats(int(count), branch) for gate in gates) for branch, count in enumerate(steps)]
+        if not gates:
+            traces = [(GateStats("none", (False,) * int(count), (None,) * int(count)),) for count in steps]
+        skipped = None if costs is None else skipped_share(gates, traces, costs)
+        uncond = CacheStats(traces[1]) if self.branches == 2 else None
+        return CacheStats(traces[0], skipped, uncond)

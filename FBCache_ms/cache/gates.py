@@ -1,0 +1,183 @@
+"""The gates of a configuration and its numbers: what shapes the graph, and what goes into it."""
+
+from dataclasses import dataclass
+from typing import Tuple
+
+import numpy as np
+
+from ..config import OPTIONS
+from ..rules.forecasts import FORECASTS
+from ..rules.schedules import ASK, MAX_STEPS, REUSE, row
+from ..rules.when import FORECAST, GATES, Rule
+
+LIMITS = 3
+"""Of a gate at a step: reuses in all, reuses in a row, and the sum of the compared differences stay below them."""
+
+FORECAST_NUMBER = 0
+"""The place of the forecast's own number among a gate's; the rules' numbers follow."""
+
+
+@dataclass(frozen=True)
+class GatePlan:
+    """One gate of a configuration.
+
+    Args:
+        name: for its buffers and the trace.
+        stack: "all", "double" or "single": which blocks ``first`` and ``last`` are counted in; "model": all of them,
+            with the embedding before and the head behind.
+        first, last: so many blocks at either end of the stack run outside the span; the first ones make the probe.
+        rules: all of which have to agree; none for a static schedule.
+        inner: the gates within the span, asked when this one computes.
+    """
+
+    name: str
+    stack: str
+    first: int
+    last: int
+    rules: Tuple[Rule, ...]
+    inner: Tuple["GatePlan", ...] = ()
+
+    @property
+    def needs_text(self):
+        """Whether blocks run behind the span: only then is the text stream's residual needed."""
+        return self.stack == "double" or self.last > 0
+
+    @property
+    def probes_text(self):
+        """Whether the probe is of both streams, text first (Nunchaku's single gate)."""
+        return self.stack == "single" and len(self.rules) > 0
+
+    @property
+    def whole_model(self):
+        """Whether a reuse stands for embedding, blocks and head, so that its span begins and ends at latents."""
+        return self.stack == "model"
+
+    @property
+    def forecasts_probe(self):
+        """Whether a rule compares the probe with its own forecast."""
+        return any(rule.reference == FORECAST for rule in self.rules)
+
+    @property
+    def accumulates(self):
+        """Whether the differences of its first rule count for max_accumulated_residual_diff."""
+        return any(rule.needs_a_block for rule in self.rules[:1])
+
+    def span(self, doubles, singles):
+        """The blocks (start, stop) that a reuse stands for, doubles and singles counted together."""
+        start = doubles if self.stack == "single" else 0
+        stop = doubles if self.stack == "double" else doubles + singles
+        return start + self.first, stop - self.last
+
+
+def plan(config):
+    """The gates of a configuration, in the order of their spans."""
+    gate, first, last = GATES[config.gate], config.Fn_compute_blocks, config.Bn_compute_blocks
+    if not gate.is_there:
+        return ()
+    if config.span == "stacks":
+        return tuple(GatePlan(stack, stack, 1, 0, gate.rules) for stack in ("double", "single"))
+    if config.span == "model":
+        return (GatePlan(config.gate, "model", 0, 0, gate.rules),)
+    if config.span == "single":
+        return (GatePlan(config.gate, "single", 0, 0, gate.rules),)
+    if gate.within:
+        outer, inner = gate.rules[0].name, gate.within[0].name
+        return (GatePlan(outer, "all", 0, last, gate.rules, (GatePlan(inner, "all", first, last, gate.within),)),)
+    return (GatePlan(config.gate, "all", first, last, gate.rules),)
+
+
+def every_gate(plans):
+    """The plans and those within them, outer before inner."""
+    return tuple(gate for outer in plans for gate in (outer, *every_gate(outer.inner)))
+
+
+def check_shape(config, batch_size, seq_len, inner_dim, text_len, branches, channels):
+    """Raises ValueError, naming what is wrong, for a shape that no CacheContext of this CacheConfig can have."""
+    for name, size in {"batch_size": batch_size, "seq_len": seq_len, "inner_dim": inner_dim}.items():
+        if size < 1:
+            raise ValueError(f"{name} must be 1 or more, not {size}")
+    if branches not in (1, 2):
+        raise ValueError(f"branches must be 1 or 2, not {branches}")
+    if channels < 1 and any(gate.whole_model for gate in plan(config)):
+        raise ValueError(f"channels must be 1 or more for {config}, not {channels}")
+    if text_len < 1 and any(gate.needs_text or gate.probes_text for gate in every_gate(plan(config))):
+        raise ValueError(f"text_len must be 1 or more for {config}, not {text_len}")
+
+
+def threshold(config, gate, rule):
+    """What a rule's score has to stay below; at everything_at (DBCache's 1) all passes that is a number."""
+    value = getattr(config, f"{rule.threshold}_single" if gate.name == "single" else rule.threshold)
+    return np.inf if (config.gate, config.span, value) == (rule.name, "blocks", rule.everything_at) else value
+
+
+def width(name):
+    """How many numbers a field takes, at most."""
+    option = OPTIONS[name]
+    return option.allowed[1] if option.kind is tuple else 1
+
+
+def places(rules):
+    """For each rule the place of its threshold among a gate's numbers, and those of its own numbers."""
+    found, place = [], FORECAST_NUMBER + 1
+    for rule in rules:
+        own = tuple(range(place + 1, place + 1 + sum(map(width, rule.numbers))))
+        found.append((place, own))
+        place += 1 + len(own)
+    return tuple(found)
+
+
+def numbers_width(gates):
+    """How many numbers each of so many gates has, filled up to the most that one needs."""
+    return max((FORECAST_NUMBER + 1 + sum(1 + len(own) for _, own in places(gate.rules)) for gate in gates), default=1)
+
+
+def gate_numbers(config, gate):
+    """A gate's numbers: the forecast's own, and for each rule its threshold and its own numbers.
+
+    Those of a field with fewer than it may have stand last: a polynomial's lowest powers.
+    """
+    numbers = [sum(getattr(config, name) for name in FORECASTS[config.forecast].options)]
+    for rule in gate.rules:
+        numbers.append(threshold(config, gate, rule))
+        for name in rule.numbers:
+            values = np.atleast_1d(getattr(config, name)).tolist()
+            numbers += [0.0] * (width(name) - len(values)) + values
+    return numbers
+
+
+def knobs(config, steps, sigmas=None, progress=None):
+    """A configuration's numbers as the graph's inputs, NumPy arrays.
+
+    Args:
+        config: the CacheConfig.
+        steps: N, the generation's number of steps, in [1, 1000].
+        sigmas: (N,) or longer, the noise levels; for forecast_coordinate="sigma" only.
+        progress: as for schedules.row.
+
+    Returns:
+        limits (G, 1000, 3), float32: what the gate's tallies must stay below for a step to be reused: the
+            configuration's limits at a step that asks, infinity at one that is reused, minus infinity at one that
+            computes. G is 1 where there is no gate.
+        coordinates (1000,), float32: where each step lies for the forecast.
+        numbers (G, numbers_width), float32: gate_numbers of each gate.
+    """
+    if config.forecast_coordinate == "sigma" and sigmas is None:
+        raise ValueError("forecast_coordinate 'sigma' needs the schedule's sigmas")
+    gates = every_gate(plan(config))
+    limits = np.full((max(len(gates), 1), MAX_STEPS, LIMITS), -np.inf, np.float32)
+    numbers = np.zeros((max(len(gates), 1), numbers_width(gates)), np.float32)
+    for index, gate in enumerate(gates):
+        thresholds = [threshold(config, gate, rule) for rule in gate.rules]
+        computes_last = any(rule.computes_last for rule in gate.rules)
+        actions = row(config, steps, thresholds, computes_last, progress)
+        most = config.max_cached_steps, config.max_consecutive_cache_hits, config.max_accumulated_residual_diff or -1
+        limits[index, :steps][actions == ASK] = [np.inf if limit < 0 else limit for limit in most]
+        limits[index, :steps][actions == REUSE] = np.inf
+        if not gate.accumulates:
+            limits[index, :, -1] = np.where(limits[index, :, -1] > 0, np.inf, -np.inf)
+        own = gate_numbers(config, gate)
+        numbers[index, : len(own)] = own
+    coordinates = np.arange(MAX_STEPS, dtype=np.float32)
+    if config.forecast_coordinate == "sigma":
+        coordinates[:steps] = np.asarray(sigmas)[:steps]
+    return limits, coordinates, numbers

@@ -1,0 +1,390 @@
+"""What apply_cache_on_pipe puts in the places of a pipeline's transformer and scheduler: a cached step, one graph."""
+
+import copy
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import wraps
+from inspect import signature
+from threading import RLock, get_ident
+from weakref import ref
+
+from mindone.diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor as ImagePromptAttention
+from mindone.diffusers.utils import logging, scale_lora_layers
+from mindone.peft.tuners.tuners_utils import BaseTunerLayer
+
+import mindspore as ms
+from mindspore import nn
+
+from ..cache.context import CacheContext
+from ..cache.stats import BRANCHES
+from ..models.mindones import foreign_transformer
+from ..models.transformer_flux_withFBCache import cached_forward
+from ..predict.flops import step_costs
+from ..rules.schedules import progress_of
+from ..runtime.device import current_device
+from ..runtime.kept_graphs import KeptGraphs
+
+logger = logging.get_logger(__name__)
+
+_CALL = signature(cached_forward)
+
+
+ATTENTION_INPUTS = ("attention_mask", "ip_hidden_states", "ip_adapter_masks")
+"""What mindone's FluxAttention takes of joint_attention_kwargs."""
+
+
+class StandIn:
+    """What takes an object's place: it gives and takes all attributes that are not its own as that object's."""
+
+    def __init__(self, stood_for, **own):
+        self.__dict__.update(own, stood_for=stood_for)
+
+    def __getattr__(self, name):
+        return getattr(self.stood_for, name)
+
+    def __setattr__(self, name, value):
+        if name in self.__dict__:
+            self.__dict__[name] = value
+        else:
+            setattr(self.stood_for, name, value)
+
+    # A copy is one of what it stands for: the cache is one pipeline's.
+
+    def __copy__(self):
+        return copy.copy(self.stood_for)
+
+    def __deepcopy__(self, memo):
+        return copy.deepcopy(self.stood_for, memo)
+
+    def __reduce_ex__(self, protocol):
+        return self.stood_for.__reduce_ex__(protocol)
+
+    @property
+    def __class__(self):
+        # mindone asks so for a component's kind, where it loads adapters or saves.
+        return type(self.stood_for)
+
+
+class CachedTransformer(StandIn):
+    """A transformer whose calls go through the cache: for each shape a cached step that shares its weights.
+
+    Args:
+        transformer: mindone's FluxTransformer2DModel.
+        config: the CacheConfig; another one may take its place between generations.
+        pipe: the pipeline that it is in.
+        most: how many shapes' graphs and buffers are kept.
+    """
+
+    def __init__(self, transformer, config, pipe, most):
+        super().__init__(
+            transformer,
+            cache_settings=config,
+            pipe=ref(pipe),
+            steps=KeptGraphs(most),
+            chosen={},
+            active=None,
+            branch=None,
+            calls=0,
+            costs=None,
+            sigmas=None,
+            thread=None,
+            adapters=((), ()),
+        )
+
+    @property
+    def cache_stats(self):
+        """The CacheStats of the last generation, None before the first."""
+        if self.active is None:
+            return None
+        stats = self.active.cache_context.stats(self.costs)
+        return stats if stats.uncond.reused else replace(stats, uncond=None)
+
+    def told_scheduler(self):
+        """The pipeline's scheduler; one that has been put there since is told of this cache.
+
+        Raises ValueError if there is no such pipeline any more.
+        """
+        pipe = self.pipe()
+        if pipe is None:
+            raise ValueError(
+                "Invalid cache state: the pipeline that this transformer's cache was put into is gone; "
+                "call apply_cache_on_pipe with the one that it is in now"
+            )
+        told = pipe.scheduler
+        if type(told) is not ToldScheduler or told.cached is not self:
+            plain = told.stood_for if type(told) is ToldScheduler else told
+            told = pipe.__dict__["scheduler"] = ToldScheduler(plain, self)
+            self.begin_generation()
+        return told
+
+    def begin_generation(self, sigmas=None):
+        """The scheduler's word that a new generation begins, with noise levels of the caller's own if any."""
+        self.calls, self.chosen, self.sigmas, self.thread = 0, {}, sigmas, get_ident()
+
+    def end_step(self):
+        """The scheduler's word that a step is done."""
+        self.calls = 0
+
+    @contextmanager
+    def cache_context(self, name):
+        """mindone's name for a guidance branch, "cond" or "uncond"; where none is given, the order of calls tells."""
+        self.branch = name
+        try:
+            yield
+        finally:
+            self.branch = None
+
+    def __call__(self, hidden_states, *args, **kwargs):
+        reason = foreign_transformer(self.stood_for)
+        if reason:
+            logger.warning(f"{reason}: this call runs without the cache")
+            return self.stood_for(hidden_states, *args, **kwargs)
+        scheduler = self.told_scheduler()
+        if self.thread != get_ident():
+            raise ValueError(
+                "Invalid cache state: another thread has begun a generation with this pipeline; let threads take turns"
+            )
+        if self.calls == len(BRANCHES):
+            raise ValueError(f"Invalid cache state: more than {len(BRANCHES)} calls of the transformer in one step")
+        branch = self.branch or BRANCHES[self.calls]
+        self.calls += 1
+        given = _CALL.bind(None, None, hidden_states, *args, **kwargs).arguments
+        del given["transformer"], given["cache"]
+        refuse_stg(given.get("joint_attention_kwargs"))
+        given["joint_attention_kwargs"] = attention_inputs(self.stood_for, given.get("joint_attention_kwargs"))
+        with turn(self), graph_mode(True):
+            self.active = self.step_for(hidden_states, given["encoder_hidden_states"].shape[1], scheduler)
+            with self.active.cache_context(branch):
+                output = self.active(**{name: graph_input(value) for name, value in given.items()})
+            self.steps.settle()
+        return output
+
+    def step_for(self, latents, text_len, scheduler):
+        """The cached step for these shapes; the first call of a generation resets it."""
+        batch_size, seq_len, _ = latents.shape
+        key = (batch_size, seq_len, text_len, latents.dtype)
+        layers, strengths = self.adapters
+        # All that a callback may change is not looked for in each step: that takes as long as a reused one.
+        if key in self.chosen and strengths == strengths_of(layers):
+            return self.chosen[key]
+        begin, whole = scheduler.begin_index or 0, len(scheduler.timesteps)
+        steps, sigmas = whole - begin, scheduler.sigmas.asnumpy()[begin:]
+        settings, transformer = for_steps(self.cache_settings, steps), self.stood_for
+
+        def make():
+            context = context_for(transformer, settings, latents, text_len, len(BRANCHES), steps, sigmas)
+            step = CachedStep(transformer, context)
+            current_device().prepare(step, transformer)
+            return step
+
+        trace = self.chosen[key].cache_context.trace() if key in self.chosen else None
+        step = self.steps.get(transformer, (*key, settings.structure), make, in_use=len(self.chosen))
+        layers = adapters_of(transformer)
+        self.adapters = layers, strengths_of(layers)
+        step.cache_context.forget()
+        step.cache_context.configure(settings, steps, sigmas, progress_of(self.sigmas, whole)[begin:])
+        if trace is not None:
+            step.cache_context.go_on(trace)
+        self.costs = step_costs(transformer.config, batch_size, seq_len, text_len)
+        self.chosen[key] = step
+        return step
+
+
+class ToldScheduler(StandIn):
+    """A pipeline's scheduler that tells the cache of generations and of steps."""
+
+    def __init__(self, scheduler, cached):
+        super().__init__(scheduler, cached=cached)
+
+    @property
+    def set_timesteps(self):
+        """The scheduler's own method, whose signature mindone reads, and the cache's word of it."""
+        method = self.stood_for.set_timesteps
+
+        @wraps(method)
+        def told(*args, **kwargs):
+            self.cached.begin_generation(signature(method).bind(*args, **kwargs).arguments.get("sigmas"))
+            return method(*args, **kwargs)
+
+        return told
+
+    def step(self, *args, **kwargs):
+        self.cached.end_step()
+        return self.stood_for.step(*args, **kwargs)
+
+
+class CachedStep(nn.Cell):
+    """A transformer under cached_forward, with a CacheContext for one shape that is told of each new generation."""
+
+    def __init__(self, transformer, cache_context):
+        super().__init__(auto_prefix=False)
+        cache_context.told = True
+        self.transformer, self.cache_context = transformer, cache_context
+        for parameter in cache_context.parameters():
+            self.insert_param_to_cell(parameter.name, parameter)
+
+    def construct(
+        self,
+        hidden_states,
+        encoder_hidden_states,
+        pooled_projections,
+        timestep,
+        img_ids,
+        txt_ids,
+        guidance=None,
+        joint_attention_kwargs=None,
+        controlnet_block_samples=None,
+        controlnet_single_block_samples=None,
+        return_dict=False,
+        controlnet_blocks_repeat=False,
+    ):
+        # Not FBCache_transformer_construct: a cell that is passed on, as self is there, MindSpore keeps for good; nor
+        # *args and **kwargs, of which a graph takes no tuples.
+        return cached_forward(
+            self.transformer,
+            self.cache_context,
+            hidden_states,
+            encoder_hidden_states,
+            pooled_projections,
+            timestep,
+            img_ids,
+            txt_ids,
+            guidance,
+            joint_attention_kwargs,
+            controlnet_block_samples,
+            controlnet_single_block_samples,
+            return_dict,
+            controlnet_blocks_repeat,
+        )
+
+    def release(self):
+        """Gives the cache's memory back."""
+        self.cache_context.release()
+
+
+def for_steps(config, steps):
+    """The CacheConfig for a generation of so many steps: where they are few, switched off, with a warning."""
+    if not config.leaves_alone(steps):
+        return config
+    logger.warning(f"cache off: {steps} steps are few; warmup_steps of 1 or more, or a schedule, put it on ({config})")
+    return config.switched_off()
+
+
+def context_for(transformer, config, latents, text_len, branches, steps, sigmas):
+    """The CacheContext of a generation that begins with these latents, (B, S, C)."""
+    batch_size, seq_len, _ = latents.shape
+    return CacheContext(
+        batch_size,
+        seq_len,
+        transformer.inner_dim,
+        branches=branches,
+        mindspore_dtype=latents.dtype,
+        config=config,
+        text_len=text_len,
+        steps=steps,
+        sigmas=sigmas,
+        channels=transformer.proj_out.weight.shape[0],
+    )
+
+
+def attention_inputs(transformer, attention_kwargs):
+    """joint_attention_kwargs as the blocks take them, IP adapters' image embeddings projected; None for none.
+
+    Those that mindone's FluxAttention would ignore with a warning are left out with one. Raises ValueError where an IP
+    adapter is loaded and given no image, which mindone stumbles over.
+    """
+    taken = dict(attention_kwargs or {})
+    image_prompted = [each for each in transformer.attn_processors.values() if isinstance(each, ImagePromptAttention)]
+    if image_prompted and "ip_adapter_image_embeds" not in taken and "ip_hidden_states" not in taken:
+        raise ValueError(
+            "an IP adapter is loaded and no image is given for it; give ip_adapter_image or ip_adapter_image_embeds"
+        )
+    if "ip_adapter_image_embeds" in taken:
+        with graph_mode(False):
+            taken["ip_hidden_states"] = transformer.encoder_hid_proj(list(taken.pop("ip_adapter_image_embeds")))
+    ignored = [name for name in taken if name not in ATTENTION_INPUTS]
+    if ignored:
+        logger.warning(f"joint_attention_kwargs {', '.join(ignored)} are not known to Flux's attention: ignored")
+    for processor in image_prompted:
+        # mindone's has a __call__ alone, where a graph looks for construct.
+        vars(processor).setdefault("construct", processor.__call__)
+    return {name: taken[name] for name in ATTENTION_INPUTS if name in taken} or None
+
+
+def graph_input(value):
+    """A value of a call as a graph has to be given it: tensors whole and as inputs, not constants, wherever they are.
+
+    What a graph uses in its branches alone it reads as if it were no view (MindSpore 2.7.0 and 2.10.0, CPU).
+    """
+    if isinstance(value, ms.Tensor):
+        return value.contiguous()
+    if isinstance(value, (list, tuple)) and any(isinstance(each, ms.Tensor) for each in value):
+        return ms.mutable(tuple(map(graph_input, value)))
+    if isinstance(value, dict) and value:
+        return ms.mutable({name: graph_input(each) for name, each in value.items()})
+    return value
+
+
+def refuse_stg(attention_kwargs):
+    """Raises ValueError if spatiotemporal guidance is asked for: its perturbed calls would mix with the others."""
+    if any(name.startswith(("stg", "skip_layer")) for name in attention_kwargs or ()):
+        raise ValueError("STG is not supported with FBCache yet")
+
+
+def adapters_of(model):
+    """The layers of a model that adapters have taken the place of."""
+    return [layer for _, layer in model.cells_and_names() if isinstance(layer, BaseTunerLayer)]
+
+
+def strengths_of(layers):
+    """Which of their adapters act, and how strongly."""
+    return [(list(layer.active_adapters), dict(layer.scaling), layer.disable_adapters) for layer in layers]
+
+
+_TURN, _DRAWING = RLock(), []
+
+
+@contextmanager
+def turn(drawing):
+    """Lets one thread draw at a time: MindSpore's mode and compiler and a graph's buffers are there once.
+
+    Raises ValueError if what draws is drawing already, further up in the same thread.
+    """
+    with _TURN:
+        if any(each is drawing for each in _DRAWING):
+            raise ValueError(f"this {type(drawing).__name__} is drawing; a callback cannot call it")
+        _DRAWING.append(drawing)
+        try:
+            yield
+        finally:
+            _DRAWING.pop()
+
+
+@contextmanager
+def adapters_scaled(scale, *models):
+    """Multiplies the active adapters' strengths by ``scale`` for a while; None leaves them and a None model is none.
+
+    A strength that somebody sets meanwhile stays.
+    """
+    models = [model for model in models if model is not None and scale is not None]
+    layers = [layer for model in models for layer in adapters_of(model)]
+    before = [dict(layer.scaling) for layer in layers]
+    for model in models:
+        scale_lora_layers(model, scale)
+    scaled = [dict(layer.scaling) for layer in layers]
+    try:
+        yield
+    finally:
+        for layer, old, new in zip(layers, before, scaled):
+            layer.scaling.update({name: old[name] for name in old if layer.scaling.get(name) == new[name]})
+
+
+@contextmanager
+def graph_mode(use_graph_mode):
+    """GRAPH_MODE or PYNATIVE_MODE for a while."""
+    before = ms.get_context("mode")
+    ms.set_context(mode=ms.GRAPH_MODE if use_graph_mode else ms.PYNATIVE_MODE)
+    try:
+        yield
+    finally:
+        ms.set_context(mode=before)

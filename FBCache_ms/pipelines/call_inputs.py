@@ -1,0 +1,173 @@
+"""What a call of the pipeline is given, checked before anything runs."""
+
+import operator
+from numbers import Real
+
+import numpy as np
+
+import mindspore as ms
+
+from ..rules.schedules import MAX_STEPS
+
+IMAGE_PROMPTS = (
+    "ip_adapter_image",
+    "ip_adapter_image_embeds",
+    "negative_ip_adapter_image",
+    "negative_ip_adapter_image_embeds",
+)
+GENERATORS = np.random.Generator, np.random.RandomState
+
+
+def check_call(pipe, given):
+    """Raises ValueError, naming the input, for a call that cannot be drawn.
+
+    Args:
+        pipe: the FluxPipeline.
+        given: mindone's arguments by name. What is left out is filled in: height, width, the number of steps, and
+            ``pictures``, how many are drawn.
+    """
+    check_parts(pipe, given)
+    steps = given.num_inference_steps if given.sigmas is None else len(levels(given.sigmas))
+    given.num_inference_steps = whole("num_inference_steps", steps, 1, MAX_STEPS)
+    for name in ("height", "width"):
+        size = getattr(given, name) or pipe.default_sample_size * pipe.vae_scale_factor
+        setattr(given, name, whole(name, size))
+    for name in ("guidance_scale", "true_cfg_scale"):
+        finite(name, getattr(given, name))
+    images = 1 if given.num_images_per_prompt is None else given.num_images_per_prompt
+    given.num_images_per_prompt = whole("num_images_per_prompt", images, 1)
+    if given.max_sequence_length is not None:
+        whole("max_sequence_length", given.max_sequence_length, 1)
+    if given.callback_on_step_end is not None and not callable(given.callback_on_step_end):
+        raise ValueError(f"callback_on_step_end must be a function, not {given.callback_on_step_end!r}")
+    given.callback_on_step_end_tensor_inputs = list(given.callback_on_step_end_tensor_inputs or ())
+    kwargs = given.joint_attention_kwargs
+    if kwargs is not None and not isinstance(kwargs, dict):
+        raise ValueError(f"joint_attention_kwargs must be a dictionary, not {type(kwargs).__name__}")
+    if kwargs and kwargs.get("scale") is not None:
+        finite('joint_attention_kwargs["scale"]', kwargs["scale"])
+    pipe.check_inputs(
+        given.prompt,
+        given.prompt_2,
+        given.height,
+        given.width,
+        negative_prompt=given.negative_prompt,
+        negative_prompt_2=given.negative_prompt_2,
+        prompt_embeds=given.prompt_embeds,
+        negative_prompt_embeds=given.negative_prompt_embeds,
+        pooled_prompt_embeds=given.pooled_prompt_embeds,
+        negative_pooled_prompt_embeds=given.negative_pooled_prompt_embeds,
+        callback_on_step_end_tensor_inputs=given.callback_on_step_end_tensor_inputs,
+        max_sequence_length=given.max_sequence_length,
+    )
+    check_prompts(pipe, given)
+    check_noise(pipe, given)
+
+
+def check_parts(pipe, given):
+    """Raises ValueError for a call that needs a part which the pipeline does not have."""
+    for name in ("transformer", "scheduler"):
+        if getattr(pipe, name) is None:
+            raise ValueError(f"{name} is None; a call needs one")
+    if ms.get_context("device_target") == "CPU" and pipe.transformer.dtype != ms.float32:
+        raise ValueError(f"transformer is in {pipe.transformer.dtype}, which is not supported on CPU; only float32 is")
+    if pipe.vae is None and given.output_type != "latent":
+        raise ValueError(f"vae is None, so output_type must be 'latent', not {given.output_type!r}")
+    texts = [name for name in ("prompt", "negative_prompt") if getattr(given, name) is not None]
+    for name in ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"):
+        if texts and getattr(pipe, name) is None:
+            raise ValueError(f"{name} is None, so {texts[0]} cannot be read; give {texts[0]}_embeds")
+    images = [name for name in IMAGE_PROMPTS if getattr(given, name) is not None]
+    if images and getattr(pipe.transformer, "encoder_hid_proj", None) is None:
+        raise ValueError(f"{images[0]} is given, but no IP adapter is loaded; see load_ip_adapter")
+
+
+def check_prompts(pipe, given):
+    """Raises ValueError for prompts or embeddings that are not as many as they have to be; counts the pictures."""
+    prompts = 1 if isinstance(given.prompt, str) else len(given.prompt or ()) or rows("prompt_embeds", given)
+    given.pictures = prompts * given.num_images_per_prompt
+    for name in ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2"):
+        texts = getattr(given, name)
+        if not isinstance(texts, (str, list, type(None))) or any(not isinstance(text, str) for text in texts or ()):
+            raise ValueError(f"{name} must be a text or a list of texts, not {texts!r}")
+        if isinstance(texts, list) and len(texts) not in (1, prompts):
+            allowed = "one" if prompts == 1 else f"one, or {prompts} as in prompt"
+            raise ValueError(f"{name} lists {len(texts)} prompts; give {allowed}")
+    layers = pipe.transformer.config
+    for kind in ("", "negative_"):
+        for name, width in {
+            f"{kind}prompt_embeds": (None, layers.get("joint_attention_dim")),
+            f"{kind}pooled_prompt_embeds": (layers.get("pooled_projection_dim"),),
+        }.items():
+            if getattr(given, name) is not None:
+                number = rows(name, given)
+                if number not in (1, prompts, given.pictures):
+                    allowed = sorted({1, prompts, given.pictures})
+                    raise ValueError(f"{name} are for {number} prompts; allowed are {' or '.join(map(str, allowed))}")
+                check_shape(name, getattr(given, name), (number, *width))
+
+
+def check_noise(pipe, given):
+    """Raises ValueError for latents or generators that are not those of the pictures."""
+    if given.latents is not None:
+        unit = pipe.vae_scale_factor * 2
+        tokens = given.height // unit * (given.width // unit)
+        check_shape("latents", given.latents, (given.pictures, tokens, pipe.transformer.config.in_channels // 4 * 4))
+    generators = given.generator if isinstance(given.generator, list) else [given.generator]
+    if any(not isinstance(each, (*GENERATORS, type(None))) for each in generators):
+        raise ValueError(f"generator must be a numpy.random.Generator, or a list of them, not {given.generator!r}")
+    if len(generators) not in (1, given.pictures):
+        raise ValueError(f"generator lists {len(generators)} for {given.pictures} pictures")
+
+
+def rows(name, given):
+    """How many prompts an input's embeddings are for. Raises ValueError unless it is a tensor."""
+    value = getattr(given, name)
+    if not isinstance(value, ms.Tensor) or value.ndim < 2:
+        raise ValueError(f"{name} must be a mindspore Tensor with an axis for the prompts, not {described(value)}")
+    return value.shape[0]
+
+
+def check_shape(name, value, shape):
+    """Raises ValueError unless this is a tensor of floating-point numbers of that shape; None stands for any length."""
+    right = isinstance(value, ms.Tensor) and value.is_floating_point() and value.ndim == len(shape)
+    if not right or any(want is not None and have != want for have, want in zip(value.shape, shape)):
+        wanted = " x ".join("any" if want is None else str(want) for want in shape)
+        raise ValueError(f"{name} must be a floating-point mindspore Tensor of {wanted}, not {described(value)}")
+
+
+def described(value):
+    """A value's type, and its shape and dtype if it has them, in words."""
+    if not hasattr(value, "shape") or not hasattr(value, "dtype"):
+        return type(value).__name__
+    return f"a {type(value).__name__} of {' x '.join(map(str, value.shape))}, {value.dtype}"
+
+
+def levels(sigmas):
+    """The noise levels that a call brings, (N,). Raises ValueError unless they are finite numbers."""
+    try:
+        values = np.asarray(sigmas, dtype=np.float32)
+    except (TypeError, ValueError):
+        values = None
+    if values is None or values.ndim != 1 or not np.isfinite(values).all():
+        raise ValueError(f"sigmas must be a list of finite numbers, not {sigmas!r}")
+    return values
+
+
+def whole(name, value, low=None, high=None):
+    """The value as an int. Raises ValueError unless it is a whole number in [low, high]."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    outside = number is not None and (low is not None and number < low or high is not None and number > high)
+    if number is None or outside:
+        allowed = "" if low is None else f" from {low} on" if high is None else f" in [{low}, {high}]"
+        raise ValueError(f"{name} must be a whole number{allowed}, not {value!r}")
+    return number
+
+
+def finite(name, value):
+    """Raises ValueError unless this is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not np.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, not {value!r}")

@@ -1,0 +1,100 @@
+"""Compiles kernels.cc where there is a C++ compiler, and gives its kernels as MindSpore's operators.
+
+On a CPU a small Flux takes as long for handing out kernels as for running them, so what makes it fast is one kernel in
+the place of ten. Every operator here is None where nothing could be compiled.
+"""
+
+import ctypes
+import hashlib
+import shutil
+import subprocess
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from mindone.diffusers.utils import logging
+
+import mindspore as ms
+from mindspore import ops
+from mindspore.ops import CustomRegOp, DataType
+
+from ..compile_cache import users_folder
+
+logger = logging.get_logger(__name__)
+
+SOURCE = Path(__file__).with_suffix(".cc")
+# Not -ffast-math: it switches denormals off for the whole process, and what is no number has to stay none.
+FLAGS = (
+    *("-O3", "-march=native", "-fopenmp-simd", "-pthread", "-shared", "-fPIC"),
+    # Its threads outlive the last graph that uses it, and with it what loaded it.
+    "-Wl,-z,nodelete",
+    *("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"),
+)
+
+
+def compiled(compiler, folder):
+    """The kernels' library in a folder, compiled unless it is there; None, with a warning, where that fails."""
+    try:
+        # -march=native is for this processor, and a home folder may be shared with others.
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = [line for line in lines if line.startswith(("flags", "Features"))][:1]
+        key = hashlib.sha256("\n".join((SOURCE.read_text(), *FLAGS, *processor)).encode()).hexdigest()[:16]
+        library = folder / f"cpu_kernels_{key}.so"
+        if ":" in str(library):
+            raise OSError(f"MindSpore takes no library from {folder}: there is a colon in it")
+        if not library.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            with TemporaryDirectory(dir=folder) as fresh:
+                made = Path(fresh) / library.name
+                subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(made)], check=True, capture_output=True)
+                made.replace(library)
+    except (OSError, subprocess.CalledProcessError) as error:
+        logger.warning(f"kernels.cc cannot be compiled ({error}): MindSpore's own kernels take longer")
+        return None
+    return library
+
+
+COMPILER = shutil.which("g++")
+KERNELS_FILE = COMPILER and compiled(COMPILER, users_folder())
+
+
+def kernel(name, inputs, outputs=1):
+    """A kernel of so many float32 tensors as an operator, None where there is no library."""
+    if KERNELS_FILE is None:
+        return None
+    # The library tells the outputs' shapes: a graph that is compiled while it runs cannot ask Python.
+    info = CustomRegOp(name).target("CPU")
+    for index in range(inputs):
+        info.input(index, f"input{index}")
+    for index in range(outputs):
+        info.output(index, f"output{index}")
+    info.dtype_format(*[DataType.F32_Default] * (inputs + outputs))
+    return ops.Custom(f"{KERNELS_FILE}:{name}", func_type="aot", reg_info=info.get_op_info())
+
+
+def product_kernel(*arguments):
+    """A kernel that multiplies matrices, None too where MindSpore brings nothing along to do so with."""
+    return kernel(*arguments) if has_products() else None
+
+
+def has_products():
+    """Whether MindSpore brings along the oneDNN that kernels.cc multiplies with; loads it."""
+    for library in (Path(ms.__file__).parent / "lib").glob("libdnnl.so.[23]"):
+        with suppress(OSError):
+            return hasattr(ctypes.CDLL(str(library)), "dnnl_threadpool_interop_sgemm")
+    return False
+
+
+GELU_TANH = kernel("gelu_tanh", 1)
+LAYER_NORM = kernel("layer_norm", 2)
+GROUP_NORM = kernel("group_norm", 5)
+RELATIVE_DIFFERENCE = kernel("relative_difference", 2)
+SINUSOIDS = kernel("sinusoids", 2)
+WEIGHTED_SUM = {order: kernel(f"weighted_sum_{order}", 2 + order) for order in (1, 2, 3)}
+FINITE_DIFFERENCES = {order: kernel(f"finite_differences_{order}", 3 + order) for order in (1, 2, 3)}
+LINEAR = product_kernel("linear", 3)
+ADA_LAYER_NORM = product_kernel("ada_layer_norm", 5)
+TIMESTEP_EMBEDDING = product_kernel("timestep_embedding", 5)
+DOUBLE_BLOCK = product_kernel("double_block", 34, 6)
+BEHIND_DOUBLE = product_kernel("behind_double", 11)
+SINGLE_BLOCK = product_kernel("single_block", 20, 2)

@@ -1,0 +1,640 @@
+"""Stand-ins for what MindSpore's CPU backend has no kernel for, so that mindone's whole Flux pipeline runs on it.
+
+install() puts them in the places of mint's functions and of mindone's cells, and fills rules/kernels.py and
+models/kernels.py. Nothing else in the package replaces anything of mindone's or MindSpore's, and on Ascend this module
+is never imported. A cell is replaced where it calls a Tensor method, such as x.chunk, that graph mode resolves out of
+Python's reach.
+
+What takes the time was chosen by timing the 28-step loop with each candidate (benchmarks/cpu_stand_ins.py), not by
+name. The fused stand-ins, of one kernel each, take the places of others where there is a C++ compiler.
+"""
+
+import math
+
+import numpy as np
+from mindone.diffusers.models import (
+    activations,
+    attention,
+    attention_dispatch,
+    attention_processor,
+    embeddings,
+    normalization,
+)
+from mindone.diffusers.models.transformers import transformer_flux
+
+import mindspore as ms
+from mindspore import mint, ops
+
+from ...models import kernels as model_kernels
+from ...models.mindones import is_mindones, is_theirs
+from ...models.transformer_flux_withFBCache import behind_double, behind_single, divided_double
+from ...rules import kernels as rule_kernels
+from . import kernels
+
+try:
+    from mindspore.graph._parse import parser
+except ImportError:  # MindSpore 2.7.0 has it elsewhere, and makes a new tensor of x += y by itself
+    parser = None
+
+
+def chunk(input, chunks, dim=0):
+    """mint.chunk: equal pieces, the last one smaller where they do not come out even."""
+    return split(input, -(-input.shape[dim] // chunks), dim)
+
+
+def split(tensor, split_size_or_sections, dim=0):
+    """mint.split: pieces of one size, or of the sizes listed."""
+    total, sizes = tensor.shape[dim], split_size_or_sections
+    if isinstance(sizes, int):
+        if total % sizes == 0:
+            return ops.Split(dim, total // sizes)(tensor)
+        sizes = [min(sizes, total - start) for start in range(0, total, sizes)]
+    pieces, start = (), 0
+    for size in sizes:
+        pieces = pieces + (piece(tensor, dim, start, size),)
+        start += size
+    return pieces
+
+
+def piece(tensor, dim, start, size):
+    """``size`` entries of a tensor's axis from ``start`` on."""
+    axis = dim % tensor.ndim
+    begin = (0,) * axis + (start,) + (0,) * (tensor.ndim - axis - 1)
+    return ops.Slice()(tensor, begin, tensor.shape[:axis] + (size,) + tensor.shape[axis + 1 :])
+
+
+def stack(tensors, dim=0):
+    """mint.stack."""
+    return ops.stack(tensors, dim)
+
+
+def unbind(input, dim=0):
+    """mint.unbind."""
+    return ops.unstack(input, dim)
+
+
+def outer(input, vec2):
+    """mint.outer of two vectors."""
+    return input.expand_dims(1) * vec2.expand_dims(0)
+
+
+def arange(start=0, end=None, step=1, *, dtype=None):
+    """mint.arange."""
+    if end is None:
+        start, end = 0, start
+    values = ops.Range()(start, end, step)
+    return values if dtype is None else values.astype(dtype)
+
+
+def full(size, fill_value, *, dtype=None):
+    """mint.full."""
+    if dtype is None:
+        dtype = ms.float32 if isinstance(fill_value, float) else ms.int64
+    return ops.fill(dtype, tuple(size), fill_value)
+
+
+def zeros_like(input, *, dtype=None):
+    """mint.zeros_like."""
+    return ops.zeros_like(input, dtype=dtype)
+
+
+def ones_like(input, *, dtype=None):
+    """mint.ones_like."""
+    return ops.ones_like(input, dtype=dtype)
+
+
+def randn_like(input, *, seed=None, dtype=None):
+    """mint.randn_like."""
+    return ops.standard_normal(input.shape, seed).astype(dtype or input.dtype)
+
+
+def gelu(input, *, approximate="none"):
+    """mint.nn.functional.gelu; the tanh form through sigmoid(2 x) = (1 + tanh(x)) / 2, which is one operator less."""
+    if approximate == "tanh":
+        return input * ops.sigmoid(2 * math.sqrt(2 / math.pi) * (input + 0.044715 * input * input * input))
+    return 0.5 * input * (1 + ops.erf(input / math.sqrt(2)))
+
+
+def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
+    """mint.nn.functional.layer_norm over the last axes."""
+    axes = tuple(range(-len(normalized_shape), 0))
+    centred = input - input.mean(axes, keep_dims=True)
+    normed = centred * ops.rsqrt((centred * centred).mean(axes, keep_dims=True) + eps)
+    if weight is not None:
+        normed = normed * weight
+    if bias is not None:
+        normed = normed + bias
+    return normed
+
+
+def scaled_dot_product_attention(
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False, backend=None
+):
+    """Attention of (B, heads, L, d) in the inputs' dtype; a mask is added, or, where it is bool, keeps what is true."""
+    if scale is None:
+        scale = 1 / math.sqrt(query.shape[-1])
+    scores = ops.BatchMatMul(transpose_b=True)(query, key) * scale
+    if is_causal:
+        keep = ops.tril(ops.ones((query.shape[-2], key.shape[-2]), ms.float32)) > 0
+        scores = ops.masked_fill(scores, ops.logical_not(keep), float("-inf"))
+    if attn_mask is not None:
+        scores = masked(scores, attn_mask)
+    return ops.BatchMatMul()(ops.softmax(scores, -1), value)
+
+
+def masked(scores, mask):
+    """Attention's scores with a mask added, or, where it is bool, kept where it is true."""
+    if mask.dtype == ms.bool_:
+        return ops.masked_fill(scores, ops.logical_not(mask), float("-inf"))
+    return scores + mask
+
+
+def get_1d_rotary_pos_embed(
+    dim,
+    pos,
+    theta=10000.0,
+    use_real=False,
+    linear_factor=1.0,
+    ntk_factor=1.0,
+    repeat_interleave_real=True,
+    freqs_dtype=ms.float32,
+):
+    """Flux's rotary table: cosine and sine (S, dim), each frequency twice in a row, of positions (S,)."""
+    frequencies = (theta * ntk_factor) ** (-arange(0, dim, 2).astype(freqs_dtype) / dim) / linear_factor
+    angles = outer(pos, frequencies).expand_dims(-1)
+    angles = ops.concat((angles, angles), -1).reshape(-1, dim)
+    return ops.cos(angles), ops.sin(angles)
+
+
+def apply_rotary_emb(x, freqs_cis, use_real=True, use_real_unbind_dim=-1, sequence_dim=2):
+    """mindone's apply_rotary_emb for Flux: (B, L, H, d), or (B, H, L, d), turned by cosine and sine, both (L, d)."""
+    cos, sin = freqs_cis
+    if sequence_dim == 1:
+        cos, sin = cos.expand_dims(1), sin.expand_dims(1)
+    # One product in the place of taking the pairs apart and putting them together again.
+    turned = ops.MatMul()(x.reshape(-1, x.shape[-1]), quarter_turn(x.shape[-1])).reshape(x.shape)
+    return x * cos + turned * sin
+
+
+@ms.constexpr
+def quarter_turn(width):
+    """The matrix that makes (-x1, x0) of each pair (x0, x1) of a row."""
+    return ms.Tensor(np.kron(np.eye(width // 2), [[0, 1], [-1, 0]]), ms.float32)
+
+
+def linear_cell(self, input):
+    """mint.nn.Linear.construct."""
+    output = ops.MatMul(transpose_b=True)(input.reshape(-1, input.shape[-1]), self.weight)
+    if self.bias is not None:
+        output = ops.BiasAdd()(output, self.bias)
+    return output.reshape(input.shape[:-1] + output.shape[-1:])
+
+
+def layer_norm_cell(self, input):
+    """mint.nn.LayerNorm.construct."""
+    return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+def rms_norm_cell(self, hidden_states):
+    """mindone's RMSNorm.construct."""
+    variance = (hidden_states * hidden_states).mean(-1, keep_dims=True)
+    hidden_states = hidden_states * ops.rsqrt(variance + self.eps)
+    if self.weight is not None:
+        hidden_states = hidden_states * self.weight
+        if self.bias is not None:
+            hidden_states = hidden_states + self.bias
+    return hidden_states
+
+
+def embedding_cell(self, input):
+    """mint.nn.Embedding.construct."""
+    return ops.gather(self.weight, input, 0)
+
+
+def conv2d_cell(self, input):
+    """mint.nn.Conv2d.construct, for zero padding."""
+    vertical, horizontal = self.padding
+    convolution = ops.Conv2D(
+        self.out_channels,
+        self.kernel_size,
+        pad_mode="pad",
+        pad=(vertical, vertical, horizontal, horizontal),
+        stride=self.stride,
+        dilation=self.dilation,
+        group=self.groups,
+    )
+    output = convolution(input, self.weight)
+    if self.bias is not None:
+        output = ops.bias_add(output, self.bias)
+    return output
+
+
+def ada_layer_norm_zero_cell(self, x, timestep=None, class_labels=None, hidden_dtype=None, emb=None):
+    """mindone's AdaLayerNormZero.construct: modulated for attention, then gate, shift, scale and gate for the rest."""
+    if self.emb is not None:
+        emb = self.emb(timestep, class_labels, hidden_dtype=hidden_dtype)
+    shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = chunk(self.linear(self.silu(emb)), 6, 1)
+    return self.norm(x) * (1 + scale.expand_dims(1)) + shift.expand_dims(1), gate, mlp_shift, mlp_scale, mlp_gate
+
+
+def ada_layer_norm_zero_single_cell(self, x, emb=None):
+    """mindone's AdaLayerNormZeroSingle.construct."""
+    shift, scale, gate = chunk(self.linear(self.silu(emb)), 3, 1)
+    return self.norm(x) * (1 + scale.expand_dims(1)) + shift.expand_dims(1), gate
+
+
+def attention_cell_scaled_dot_product(
+    self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None
+):
+    """The autoencoder's Attention.scaled_dot_product_attention."""
+    return scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale)
+
+
+def flux_attention(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None):
+    """FluxAttnProcessor.__call__: joint attention over [text, image] in a double block, over what comes in a single."""
+    query, key, value, text_query, text_key, text_value = transformer_flux._get_qkv_projections(
+        attn, hidden_states, encoder_hidden_states
+    )
+    batch = query.shape[0]
+    heads = (batch, -1, attn.heads, query.shape[-1] // attn.heads)
+    query, key, value = attn.norm_q(query.reshape(heads)), attn.norm_k(key.reshape(heads)), value.reshape(heads)
+    if attn.added_kv_proj_dim is not None:
+        query = ops.concat((attn.norm_added_q(text_query.reshape(heads)), query), 1)
+        key = ops.concat((attn.norm_added_k(text_key.reshape(heads)), key), 1)
+        value = ops.concat((text_value.reshape(heads), value), 1)
+    if image_rotary_emb is not None:
+        query = transformer_flux.apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
+        key = transformer_flux.apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
+    attended = attend(self, query, key, value, attention_mask)
+    attended = attended.reshape(batch, attended.shape[1], -1)
+    if encoder_hidden_states is None:
+        return attended
+    text = encoder_hidden_states.shape[1]
+    return attn.to_out[1](attn.to_out[0](attended[:, text:])), attn.to_add_out(attended[:, :text])
+
+
+def attend(processor, query, key, value, mask):
+    """dispatch_attention_fn of an attention processor: attention of (B, L, heads, d)."""
+    if is_replaced("dispatch_attention_fn"):
+        settings = {"backend": processor._attention_backend, "parallel_config": processor._parallel_config}
+        return transformer_flux.dispatch_attention_fn(query, key, value, attn_mask=mask, **settings)
+    query, key, value = query.swapaxes(1, 2), key.swapaxes(1, 2), value.swapaxes(1, 2)
+    return scaled_dot_product_attention(query, key, value, mask).swapaxes(1, 2)
+
+
+@ms.constexpr
+def is_replaced(name):
+    """Whether a function that Flux's attention calls is the user's."""
+    return not is_theirs(getattr(transformer_flux, name))
+
+
+def flux_ip_adapter_attention(
+    self,
+    attn,
+    hidden_states,
+    encoder_hidden_states=None,
+    attention_mask=None,
+    image_rotary_emb=None,
+    ip_hidden_states=None,
+    ip_adapter_masks=None,
+):
+    """FluxIPAdapterAttnProcessor.__call__: a double block's attention, and what the image tokens see of each image."""
+    image, text = flux_attention(self, attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+    heads = (image.shape[0], -1, attn.heads, attn.head_dim)
+    query = attn.norm_q(attn.to_q(hidden_states).reshape(heads))
+    seen = ops.zeros_like(image)
+    for prompt, scale, to_k_ip, to_v_ip in zip(ip_hidden_states, self.scale, self.to_k_ip, self.to_v_ip):
+        attended = attend(self, query, to_k_ip(prompt).reshape(heads), to_v_ip(prompt).reshape(heads), None)
+        seen = seen + scale * attended.reshape(image.shape)
+    return image, text, seen
+
+
+def repeat(self, *repeats):
+    """Tensor.repeat: so many copies along each axis, after new axes in front."""
+    repeats = tuple(repeats[0]) if len(repeats) == 1 and isinstance(repeats[0], (list, tuple)) else repeats
+    return ops.tile(self, repeats)
+
+
+def fused_linear_cell(self, input):
+    """mint.nn.Linear.construct."""
+    if kernels.LINEAR is None or self.bias is None or input.dtype != ms.float32:
+        return linear_cell(self, input)
+    return kernels.LINEAR(input, self.weight, self.bias)
+
+
+def fused_gelu(input, *, approximate="none"):
+    """mint.nn.functional.gelu."""
+    if approximate != "tanh" or input.dtype != ms.float32:
+        return gelu(input, approximate=approximate)
+    return kernels.GELU_TANH(input)
+
+
+def fused_layer_norm_cell(self, input):
+    """mint.nn.LayerNorm.construct."""
+    if len(self.normalized_shape) > 1 or input.dtype != ms.float32:
+        return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+    normed = kernels.LAYER_NORM(input, number(self.eps))
+    if self.weight is not None:
+        normed = normed * self.weight
+    if self.bias is not None:
+        normed = normed + self.bias
+    return normed
+
+
+def fused_group_norm_cell(self, input):
+    """mint.nn.GroupNorm.construct; MindSpore's own kernel takes the autoencoder's decoder half of its time."""
+    if input.dtype != ms.float32:
+        return ops.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+    return kernels.GROUP_NORM(input, self.weight, self.bias, number(self.num_groups), number(self.eps))
+
+
+class Weights:
+    """The weights that a cell's kernel reads, in its order; None where the cell is more than the kernel stands for.
+
+    An attribute, made when the parser asks for it, since parsing as many attributes takes it a while for each block.
+    ``layers`` gives a cell's layers in that order, or None.
+    """
+
+    def __init__(self, layers):
+        self.layers = layers
+
+    def __get__(self, cell, owner):
+        layers = None if cell is None or kernels.LINEAR is None else self.layers(cell)
+        if layers is None:
+            return None
+        weights = ()
+        for layer in layers:
+            # An adapter is a layer of another type.
+            if is_mindones(layer, mint.nn.Linear):
+                weights += (layer.weight, layer.bias)
+            elif is_mindones(layer, normalization.RMSNorm) and layer.bias is None:
+                weights += (layer.weight,)
+            else:
+                return None
+        return None if any(weight is None or weight.dtype != ms.float32 for weight in weights) else weights
+
+
+def layer_norm_layers(cell):
+    """What a LayerNorm within a kernel reads: nothing."""
+    plain = is_mindones(cell, mint.nn.LayerNorm) and cell.weight is None and cell.bias is None
+    return () if plain and len(cell.normalized_shape) == 1 else None
+
+
+def modulation_layers(cell, kind):
+    """What a block's AdaLayerNorm reads within a kernel."""
+    plain = is_mindones(cell, kind) and getattr(cell, "emb", None) is None and is_mindones(cell.silu, mint.nn.SiLU)
+    return (cell.linear,) if plain and layer_norm_layers(cell.norm) is not None else None
+
+
+def feed_forward_layers(cell):
+    """What FeedForward's kernel reads."""
+    if not is_mindones(cell, attention.FeedForward) or len(cell.net) != 3:
+        return None
+    first, dropout, last = cell.net
+    plain = is_mindones(first, activations.GELU) and first.approximate == "tanh" and drops_nothing(dropout)
+    return (first.proj, last) if plain else None
+
+
+def drops_nothing(cell):
+    """Whether a Dropout hands on what it is given."""
+    return is_mindones(cell, mint.nn.Dropout) and not (cell.training and cell.p > 0)
+
+
+def attends_plainly(attn, added):
+    """Whether an attention is what a block's kernel does, with or without a text stream of its own."""
+    if not is_mindones(attn, transformer_flux.FluxAttention) or attn.fused_projections or attn.pre_only == added:
+        return False
+    functions = "apply_rotary_emb", "_get_qkv_projections", "dispatch_attention_fn"
+    return (
+        is_mindones(attn.processor, transformer_flux.FluxAttnProcessor)
+        and not any(map(is_replaced, functions))
+        and (attn.added_kv_proj_dim is not None) == added
+        and attn.query_dim == attn.inner_dim == attn.out_dim == attn.heads * attn.head_dim
+    )
+
+
+def double_block_layers(block):
+    """What a double block's kernel reads."""
+    attn, feed_forward = block.attn, feed_forward_layers(block.ff)
+    norms = [modulation_layers(norm, normalization.AdaLayerNormZero) for norm in (block.norm1, block.norm1_context)]
+    if None in (*norms, feed_forward, layer_norm_layers(block.norm2)) or not attends_plainly(attn, added=True):
+        return None
+    inner = attn.norm_q, attn.norm_k, attn.norm_added_q, attn.norm_added_k
+    if not one_epsilon(block.norm1.norm, block.norm1_context.norm, block.norm2) or not one_epsilon(*inner):
+        return None
+    if not drops_nothing(attn.to_out[1]):
+        return None
+    image = attn.to_q, attn.to_k, attn.to_v, attn.norm_q, attn.norm_k, attn.to_out[0]
+    text = attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, attn.norm_added_q, attn.norm_added_k, attn.to_add_out
+    return (*norms[0], *image, *feed_forward, *norms[1], *text)
+
+
+def one_epsilon(*norms):
+    """Whether norms have the same epsilon, since a kernel is given one."""
+    return len({norm.eps for norm in norms}) == 1
+
+
+def single_block_layers(block):
+    """What a single block's kernel reads."""
+    attn, norm = block.attn, modulation_layers(block.norm, normalization.AdaLayerNormZeroSingle)
+    activation = is_mindones(block.act_mlp, transformer_flux.GELU) and block.act_mlp.approximate == "tanh"
+    if (
+        norm is None
+        or not activation
+        or not attends_plainly(attn, added=False)
+        or not one_epsilon(attn.norm_q, attn.norm_k)
+    ):
+        return None
+    return (*norm, attn.to_q, attn.to_k, attn.to_v, attn.norm_q, attn.norm_k, block.proj_mlp, block.proj_out)
+
+
+def timestep_embedding_layers(cell):
+    """What TimestepEmbedding's kernel reads."""
+    plain = cell.cond_proj is None and is_mindones(cell.act, mint.nn.SiLU) and cell.post_act is None
+    return (cell.linear_1, cell.linear_2) if plain else None
+
+
+def ada_layer_norm_continuous_layers(cell):
+    """What AdaLayerNormContinuous's kernel reads."""
+    return modulation_layers(cell, normalization.AdaLayerNormContinuous)
+
+
+def fused_double_block(
+    self, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, joint_attention_kwargs=None
+):
+    """FluxTransformerBlock.construct."""
+    image, unfinished = divided_double(
+        self, hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs or {}
+    )
+    return behind_double(self.norm2_context, self.ff_context, *unfinished), image
+
+
+def fused_divided_double(cell, image, text, temb, rotary, attention_kwargs):
+    """transformer_flux_withFBCache.divided_double; None for what the kernel does not do."""
+    whole = cell.kernel_weights is not None and len(attention_kwargs) == 0 and image.dtype == ms.float32
+    if not whole or temb.shape[0] != image.shape[0]:
+        return None
+    epsilons = number((cell.norm2.eps, cell.attn.norm_q.eps))
+    outputs = kernels.DOUBLE_BLOCK(image, text, temb, rotary[0], rotary[1], epsilons, *cell.kernel_weights)
+    return outputs[0], (text,) + outputs[1:]
+
+
+def fused_behind_double(norm, feed_forward, stream, attended, gate, shift, scale, mlp_gate):
+    """transformer_flux_withFBCache.behind_double; None for what the kernel does not do."""
+    whole = (
+        getattr(norm, "kernel_weights", None) is not None and getattr(feed_forward, "kernel_weights", None) is not None
+    )
+    if not whole or stream.dtype != ms.float32 or gate.shape[0] != stream.shape[0]:
+        return None
+    modulation = gate, shift, scale, mlp_gate
+    return kernels.BEHIND_DOUBLE(stream, attended, *modulation, number(norm.eps), *feed_forward.kernel_weights)
+
+
+def fused_single_block(
+    self, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, joint_attention_kwargs=None
+):
+    """FluxSingleTransformerBlock.construct."""
+    kwargs = joint_attention_kwargs or {}
+    whole = self.kernel_weights is not None and len(kwargs) == 0 and hidden_states.dtype == ms.float32
+    if whole and temb.shape[0] == hidden_states.shape[0]:
+        cos, sin = image_rotary_emb
+        epsilons = number((self.norm.norm.eps, self.attn.norm_q.eps))
+        return kernels.SINGLE_BLOCK(
+            hidden_states, encoder_hidden_states, temb, cos, sin, epsilons, *self.kernel_weights
+        )
+    text_len = encoder_hidden_states.shape[1]
+    streams = ops.concat((encoder_hidden_states, hidden_states), 1)
+    normed, gate = self.norm(streams, emb=temb)
+    attended = self.attn(hidden_states=normed, image_rotary_emb=image_rotary_emb, **kwargs)
+    streams = behind_single(self, streams, normed, attended, gate)
+    return streams[:, :text_len], streams[:, text_len:]
+
+
+def fused_timesteps_cell(self, timesteps):
+    """mindone's Timesteps.construct."""
+    if not self.flip_sin_to_cos or self.num_channels % 2 == 1:
+        settings = self.flip_sin_to_cos, self.downscale_freq_shift, self.scale
+        return embeddings.get_timestep_embedding(timesteps, self.num_channels, *settings)
+    half = self.num_channels // 2
+    exponents = -math.log(10000) * arange(0, half).astype(ms.float32) / (half - self.downscale_freq_shift)
+    return kernels.SINUSOIDS(timesteps.astype(ms.float32), self.scale * ops.exp(exponents))
+
+
+def fused_timestep_embedding_cell(self, sample, condition=None):
+    """mindone's TimestepEmbedding.construct."""
+    if self.kernel_weights is not None and condition is None and sample.ndim == 2 and sample.dtype == ms.float32:
+        return kernels.TIMESTEP_EMBEDDING(sample, *self.kernel_weights)
+    if condition is not None:
+        sample = sample + self.cond_proj(condition)
+    sample = self.linear_1(sample)
+    if self.act is not None:
+        sample = self.act(sample)
+    sample = self.linear_2(sample)
+    return sample if self.post_act is None else self.post_act(sample)
+
+
+def fused_ada_layer_norm_continuous_cell(self, x, conditioning_embedding):
+    """mindone's AdaLayerNormContinuous.construct."""
+    one_each = conditioning_embedding.shape[0] == x.shape[0]
+    if self.kernel_weights is not None and x.dtype == ms.float32 and one_each:
+        return kernels.ADA_LAYER_NORM(x, conditioning_embedding, *self.kernel_weights, number(self.norm.eps))
+    scale, shift = chunk(self.linear(self.silu(conditioning_embedding)), 2, 1)
+    return self.norm(x) * (1 + scale.expand_dims(1)) + shift.expand_dims(1)
+
+
+def fused_relative_difference(reference, probe, batch_reduction):
+    """arithmetic.relative_difference; None for what the kernel does not do."""
+    if batch_reduction != "mean" or reference.dtype != ms.float32:
+        return None
+    return kernels.RELATIVE_DIFFERENCE(reference, probe).reshape(())
+
+
+@ms.constexpr
+def number(value):
+    """A kernel's scalar."""
+    return ms.Tensor(value, ms.float32)
+
+
+def fused_weighted_sum(weights, derivatives):
+    """arithmetic.weighted_sum; None for what the kernel does not do."""
+    if derivatives.shape[0] not in (2, 3, 4) or derivatives.dtype != ms.float32:
+        return None
+    return kernels.WEIGHTED_SUM[derivatives.shape[0] - 1](derivatives, number(1.0), *weights[1:])
+
+
+def fused_finite_differences(value, derivatives, filled, gaps):
+    """arithmetic.finite_differences; None for what the kernel does not do."""
+    if derivatives.shape[0] not in (2, 3, 4) or not value.dtype == derivatives.dtype == ms.float32:
+        return None
+    return kernels.FINITE_DIFFERENCES[derivatives.shape[0] - 1](value, derivatives, filled.astype(ms.float32), *gaps)
+
+
+STAND_INS = (
+    (ms.Tensor, "repeat", repeat),
+    (mint, "chunk", chunk),
+    (mint, "split", split),
+    (mint, "stack", stack),
+    (mint, "unbind", unbind),
+    (mint, "outer", outer),
+    (mint, "arange", arange),
+    (mint, "full", full),
+    (mint, "zeros_like", zeros_like),
+    (mint, "ones_like", ones_like),
+    (mint, "randn_like", randn_like),
+    (mint.nn.functional, "gelu", gelu),
+    (mint.nn.functional, "layer_norm", layer_norm),
+    (mint.nn.Linear, "construct", linear_cell),
+    (mint.nn.LayerNorm, "construct", layer_norm_cell),
+    (mint.nn.Embedding, "construct", embedding_cell),
+    (mint.nn.Conv2d, "construct", conv2d_cell),
+    (normalization.RMSNorm, "construct", rms_norm_cell),
+    (normalization.AdaLayerNormZero, "construct", ada_layer_norm_zero_cell),
+    (normalization.AdaLayerNormZeroSingle, "construct", ada_layer_norm_zero_single_cell),
+    (attention_dispatch, "scaled_dot_product_attention", scaled_dot_product_attention),
+    (attention_processor.Attention, "scaled_dot_product_attention", attention_cell_scaled_dot_product),
+    (transformer_flux, "get_1d_rotary_pos_embed", get_1d_rotary_pos_embed),
+    (transformer_flux, "apply_rotary_emb", apply_rotary_emb),
+    (transformer_flux.FluxAttnProcessor, "__call__", flux_attention),
+    (transformer_flux.FluxIPAdapterAttnProcessor, "__call__", flux_ip_adapter_attention),
+)
+"""Owner, attribute, stand-in."""
+
+FUSED_STAND_INS = (
+    (mint.nn.functional, "gelu", fused_gelu),
+    (mint.nn.Linear, "construct", fused_linear_cell),
+    (mint.nn.LayerNorm, "construct", fused_layer_norm_cell),
+    (mint.nn.GroupNorm, "construct", fused_group_norm_cell),
+    (normalization.AdaLayerNormContinuous, "kernel_weights", Weights(ada_layer_norm_continuous_layers)),
+    (normalization.AdaLayerNormContinuous, "construct", fused_ada_layer_norm_continuous_cell),
+    (embeddings.Timesteps, "construct", fused_timesteps_cell),
+    (embeddings.TimestepEmbedding, "kernel_weights", Weights(timestep_embedding_layers)),
+    (embeddings.TimestepEmbedding, "construct", fused_timestep_embedding_cell),
+    (mint.nn.LayerNorm, "kernel_weights", Weights(layer_norm_layers)),
+    (attention.FeedForward, "kernel_weights", Weights(feed_forward_layers)),
+    (transformer_flux.FluxTransformerBlock, "kernel_weights", Weights(double_block_layers)),
+    (transformer_flux.FluxTransformerBlock, "construct", fused_double_block),
+    (transformer_flux.FluxSingleTransformerBlock, "kernel_weights", Weights(single_block_layers)),
+    (transformer_flux.FluxSingleTransformerBlock, "construct", fused_single_block),
+    (model_kernels, "divided_double", fused_divided_double),
+    (model_kernels, "behind_double", fused_behind_double),
+    (rule_kernels, "relative_difference", fused_relative_difference),
+    (rule_kernels, "weighted_sum", fused_weighted_sum),
+    (rule_kernels, "finite_differences", fused_finite_differences),
+)
+"""Those made of compiled kernels, in the places of others."""
+
+if parser is not None:
+    # x += y in a graph is x = x + y: once a graph such as T5's has assigned in place, MindSpore 2.10.0 crashes where it
+    # compiles a TeaCache gate.
+    STAND_INS += ((parser, "parse_augassign_object_map", parser.parse_object_map),)
+
+
+def install():
+    """Puts every stand-in in its place, but not in that of a function of the user's; to do so again changes nothing."""
+    for owner, name, stand_in in STAND_INS + (FUSED_STAND_INS if kernels.KERNELS_FILE else ()):
+        if callable(stand_in):
+            # MindSpore's parser looks some methods up again by the function's own name.
+            stand_in.__name__ = name
+            if not is_theirs(getattr(owner, name)):
+                continue
+        setattr(owner, name, stand_in)
