@@ -10,7 +10,7 @@ _HOMES = {
     "CacheStats": "cache.stats",
     "Device": "runtime.device",
     "FBCache_transformer_construct": "models.transformer_flux_withFBCache",
-    "FluxDenoiseLoop": "cache.loop",
+    "FluxDenoiseLoop": "models.transformer_flux_withFBCache",
     "FluxPipeline": "pipelines.flux",
     "TINY_FLUX": "runtime.checkpoint",
     "apply_cache_on_pipe": "pipelines.flux",

@@ -27,17 +27,11 @@ import mindspore as ms
 from mindspore import Parameter, nn, ops
 
 from FBCache_ms import CacheConfig, FluxPipeline, apply_cache_on_pipe, prepare_device
+from FBCache_ms.cache.step import run_blocks
 from FBCache_ms.eval.shared.arguments import Parser, add_into_option, add_save_path, check_range, exit_status
 from FBCache_ms.eval.shared.cases import UNCACHED
 from FBCache_ms.eval.shared.files import check_folder, check_into
 from FBCache_ms.eval.shared.tables import markdown, publish, spread
-from FBCache_ms.models.transformer_flux_withFBCache import (
-    embed_condition,
-    embed_prompt,
-    embed_time,
-    project_time,
-    run_blocks,
-)
 from FBCache_ms.pipelines.cached_transformer import StandIn
 from FBCache_ms.rules.arithmetic import relative_difference
 from FBCache_ms.rules.schedules import MAX_STEPS
@@ -60,8 +54,8 @@ class ExampleStep(nn.Cell):
 
     def __init__(self, transformer, threshold, shape):
         super().__init__(auto_prefix=False)
-        self.transformer, self.threshold = transformer, threshold
-        self.blocks = len(transformer.transformer_blocks) + len(transformer.single_transformer_blocks)
+        self.transformer, self.model, self.threshold = transformer, transformer.cached_model, threshold
+        self.blocks = sum(self.model.stacks)
         self.first_residual = Parameter(ms.Tensor(np.zeros(shape), ms.float32), "example_first_residual", False)
         self.residual = Parameter(ms.Tensor(np.zeros(shape), ms.float32), "example_residual", False)
         self.step = Parameter(ms.Tensor(0, ms.int32), "example_step", False)
@@ -84,25 +78,29 @@ class ExampleStep(nn.Cell):
         joint_attention_kwargs=None,
         return_dict=False,
     ):
-        transformer = self.transformer
-        text, rotary = embed_condition(transformer, encoder_hidden_states, txt_ids, img_ids)
-        terms = embed_prompt(transformer, guidance, pooled_projections, hidden_states.dtype)
-        temb = embed_time(transformer, project_time(transformer, timestep, hidden_states.dtype), terms)
-        given = (temb, rotary, None, None, None, False)
-        image = transformer.x_embedder(hidden_states)
-        first, text = run_blocks(transformer, 0, 1, image, text, given)
+        model, dtype = self.model, hidden_states.dtype
+        inputs = {
+            "encoder_hidden_states": encoder_hidden_states,
+            "pooled_projections": pooled_projections,
+            "txt_ids": txt_ids,
+            "img_ids": img_ids,
+            "guidance": guidance,
+        }
+        text, given = model.condition(model.times(timestep, dtype), *model.prepare(inputs, None, dtype))
+        image = model.embed(hidden_states)
+        first, text = run_blocks(model, 0, 1, image, text, given)
         probe = first - image
         difference = relative_difference(self.first_residual, probe)
         reuse = ops.logical_and(self.step > 0, difference < self.threshold)
         if reuse:
             image = first + self.residual
         else:
-            image = run_blocks(transformer, 1, self.blocks, first, text, given)[0]
+            image = run_blocks(model, 1, self.blocks, first, text, given)[0]
             ops.assign(self.first_residual, probe)
             ops.assign(self.residual, image - first)
         ops.assign(self.reused, ops.where(self.every_step == self.step, reuse.astype(ms.int32), self.reused))
         ops.assign(self.step, self.step + 1)
-        return (transformer.proj_out(transformer.norm_out(image, temb)),)
+        return (model.head(image, given),)
 
 
 class ExampleTransformer(StandIn):

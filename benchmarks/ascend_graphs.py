@@ -135,8 +135,18 @@ def build(graph, model):
         inputs = (latents, half(graph.branches, *embeds), half(graph.branches, *pooled), *ids, guidance, *numbers)
         inputs += (whole(0), whole(STEPS), *map(ms.Tensor, knobs(config, STEPS, sigmas)))
     else:
-        cell = CachedStep(model, context) if graph.kind == "step" else model
-        inputs = (latents, half(*embeds), half(*pooled), half(batch), ids[1], ids[0], guidance)
+        inputs = {
+            "encoder_hidden_states": half(*embeds),
+            "pooled_projections": half(*pooled),
+            "img_ids": ids[1],
+            "txt_ids": ids[0],
+            **({"guidance": guidance} if graph.guidance else {}),
+        }
+        if graph.kind == "step":
+            constants = {"controlnet_blocks_repeat": False}
+            cell, inputs = CachedStep(model, context), (latents, half(batch), ms.mutable(inputs), constants)
+        else:
+            cell, inputs = model, (latents, *list(inputs.values())[:2], half(batch), *list(inputs.values())[2:])
     return cell, inputs
 
 

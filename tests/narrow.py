@@ -1,4 +1,4 @@
-"""A checkpoint that compiles and draws in no time: the embedded one with its first blocks alone; and a LoRA."""
+"""What several tests draw with: the embedded checkpoint with its first blocks alone, a LoRA, a cached step."""
 
 import json
 import shutil
@@ -8,6 +8,7 @@ from safetensors.numpy import load_file, save_file
 
 import mindspore as ms
 
+from FBCache_ms.pipelines.cached_transformer import graph_input
 from FBCache_ms.runtime.checkpoint import TINY_FLUX
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -37,3 +38,9 @@ def text_lora(seed):
         name = f"text_encoder.text_model.encoder.layers.0.self_attn.q_proj.{part}.weight"
         tensors[name] = ms.Parameter(ms.Tensor(rng.normal(0, 0.5, shape), ms.float32), name=name)
     return tensors
+
+
+def run_step(step, hidden_states, timestep, controlnet_blocks_repeat=False, **inputs):
+    """The velocity that a CachedStep gives for the arguments of the transformer's construct."""
+    constants = {"controlnet_blocks_repeat": controlnet_blocks_repeat}
+    return step(hidden_states, timestep, graph_input(inputs), constants).asnumpy()

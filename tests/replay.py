@@ -1,109 +1,50 @@
-"""A transformer whose every block adds what it is told to, so that the cache can be driven with any probes."""
+"""A model whose every block adds what it is told to, so that the cache can be driven with any probes."""
 
 import numpy as np
 
 import mindspore as ms
-from mindspore import nn, ops
+from mindspore import nn
 
 from FBCache_ms.cache.context import CacheContext
 from FBCache_ms.cache.gates import knobs
-from FBCache_ms.models.transformer_flux_withFBCache import cached_step
+from FBCache_ms.cache.step import cached_step
+from FBCache_ms.models.base import Model
 
 DOUBLES, SINGLES = 3, 4
 BATCH, TOKENS, TEXT, WIDTH = 2, 3, 2, 4
 MAX_LENGTH = 24
 
 
-class Same(nn.Cell):
-    """A norm that changes nothing."""
+@ms.jit_class
+class Adding(Model):
+    """Blocks that add their rows of "image" and "text" in ``given``; the modulated input is there too, as it is.
 
-    eps = 1.0
-
-    def construct(self, streams):
-        return streams
-
-
-class Zeros(nn.Cell):
-    """A feed-forward layer that adds nothing."""
-
-    kernel_weights = None
-
-    def construct(self, streams):
-        return ops.zeros_like(streams)
-
-
-class Block(nn.Cell):
-    """A block whose attention gives its rows of what stands in for the rotary table, (image, text), and nothing else.
-
-    The modulated input is what stands in for the modulation vector.
+    A divided block adds to the text stream later.
     """
 
-    kernel_weights = None
-
-    def __init__(self, index):
-        super().__init__()
-        self.index = index
-        self.one, self.zero = ops.ones((BATCH, WIDTH), ms.float32), ops.zeros((BATCH, WIDTH), ms.float32)
-
-    def construct(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs):
-        image, text = image_rotary_emb
-        return encoder_hidden_states + text[self.index], hidden_states + image[self.index]
-
-
-class Double(Block):
-    """The parts of a FluxTransformerBlock."""
-
-    def __init__(self, index):
-        super().__init__(index)
-        self.norm2 = self.norm2_context = Same()
-        self.ff = self.ff_context = Zeros()
-
-    def norm1(self, image, emb):
-        return emb, self.one, self.zero, self.zero, self.zero
-
-    def norm1_context(self, text, emb):
-        return text, self.one, self.zero, self.zero, self.zero
-
-    def attn(self, hidden_states, encoder_hidden_states, image_rotary_emb):
-        return image_rotary_emb[0][self.index], image_rotary_emb[1][self.index]
-
-
-class Single(Block):
-    """The parts of a FluxSingleTransformerBlock."""
-
-    def norm(self, streams, emb):
-        return streams, self.one
-
-    def attn(self, hidden_states, image_rotary_emb):
-        image, text = image_rotary_emb
-        return ops.concat((text[self.index], image[self.index]), 1)
-
-    def proj_mlp(self, streams):
-        return streams
-
-    def act_mlp(self, streams):
-        return streams
-
-    def proj_out(self, streams):
-        return streams[..., :WIDTH]
-
-
-class Transformer(nn.Cell):
-    """mindone's names around such blocks; what goes in comes out."""
-
     def __init__(self):
-        super().__init__()
-        self.transformer_blocks = nn.CellList([Double(index) for index in range(DOUBLES)])
-        self.single_transformer_blocks = nn.CellList([Single(index) for index in range(DOUBLES, DOUBLES + SINGLES)])
+        self.stacks, self.width = (DOUBLES, SINGLES), WIDTH
 
-    def x_embedder(self, image):
+    def embed(self, latents):
+        return latents
+
+    def block(self, index, image, text, given):
+        return image + given["image"][index], text + given["text"][index]
+
+    def head(self, image, given):
         return image
 
-    def norm_out(self, image, temb):
-        return image
+    def modulated(self, image, given):
+        return given["modulated"]
 
-    def proj_out(self, image):
-        return image
+    def divides(self, index):
+        return True
+
+    def divided_block(self, index, image, text, given):
+        return image + given["image"][index], (text, given["text"][index])
+
+    def text_behind(self, index, unfinished):
+        return unfinished[0] + unfinished[1]
 
 
 class Loop(nn.Cell):
@@ -111,7 +52,7 @@ class Loop(nn.Cell):
 
     def __init__(self, cache):
         super().__init__(auto_prefix=False)
-        self.transformer, self.cache = Transformer(), cache
+        self.model, self.cache = Adding(), cache
 
     def construct(self, latents, context, image, text, modulated, outputs, start, stop, limits, coordinates, numbers):
         self.cache.knobs.set(limits, coordinates, numbers)
@@ -119,8 +60,8 @@ class Loop(nn.Cell):
             self.cache.reset()
         step = start
         while step < stop:
-            given = (modulated[step], (image[step], text[step]), None, None, None, False)
-            outputs[step] = cached_step(self.transformer, self.cache, latents[step], context, given)
+            given = {"image": image[step], "text": text[step], "modulated": modulated[step]}
+            outputs[step] = cached_step(self.model, self.cache, latents[step], context, given)
             step = step + 1
         return outputs
 

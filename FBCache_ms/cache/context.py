@@ -170,9 +170,7 @@ class Gate:
         self.needs_text, self.probes_text = plan.needs_text, plan.probes_text
         self.orders, self.takes_ratio = config.taylorseer_derivative + 1, forecast.takes_ratio
         self.forecast_weights, self.forecast_gaps = forecast.weights, forecast.gaps
-        # A forecast that the probe's changes scale looks at what the blocks before the span added.
-        probes = [config.probe if rule.looks_at == PROBE else rule.looks_at for rule in plan.rules]
-        self.seen = tuple(probes + ["residual"] * forecast.takes_ratio)
+        self.looks_at = tuple(config.probe if rule.looks_at == PROBE else rule.looks_at for rule in plan.rules)
         self.factor, self.batch_reduction = config.downsample_factor, config.batch_reduction
 
         def named(name, shape, initial=0, dtype=ms.float32):
@@ -188,12 +186,12 @@ class Gate:
         self.text_residual = differences("text_derivatives", (batch, text_len, width)) if plan.needs_text else None
         probe_shape = (batch, tokens + text_len * plan.probes_text, -(-width // self.factor))
         shapes = [probe_shape if rule.looks_at == PROBE else shape for rule in plan.rules]
-        self.seen_shapes = tuple(shapes + [probe_shape] * forecast.takes_ratio)
+        self.probe_shape, self.probe_shapes = probe_shape, tuple(shapes)
         self.forecasts_probe = plan.forecasts_probe or forecast.takes_ratio
         self.probe_differences = differences("probes", probe_shape) if self.forecasts_probe else None
         references = [
-            None if rule.reference == FORECAST else named(f"{rule.name}_reference", seen_shape, dtype=dtype)
-            for rule, seen_shape in zip(plan.rules, shapes)
+            None if rule.reference == FORECAST else named(f"{rule.name}_reference", probed, dtype=dtype)
+            for rule, probed in zip(plan.rules, shapes)
         ]
         sums = [named(f"{rule.name}_sum", ()) for rule in plan.rules]
         states = [
@@ -214,8 +212,8 @@ class Gate:
         """One of the gate's numbers."""
         return self.knobs.number(self.index, place)
 
-    def decide(self, seen):
-        """Whether this step is reused, a scalar; ``seen`` begins with a probe for each rule.
+    def decide(self, probes):
+        """Whether this step is reused, a scalar, from a probe for each rule.
 
         No limit may be reached, the schedule's among them, and every rule's score must be strictly below its threshold.
         """
@@ -223,13 +221,13 @@ class Gate:
         reuse, differences, scores = asked, (), ()
         for place in range(len(self.rules)):
             rule = self.rules[place]
-            difference, score = self.compare(rule, seen[place])
+            difference, score = self.compare(rule, probes[place])
             reuse = ops.logical_and(reuse, score < self.number(rule.threshold))
             differences, scores = differences + (difference,), scores + (score,)
         for place in range(len(self.rules)):
             rule = self.rules[place]
             if rule.against_previous:
-                rule.reference.write(seen[place])
+                rule.reference.write(probes[place])
                 rule.sum.write(ops.where(reuse, scores[place], 0.0))
         self.trace(reuse, asked, differences)
         return reuse
@@ -268,12 +266,15 @@ class Gate:
         nodes = self.nodes.read()
         return tuple([nodes[order] for order in range(self.orders)])
 
-    def forecast(self, seen):
-        """The span's residual at this step in float32: (image stream, text stream or None)."""
+    def forecast(self, added):
+        """The span's residual at this step in float32: (image stream, text stream or None).
+
+        ``added`` is what the blocks before the span have added, (B, S, D), in a tuple, empty where nobody asks.
+        """
         ratio = 1.0
         if self.takes_ratio:
-            nodes, change = self.last_nodes(), seen[len(self.rules)]
-            ratio = probe_ratio(change, self.probe_differences.derivatives.read(), nodes[0] - nodes[1])
+            nodes = self.last_nodes()
+            ratio = probe_ratio(added[0], self.probe_differences.derivatives.read(), nodes[0] - nodes[1])
         weights = self.weights(ratio)
         if self.needs_text:
             return self.residual.forecast(weights), self.text_residual.forecast(weights)
@@ -288,10 +289,10 @@ class Gate:
         compared = (diffs != NOT_COMPARED) & np.isfinite(diffs)
         return GateStats(self.name, decisions, tuple(np.where(compared, diffs, None).tolist()))
 
-    def store(self, seen, before, behind, text_residual):
+    def store(self, probes, added, before, behind, text_residual):
         """Takes over a computed step, from the image stream before and behind the span and from what the text gained.
 
-        Its probes are the references, and what the span added goes into the differences.
+        Its probes are the references, and what the span added goes into the differences, as ``added`` does.
         """
         filled, x, nodes = self.filled.read(), self.knobs.x(), self.last_nodes()
         gaps = self.forecast_gaps(x, nodes)
@@ -299,11 +300,10 @@ class Gate:
         if self.needs_text:
             self.text_residual.update(text_residual, filled, gaps)
         if self.forecasts_probe:
-            probe = seen[len(self.rules)] if self.takes_ratio else seen[0]
-            self.probe_differences.update(probe, filled, gaps)
+            self.probe_differences.update(added[0] if self.takes_ratio else probes[0], filled, gaps)
         for place in range(len(self.rules)):
             if self.rules[place].against_computed:
-                self.rules[place].reference.write(seen[place])
+                self.rules[place].reference.write(probes[place])
             self.rules[place].take(before, behind)
         if self.orders > 1:
             self.nodes.write(ops.stack((x,) + nodes[:-1]))

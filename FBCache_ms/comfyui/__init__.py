@@ -84,8 +84,7 @@ class ApplyFBCacheOnModel:
 
         Raises ValueError for a model that is not mindone's FluxTransformer2DModel, and for inputs out of their limits.
         """
-        from FBCache_ms.models.mindones import foreign_transformer
-        from FBCache_ms.models.transformer_flux_withFBCache import stacks
+        from FBCache_ms.models import foreign_transformer
 
         if residual_diff_threshold <= 0 or max_consecutive_cache_hits == 0:
             return (model,)
@@ -97,7 +96,7 @@ class ApplyFBCacheOnModel:
         reason = foreign_transformer(transformer)
         if reason:
             raise ValueError(reason)
-        config.check_blocks(*stacks(transformer))
+        config.check_blocks(*transformer.cached_model.stacks)
         return (replace(model, config=config),)
 
 

@@ -1,10 +1,6 @@
 """What is mindone's own: only that may be run by what stands for it; what is the user's is run as it is, or refused."""
 
-from mindone.diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
-from mindone.diffusers.models.embeddings import (
-    CombinedTimestepGuidanceTextProjEmbeddings,
-    CombinedTimestepTextProjEmbeddings,
-)
+from mindone.diffusers import FlowMatchEulerDiscreteScheduler
 
 AUTHORS = "mindone", "mindspore", "builtins", __name__.partition(".")[0]
 """Packages whose functions are not the user's: this one has the CPU's stand-ins, MindSpore has some written in C++."""
@@ -59,22 +55,6 @@ def foreign_scheduler(scheduler):
         return f"scheduler {name} is no FlowMatchEulerDiscreteScheduler"
     method = replaced(scheduler, FlowMatchEulerDiscreteScheduler, SCHEDULER_METHODS)
     return method and f"scheduler {name} has a {method} of its own"
-
-
-def foreign_transformer(transformer):
-    """Why the cached step cannot take a transformer's place, in words; None where it can."""
-    if not isinstance(transformer, FluxTransformer2DModel):
-        return f"Unsupported model {type(transformer).__name__}; the cache is for mindone's FluxTransformer2DModel"
-    method = replaced(transformer, FluxTransformer2DModel, ("construct", "__call__"))
-    if method:
-        return f"transformer {type(transformer).__name__} has a {method} of its own"
-    if any(vars(transformer).get(hooks) for hooks in HOOKS):
-        return f"transformer {type(transformer).__name__} has forward hooks"
-    embedder = transformer.time_text_embed
-    kinds = CombinedTimestepTextProjEmbeddings, CombinedTimestepGuidanceTextProjEmbeddings
-    if all(replaced(embedder, kind, ("construct",)) for kind in kinds):
-        return f"time_text_embed {type(embedder).__name__} has a construct of its own"
-    return None
 
 
 class AtParsing:

@@ -1,95 +1,198 @@
-"""One denoise step of Flux with First-Block Cache and TaylorSeer, on mindone's FluxTransformer2DModel."""
+"""Flux.1: mindone's FluxTransformer2DModel as the cache sees it, with First-Block Cache and TaylorSeer in it."""
 
+from mindone.diffusers import FluxTransformer2DModel
+from mindone.diffusers.models.embeddings import (
+    CombinedTimestepGuidanceTextProjEmbeddings,
+    CombinedTimestepTextProjEmbeddings,
+)
 from mindone.diffusers.models.modeling_outputs import Transformer2DModelOutput
 from mindone.diffusers.models.normalization import AdaLayerNormZero
 from mindone.diffusers.models.transformers.transformer_flux import (
     GELU,
+    FluxIPAdapterAttnProcessor,
     FluxSingleTransformerBlock,
     FluxTransformerBlock,
 )
+from mindone.diffusers.utils import logging
 from mindone.peft.tuners.lora.layer import Linear as LoraLinear
 
 import mindspore as ms
 from mindspore import mint
 
+from ..cache.loop import DenoiseLoop
+from ..cache.step import cached_call
+from ..runtime.device import graph_mode
 from . import kernels
-from .mindones import AtParsing, is_mindones
+from .base import Model
+from .mindones import AtParsing, is_mindones, replaced
+
+logger = logging.get_logger(__name__)
+
+KIND, CONSTANTS = FluxTransformer2DModel, ("controlnet_blocks_repeat",)
 
 
-def embed_condition(transformer, encoder_hidden_states, txt_ids, img_ids):
-    """What no step changes: the text stream (B, T, D) and the rotary table, two of (T + S, head_dim)."""
-    if txt_ids.ndim == 3:
-        txt_ids = txt_ids[0]
-    if img_ids.ndim == 3:
-        img_ids = img_ids[0]
-    rotary = transformer.pos_embed(mint.cat((txt_ids, img_ids), dim=0))
-    return transformer.context_embedder(encoder_hidden_states), rotary
+@ms.jit_class
+class FluxModel(Model):
+    """A FluxTransformer2DModel.
+
+    ``given`` holds "temb", the modulation vector (B, D); "rotary", two of (T + S, head_dim); "attention", the keyword
+    arguments of attention, or None; and "controlnet" and "controlnet_single", a ControlNet's residuals for either
+    stack, or None, with "in_turn", whether the former are taken in turn.
+    """
+
+    def __init__(self, transformer):
+        doubles, singles = len(transformer.transformer_blocks), len(transformer.single_transformer_blocks)
+        super().__init__(transformer, doubles, singles)
+
+    def prepare(self, inputs, constants, dtype):
+        """See Model.prepare."""
+        transformer, text_ids, image_ids = self.transformer, inputs["txt_ids"], inputs["img_ids"]
+        text, pooled = inputs["encoder_hidden_states"], inputs["pooled_projections"]
+        embedder, guidance = transformer.time_text_embed, input_or_none(inputs, "guidance")
+        context = transformer.context_embedder(text.reshape((-1,) + text.shape[-2:]))
+        text_ids = text_ids[0] if text_ids.ndim == 3 else text_ids
+        image_ids = image_ids[0] if image_ids.ndim == 3 else image_ids
+        rotary = transformer.pos_embed(mint.cat((text_ids, image_ids), dim=0))
+        if guidance is not None:
+            sinusoids = self.times(guidance, dtype)
+            guidance = embedder.guidance_embedder(sinusoids.to(pooled.dtype))
+        prompt = embedder.text_embedder(pooled.reshape((-1, pooled.shape[-1])))
+        branch = {
+            "text": context.reshape(text.shape[:-1] + context.shape[-1:]),
+            "prompt": prompt.reshape(pooled.shape[:-1] + prompt.shape[-1:]),
+            "attention": attention_arguments(transformer, input_or_none(inputs, "joint_attention_kwargs")),
+        }
+        return branch, {
+            "rotary": rotary,
+            "guidance": guidance,
+            "controlnet": input_or_none(inputs, "controlnet_block_samples"),
+            "controlnet_single": input_or_none(inputs, "controlnet_single_block_samples"),
+            "in_turn": constants is not None and constants["controlnet_blocks_repeat"],
+        }
+
+    def times(self, timesteps, dtype):
+        """The sinusoids (N, 256) of timesteps (N,) in [0, 1], or of guidance scales."""
+        return self.transformer.time_text_embed.time_proj(timesteps.to(dtype) * 1000)
+
+    def condition(self, time, branch, common):
+        """See Model.condition; the modulation vector is the sum of what time, guidance and prompt give."""
+        prompt = branch["prompt"]
+        temb = self.transformer.time_text_embed.timestep_embedder(time.to(prompt.dtype))
+        if common["guidance"] is not None:
+            temb = temb + common["guidance"]
+        return branch["text"], {
+            "temb": temb + prompt,
+            "rotary": common["rotary"],
+            "attention": branch["attention"],
+            "controlnet": common["controlnet"],
+            "controlnet_single": common["controlnet_single"],
+            "in_turn": common["in_turn"],
+        }
+
+    def embed(self, latents):
+        """See Model.embed."""
+        return self.transformer.x_embedder(latents)
+
+    def cell(self, index):
+        """The block number ``index``."""
+        doubles = self.stacks[0]
+        if index < doubles:
+            return self.transformer.transformer_blocks[index]
+        return self.transformer.single_transformer_blocks[index - doubles]
+
+    def block(self, index, image, text, given):
+        """See Model.block."""
+        text, image = self.cell(index)(
+            hidden_states=image,
+            encoder_hidden_states=text,
+            temb=given["temb"],
+            image_rotary_emb=given["rotary"],
+            joint_attention_kwargs=given["attention"],
+        )
+        return self.controlled(index, image, given), text
+
+    def controlled(self, index, image, given):
+        """The image stream behind block number ``index``, with a ControlNet's residual for it if there is one."""
+        doubles, singles = self.stacks
+        residuals, blocks, in_turn = given["controlnet"], doubles, given["in_turn"]
+        if index >= doubles:
+            residuals, blocks, in_turn, index = given["controlnet_single"], singles, False, index - doubles
+        if residuals is not None:
+            image = image + residuals[controlnet_index(index, blocks, len(residuals), in_turn)]
+        return image
+
+    def head(self, image, given):
+        """See Model.head."""
+        return self.transformer.proj_out(self.transformer.norm_out(image, given["temb"]))
+
+    def modulated(self, image, given):
+        """See Model.modulated."""
+        return self.transformer.transformer_blocks[0].norm1(image, emb=given["temb"])[0]
+
+    def pending(self, given):
+        """The modulation vector."""
+        return {"temb": given["temb"]}
+
+    def pending_shapes(self, batch):
+        """See Model.pending_shapes."""
+        return {"temb": (batch, self.transformer.inner_dim)}
+
+    def resume(self, given, pending):
+        """See Model.resume."""
+        return {
+            "temb": pending["temb"],
+            "rotary": given["rotary"],
+            "attention": given["attention"],
+            "controlnet": given["controlnet"],
+            "controlnet_single": given["controlnet_single"],
+            "in_turn": given["in_turn"],
+        }
+
+    def divides(self, index):
+        """See Model.divides; a block of the user's own is run as it is."""
+        return getattr(self.cell(index), "is_divisible", False)
+
+    def divided_block(self, index, image, text, given):
+        """See Model.divided_block."""
+        divided = divided_double if index < self.stacks[0] else divided_single
+        attention = given["attention"] or {}
+        image, unfinished = divided(self.cell(index), image, text, given["temb"], given["rotary"], attention)
+        return self.controlled(index, image, given), unfinished
+
+    def text_behind(self, index, unfinished):
+        """See Model.text_behind."""
+        if index < self.stacks[0]:
+            return text_behind_double(self.cell(index), unfinished)
+        return behind_single(self.cell(index), *unfinished)
+
+    def unfinished_shapes(self, index, image, text):
+        """See Model.unfinished_shapes."""
+        temb = image[0], image[2]
+        return (text, text) + 4 * (temb,) if index < self.stacks[0] else (text, text, text, temb)
 
 
-def project_time(transformer, timestep, dtype):
-    """The sinusoids (N, 256) of timesteps (N,) in [0, 1], or of guidance scales."""
-    return transformer.time_text_embed.time_proj(timestep.to(dtype) * 1000)
+def input_or_none(inputs, name):
+    """An input by its name, None where it is not given."""
+    return inputs[name] if name in inputs else None
 
 
-def embed_prompt(transformer, guidance, pooled_projections, dtype):
-    """What no step changes of the modulation vector: its terms (B, D) of the guidance (B,), if any, and the prompt."""
-    embedder, terms = transformer.time_text_embed, ()
-    if guidance is not None:
-        projected = project_time(transformer, guidance, dtype).to(pooled_projections.dtype)
-        terms = (embedder.guidance_embedder(projected),)
-    return terms + (embedder.text_embedder(pooled_projections),)
+def attention_arguments(transformer, attention_kwargs):
+    """joint_attention_kwargs as attention takes them, an IP adapter's image embeddings projected.
+
+    Raises RuntimeError where they carry a LoRA "scale", which has to be set before.
+    """
+    if attention_kwargs is not None and "scale" in attention_kwargs:
+        raise RuntimeError("set the LoRA scale with scale_lora_layers before the call, not in joint_attention_kwargs")
+    if attention_kwargs is not None and "ip_adapter_image_embeds" in attention_kwargs:
+        return {"ip_hidden_states": transformer.encoder_hid_proj(attention_kwargs["ip_adapter_image_embeds"])}
+    return attention_kwargs
 
 
-def embed_time(transformer, projected, terms):
-    """The modulation vector (B, D) of a timestep's sinusoids (B, 256) and of embed_prompt's terms."""
-    temb = transformer.time_text_embed.timestep_embedder(projected.to(terms[-1].dtype))
-    for term in terms:
-        temb = temb + term
-    return temb
-
-
-def stacks(transformer):
-    """How many double and how many single blocks."""
-    return len(transformer.transformer_blocks), len(transformer.single_transformer_blocks)
-
-
-def controlnet_index(index, blocks, samples, repeat):
+def controlnet_index(index, blocks, samples, in_turn):
     """Which of a ControlNet's residuals block number ``index`` gets: spread over the blocks, or in turn."""
-    if repeat:
+    if in_turn:
         return index % samples
     return index // ((blocks + samples - 1) // samples)
-
-
-def block(transformer, index, image, text, given):
-    """Block number ``index``, doubles and singles counted together: the image and the text stream behind it.
-
-    ``given`` is what every block gets: the modulation vector, the rotary table, the attention's keyword arguments, the
-    ControlNet's residuals for the double and for the single blocks, and whether the former are taken in turn.
-    """
-    doubles = stacks(transformer)[0]
-    if index < doubles:
-        cell = transformer.transformer_blocks[index]
-    else:
-        cell = transformer.single_transformer_blocks[index - doubles]
-    text, image = cell(
-        hidden_states=image,
-        encoder_hidden_states=text,
-        temb=given[0],
-        image_rotary_emb=given[1],
-        joint_attention_kwargs=given[2],
-    )
-    return controlled(transformer, index, image, given), text
-
-
-def controlled(transformer, index, image, given):
-    """The image stream behind block number ``index``, with a ControlNet's residual for that block if there is one."""
-    doubles, singles = stacks(transformer)
-    residuals, blocks, repeat = given[3], doubles, given[5]
-    if index >= doubles:
-        residuals, blocks, repeat, index = given[4], singles, False, index - doubles
-    if residuals is not None:
-        image = image + residuals[controlnet_index(index, blocks, len(residuals), repeat)]
-    return image
 
 
 def is_divisible_double(cell):
@@ -113,21 +216,7 @@ def is_by_token(layer):
 
 FluxTransformerBlock.is_divisible = AtParsing(is_divisible_double)
 FluxSingleTransformerBlock.is_divisible = AtParsing(is_divisible_single)
-
-
-def divided_block(transformer, index, image, text, given):
-    """Block number ``index`` without what only the text stream behind it needs: the image stream, and what finishes it.
-
-    The latter is text_behind's argument.
-    """
-    doubles, attention_kwargs = stacks(transformer)[0], given[2] or {}
-    if index < doubles:
-        cell = transformer.transformer_blocks[index]
-        image, unfinished = divided_double(cell, image, text, given[0], given[1], attention_kwargs)
-    else:
-        cell = transformer.single_transformer_blocks[index - doubles]
-        image, unfinished = divided_single(cell, image, text, given[0], given[1], attention_kwargs)
-    return controlled(transformer, index, image, given), unfinished
+FluxTransformer2DModel.cached_model = AtParsing(FluxModel)
 
 
 def divided_double(cell, image, text, temb, rotary, attention_kwargs):
@@ -158,14 +247,6 @@ def divided_single(cell, image, text, temb, rotary, attention_kwargs):
     attended = cell.attn(hidden_states=normed, image_rotary_emb=rotary, **attention_kwargs)
     image = behind_single(cell, image, normed[:, text_len:], attended[:, text_len:], gate)
     return image, (text, normed[:, :text_len], attended[:, :text_len], gate)
-
-
-def text_behind(transformer, index, unfinished):
-    """The text stream behind block number ``index``, of which divided_block has done the rest."""
-    doubles = stacks(transformer)[0]
-    if index >= doubles:
-        return behind_single(transformer.single_transformer_blocks[index - doubles], *unfinished)
-    return text_behind_double(transformer.transformer_blocks[index], unfinished)
 
 
 def text_behind_double(cell, unfinished):
@@ -199,45 +280,63 @@ def finite(stream):
     return stream.clip(-65504, 65504) if stream.dtype == ms.float16 else stream
 
 
-def run_blocks(transformer, start, stop, image, text, given):
-    """Blocks start to stop - 1."""
-    for index in range(start, stop):
-        image, text = block(transformer, index, image, text, given)
-    return image, text
+ATTENTION_INPUTS = ("attention_mask", "ip_hidden_states", "ip_adapter_masks")
+"""What mindone's FluxAttention takes of joint_attention_kwargs."""
 
 
-def probed(gate, stream):
-    """The part of a stream, (image, text), that a gate's rules look at: (B, S, D), or (B, T + S, D) with the text."""
-    image, text = stream
-    whole = mint.cat((text, image), dim=1) if gate.probes_text else image
-    return whole[..., :: gate.factor] if gate.factor > 1 else whole
+def graph_inputs(transformer, arguments):
+    """See base.py; raises ValueError as refuse_stg and attention_inputs do."""
+    attention_kwargs = arguments["joint_attention_kwargs"]
+    refuse_stg(attention_kwargs)
+    return {**arguments, "joint_attention_kwargs": attention_inputs(transformer, attention_kwargs)}
 
 
-def residual(transformer, gate, before, now, temb):
-    """What the blocks between ``before`` and ``now`` added."""
-    return probed(gate, now) - probed(gate, before)
+def attention_inputs(transformer, attention_kwargs):
+    """joint_attention_kwargs as the blocks take them, IP adapters' image embeddings projected; None for none.
+
+    Those that mindone's FluxAttention would ignore with a warning are left out with one. Raises ValueError where an IP
+    adapter is loaded and given no image, which mindone stumbles over.
+    """
+    taken = dict(attention_kwargs or {})
+    image_prompted = [
+        each for each in transformer.attn_processors.values() if isinstance(each, FluxIPAdapterAttnProcessor)
+    ]
+    if image_prompted and "ip_adapter_image_embeds" not in taken and "ip_hidden_states" not in taken:
+        raise ValueError(
+            "an IP adapter is loaded and no image is given for it; give ip_adapter_image or ip_adapter_image_embeds"
+        )
+    if "ip_adapter_image_embeds" in taken:
+        with graph_mode(False):
+            taken["ip_hidden_states"] = transformer.encoder_hid_proj(list(taken.pop("ip_adapter_image_embeds")))
+    ignored = [name for name in taken if name not in ATTENTION_INPUTS]
+    if ignored:
+        logger.warning(f"joint_attention_kwargs {', '.join(ignored)} are not known to Flux's attention: ignored")
+    for processor in image_prompted:
+        # mindone's has a __call__ alone, where a graph looks for construct.
+        vars(processor).setdefault("construct", processor.__call__)
+    return {name: taken[name] for name in ATTENTION_INPUTS if name in taken} or None
 
 
-def hidden(transformer, gate, before, now, temb):
-    """The stream behind those blocks."""
-    return probed(gate, now)
+def refuse_stg(attention_kwargs):
+    """Raises ValueError if spatiotemporal guidance is asked for: its perturbed calls would mix with the others."""
+    if any(name.startswith(("stg", "skip_layer")) for name in attention_kwargs or ()):
+        raise ValueError("STG is not supported with FBCache yet")
 
 
-def modulated(transformer, gate, before, now, temb):
-    """The first block's modulated input, before any block has run."""
-    return transformer.transformer_blocks[0].norm1(before[0], emb=temb)[0]
-
-
-def latents(transformer, gate, before, now, temb):
-    """The latents, of as many channels as the velocity has, before the embedding."""
-    return now[0][..., : gate.channels]
+def why_foreign(transformer):
+    """Why this file cannot take a transformer's place, beside what every family asks; in words, None where it can."""
+    embedder = transformer.time_text_embed
+    kinds = CombinedTimestepTextProjEmbeddings, CombinedTimestepGuidanceTextProjEmbeddings
+    if all(replaced(embedder, kind, ("construct",)) for kind in kinds):
+        return f"time_text_embed {type(embedder).__name__} has a construct of its own"
+    return None
 
 
 def why_not_probed(transformer, probe):
     """What keeps a rule's probe from a transformer, in words; None if nothing does."""
     if probe != "modulated":
         return None
-    if stacks(transformer)[0] == 0:
+    if len(transformer.transformer_blocks) == 0:
         return "the transformer has no double block"
     block = transformer.transformer_blocks[0]
     norm = getattr(block, "norm1", None)
@@ -248,158 +347,55 @@ def why_not_probed(transformer, probe):
     return f"the first block's norm1, {type(norm).__name__}, is not mindone's AdaLayerNormZero as it is there"
 
 
-PROBES = {"residual": residual, "hidden": hidden, "modulated": modulated, "latents": latents}
+class FluxDenoiseLoop(DenoiseLoop):
+    """The whole denoise loop of Flux, or a piece of it, in one call.
 
-
-def divides(transformer, gate, start, first):
-    """Whether block number first - 1, before a gate's span, is divided: only the span needs the text stream behind.
-
-    A block of the user's own is run as it is.
+    Args:
+        transformer: mindone's FluxTransformer2DModel.
+        cache_context: a CacheContext for the latents' shape, with two branches for true CFG.
     """
-    if start >= first or gate.needs_text or gate.probes_text:
-        return False
-    doubles = stacks(transformer)[0]
-    if first > doubles:
-        return getattr(transformer.single_transformer_blocks[first - 1 - doubles], "is_divisible", False)
-    return getattr(transformer.transformer_blocks[first - 1], "is_divisible", False)
 
+    def __init__(self, transformer, cache_context):
+        super().__init__(FluxModel(transformer), cache_context)
 
-def approach(transformer, gate, start, image, text, given):
-    """Blocks ``start`` up to a gate's span: the image and the text stream there, what the gate looks at, and last what
-    text_behind takes where the block before the span is divided.
-    """
-    first, before, unfinished = gate.span(*stacks(transformer))[0], (image, text), ()
-    divided = divides(transformer, gate, start, first)
-    image, text = run_blocks(transformer, start, first - 1 if divided else first, image, text, given)
-    if divided:
-        image, unfinished = divided_block(transformer, first - 1, image, text, given)
-    now = image, text
-    seen = tuple([PROBES[name](transformer, gate, before, now, given[0]) for name in gate.seen])
-    return (image, text) + seen + unfinished
+    def construct(
+        self,
+        latents,
+        prompt_embeds,
+        pooled_prompt_embeds,
+        text_ids,
+        latent_image_ids,
+        guidance,
+        true_cfg_scale,
+        timesteps,
+        sigmas,
+        start,
+        stop,
+        limits,
+        coordinates,
+        numbers,
+        attention_kwargs=None,
+    ):
+        """The latents after steps start to stop - 1; what is not named here is as in DenoiseLoop.denoise.
 
-
-def reached_shapes(transformer, gate, image, text, temb):
-    """The shapes of what approach returns from the first block on, from those of streams and modulation vector."""
-    doubles, first = stacks(transformer)[0], gate.span(*stacks(transformer))[0]
-    unfinished = (text, text, text, temb) if first > doubles else (text, text, temb, temb, temb, temb)
-    return (image, text) + gate.seen_shapes + (unfinished if divides(transformer, gate, 0, first) else ())
-
-
-def enter(transformer, cache, latents):
-    """The image stream that the first block gets, or the latents where a gate is asked before the embedding."""
-    return latents if cache.whole_model else transformer.x_embedder(latents)
-
-
-def head(transformer, image, given):
-    """The velocity (B, S, C) of the image stream behind the last block."""
-    return transformer.proj_out(transformer.norm_out(image, given[0]))
-
-
-def before_span(gate, image):
-    """What a gate's span adds to: the image stream, or the latents, of as many channels as the velocity has."""
-    return image[..., : gate.channels] if gate.whole_model else image
-
-
-def reuse(gate, reached):
-    """Both streams behind a gate's span, forecast from where ``approach`` has come to."""
-    image, text = before_span(gate, reached[0]), reached[1]
-    gate.tallies.hit()
-    image_residual, text_residual = gate.forecast(reached[2:])
-    if gate.needs_text:
-        text = text + text_residual.to(text.dtype)
-    return image + image_residual.to(image.dtype), text
-
-
-def compute(transformer, gate, reached, given):
-    """Both streams behind a gate's span, from where ``approach`` has come to; the gate keeps what the span adds."""
-    first, last = gate.span(*stacks(transformer))
-    image, text = reached[:2]
-    unfinished = reached[2 + len(gate.seen) :]
-    if not gate.inner:
-        gate.tallies.miss()
-    if len(unfinished) > 0:
-        text = text_behind(transformer, first - 1, unfinished)
-    before = before_span(gate, image)
-    if gate.whole_model:
-        image = transformer.x_embedder(image)
-    behind, text_behind_span = run_gates(transformer, gate.inner, first, last, image, text, given)
-    if gate.whole_model:
-        behind = head(transformer, behind, given)
-    gate.store(reached[2:], before, behind, text_behind_span - text)
-    return behind, text_behind_span
-
-
-def run_gates(transformer, gates, start, stop, image, text, given):
-    """Blocks start to stop - 1, each gate deciding over its span; the blocks outside the spans always run."""
-    for gate in gates:
-        reached = approach(transformer, gate, start, image, text, given)
-        if gate.decide(reached[2:]):
-            image, text = reuse(gate, reached)
-        else:
-            image, text = compute(transformer, gate, reached, given)
-        start = gate.span(*stacks(transformer))[1]
-    return run_blocks(transformer, start, stop, image, text, given)
-
-
-def velocity(transformer, cache, start, image, text, given):
-    """The velocity (B, S, C) from the streams that block number ``start`` gets, through the blocks from there on.
-
-    Behind a span that is the whole model the image stream is the velocity.
-    """
-    image = run_blocks(transformer, start, sum(stacks(transformer)), image, text, given)[0]
-    cache.end_step()
-    return image if cache.whole_model else head(transformer, image, given)
-
-
-def cached_step(transformer, cache, hidden_states, context, given):
-    """The velocity (B, S, C) at latents of that shape, through those blocks that the cache's gates let run."""
-    blocks, image = sum(stacks(transformer)), enter(transformer, cache, hidden_states)
-    image, text = run_gates(transformer, cache.gates, 0, blocks, image, context, given)
-    return velocity(transformer, cache, blocks, image, text, given)
-
-
-def cached_forward(
-    transformer,
-    cache,
-    hidden_states,
-    encoder_hidden_states=None,
-    pooled_projections=None,
-    timestep=None,
-    img_ids=None,
-    txt_ids=None,
-    guidance=None,
-    joint_attention_kwargs=None,
-    controlnet_block_samples=None,
-    controlnet_single_block_samples=None,
-    return_dict=False,
-    controlnet_blocks_repeat=False,
-):
-    """FluxTransformer2DModel.construct of a transformer with a CacheContext in it.
-
-    Raises:
-        ValueError: the latents' shape is not the CacheContext's.
-        RuntimeError: joint_attention_kwargs carries a LoRA "scale", which has to be set before.
-    """
-    if (hidden_states.shape[0], hidden_states.shape[1], transformer.inner_dim) != cache.shape:
-        raise ValueError(
-            f"Invalid cache state: the latents are {hidden_states.shape[0]} x {hidden_states.shape[1]} tokens of width "
-            f"{transformer.inner_dim}, the CacheContext is for {cache.shape}"
-        )
-    if joint_attention_kwargs is not None and "scale" in joint_attention_kwargs:
-        raise RuntimeError("set the LoRA scale with scale_lora_layers before the call, not in joint_attention_kwargs")
-    if joint_attention_kwargs is not None and "ip_adapter_image_embeds" in joint_attention_kwargs:
-        joint_attention_kwargs = {
-            "ip_hidden_states": transformer.encoder_hid_proj(joint_attention_kwargs["ip_adapter_image_embeds"])
+        Args:
+            prompt_embeds, pooled_prompt_embeds: (B, T, E) and (B, P) a branch, stacked on a leading axis.
+            text_ids, latent_image_ids: (T, 3), (S, 3).
+            guidance: (B,), or None for a model without guidance embedding.
+            attention_kwargs: what attention gets beside the streams, tensors and tuples of them by name, a branch each
+                on a leading axis; None for nothing.
+        """
+        inputs = {
+            "encoder_hidden_states": prompt_embeds,
+            "pooled_projections": pooled_prompt_embeds,
+            "txt_ids": text_ids,
+            "img_ids": latent_image_ids,
+            "guidance": guidance,
+            "joint_attention_kwargs": attention_kwargs,
         }
-    cache.begin_step(timestep[0])
-    context, rotary = embed_condition(transformer, encoder_hidden_states, txt_ids, img_ids)
-    terms = embed_prompt(transformer, guidance, pooled_projections, hidden_states.dtype)
-    temb = embed_time(transformer, project_time(transformer, timestep, hidden_states.dtype), terms)
-    residuals = controlnet_block_samples, controlnet_single_block_samples, controlnet_blocks_repeat
-    output = cached_step(transformer, cache, hidden_states, context, (temb, rotary, joint_attention_kwargs) + residuals)
-    if not return_dict:
-        return (output,)
-    return Transformer2DModelOutput(sample=output)
+        return self.denoise(
+            latents, inputs, true_cfg_scale, timesteps, sigmas, start, stop, limits, coordinates, numbers
+        )
 
 
 def FBCache_transformer_construct(
@@ -426,21 +422,20 @@ def FBCache_transformer_construct(
     true CFG has to enter ``transformer.cache_context("cond")`` and ``("uncond")`` around its calls, as mindone's
     FluxPipeline does.
 
-    Raises ValueError and RuntimeError as cached_forward does.
+    Raises:
+        ValueError: the latents' shape is not the CacheContext's.
+        RuntimeError: joint_attention_kwargs carries a LoRA "scale", which has to be set before.
     """
-    return cached_forward(
-        self,
-        self.cache_context,
-        hidden_states,
-        encoder_hidden_states,
-        pooled_projections,
-        timestep,
-        img_ids,
-        txt_ids,
-        guidance,
-        joint_attention_kwargs,
-        controlnet_block_samples,
-        controlnet_single_block_samples,
-        return_dict,
-        controlnet_blocks_repeat,
-    )
+    inputs = {
+        "encoder_hidden_states": encoder_hidden_states,
+        "pooled_projections": pooled_projections,
+        "img_ids": img_ids,
+        "txt_ids": txt_ids,
+        "guidance": guidance,
+        "joint_attention_kwargs": joint_attention_kwargs,
+        "controlnet_block_samples": controlnet_block_samples,
+        "controlnet_single_block_samples": controlnet_single_block_samples,
+    }
+    constants = {"controlnet_blocks_repeat": controlnet_blocks_repeat}
+    output = cached_call(self.cached_model, self.cache_context, hidden_states, timestep, inputs, constants)
+    return Transformer2DModelOutput(sample=output) if return_dict else (output,)

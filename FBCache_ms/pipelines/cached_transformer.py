@@ -8,7 +8,7 @@ from inspect import signature
 from threading import RLock, get_ident
 from weakref import ref
 
-from mindone.diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor as ImagePromptAttention
+from mindone.diffusers.models.modeling_outputs import Transformer2DModelOutput
 from mindone.diffusers.utils import logging, scale_lora_layers
 from mindone.peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -17,20 +17,17 @@ from mindspore import nn
 
 from ..cache.context import CacheContext
 from ..cache.stats import BRANCHES
-from ..models.mindones import foreign_transformer
-from ..models.transformer_flux_withFBCache import cached_forward
+from ..cache.step import cached_call
+from ..models import family, foreign_transformer
 from ..predict.flops import step_costs
 from ..rules.schedules import progress_of
-from ..runtime.device import current_device
+from ..runtime.device import current_device, graph_mode
 from ..runtime.kept_graphs import KeptGraphs
 
 logger = logging.get_logger(__name__)
 
-_CALL = signature(cached_forward)
-
-
-ATTENTION_INPUTS = ("attention_mask", "ip_hidden_states", "ip_adapter_masks")
-"""What mindone's FluxAttention takes of joint_attention_kwargs."""
+WHAT_ALL_TAKE = "hidden_states", "timestep", "return_dict"
+"""Arguments that every family's construct has."""
 
 
 class StandIn:
@@ -148,16 +145,24 @@ class CachedTransformer(StandIn):
             raise ValueError(f"Invalid cache state: more than {len(BRANCHES)} calls of the transformer in one step")
         branch = self.branch or BRANCHES[self.calls]
         self.calls += 1
-        given = _CALL.bind(None, None, hidden_states, *args, **kwargs).arguments
-        del given["transformer"], given["cache"]
-        refuse_stg(given.get("joint_attention_kwargs"))
-        given["joint_attention_kwargs"] = attention_inputs(self.stood_for, given.get("joint_attention_kwargs"))
+        latents, timestep, inputs, constants, return_dict = self.bind(hidden_states, *args, **kwargs)
         with turn(self), graph_mode(True):
-            self.active = self.step_for(hidden_states, given["encoder_hidden_states"].shape[1], scheduler)
+            self.active = self.step_for(latents, inputs["encoder_hidden_states"].shape[1], scheduler)
             with self.active.cache_context(branch):
-                output = self.active(**{name: graph_input(value) for name, value in given.items()})
+                output = self.active(latents, timestep, inputs, constants)
             self.steps.settle()
-        return output
+        return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+    def bind(self, *args, **kwargs):
+        """A call's arguments, by the names that the transformer's construct has for them, as the cached step's."""
+        file = family(self.stood_for)
+        call = signature(file.KIND.construct).bind(self.stood_for, *args, **kwargs)
+        call.apply_defaults()
+        _, latents, timestep, return_dict = map(call.arguments.pop, ("self", *WHAT_ALL_TAKE))
+        constants = {name: call.arguments.pop(name) for name in file.CONSTANTS}
+        inputs = file.graph_inputs(self.stood_for, call.arguments)
+        inputs = graph_input({name: value for name, value in inputs.items() if value is not None})
+        return graph_input(latents), graph_input(timestep), inputs, constants, return_dict
 
     def step_for(self, latents, text_len, scheduler):
         """The cached step for these shapes; the first call of a generation resets it."""
@@ -214,48 +219,18 @@ class ToldScheduler(StandIn):
 
 
 class CachedStep(nn.Cell):
-    """A transformer under cached_forward, with a CacheContext for one shape that is told of each new generation."""
+    """One cached call of a transformer, with a CacheContext for one shape that is told of each new generation."""
 
     def __init__(self, transformer, cache_context):
         super().__init__(auto_prefix=False)
         cache_context.told = True
-        self.transformer, self.cache_context = transformer, cache_context
+        self.transformer, self.model, self.cache_context = transformer, transformer.cached_model, cache_context
         for parameter in cache_context.parameters():
             self.insert_param_to_cell(parameter.name, parameter)
 
-    def construct(
-        self,
-        hidden_states,
-        encoder_hidden_states,
-        pooled_projections,
-        timestep,
-        img_ids,
-        txt_ids,
-        guidance=None,
-        joint_attention_kwargs=None,
-        controlnet_block_samples=None,
-        controlnet_single_block_samples=None,
-        return_dict=False,
-        controlnet_blocks_repeat=False,
-    ):
-        # Not FBCache_transformer_construct: a cell that is passed on, as self is there, MindSpore keeps for good; nor
-        # *args and **kwargs, of which a graph takes no tuples.
-        return cached_forward(
-            self.transformer,
-            self.cache_context,
-            hidden_states,
-            encoder_hidden_states,
-            pooled_projections,
-            timestep,
-            img_ids,
-            txt_ids,
-            guidance,
-            joint_attention_kwargs,
-            controlnet_block_samples,
-            controlnet_single_block_samples,
-            return_dict,
-            controlnet_blocks_repeat,
-        )
+    def construct(self, latents, timestep, inputs, constants):
+        """The velocity (B, S, C); see step.cached_call."""
+        return cached_call(self.model, self.cache_context, latents, timestep, inputs, constants)
 
     def release(self):
         """Gives the cache's memory back."""
@@ -287,30 +262,6 @@ def context_for(transformer, config, latents, text_len, branches, steps, sigmas)
     )
 
 
-def attention_inputs(transformer, attention_kwargs):
-    """joint_attention_kwargs as the blocks take them, IP adapters' image embeddings projected; None for none.
-
-    Those that mindone's FluxAttention would ignore with a warning are left out with one. Raises ValueError where an IP
-    adapter is loaded and given no image, which mindone stumbles over.
-    """
-    taken = dict(attention_kwargs or {})
-    image_prompted = [each for each in transformer.attn_processors.values() if isinstance(each, ImagePromptAttention)]
-    if image_prompted and "ip_adapter_image_embeds" not in taken and "ip_hidden_states" not in taken:
-        raise ValueError(
-            "an IP adapter is loaded and no image is given for it; give ip_adapter_image or ip_adapter_image_embeds"
-        )
-    if "ip_adapter_image_embeds" in taken:
-        with graph_mode(False):
-            taken["ip_hidden_states"] = transformer.encoder_hid_proj(list(taken.pop("ip_adapter_image_embeds")))
-    ignored = [name for name in taken if name not in ATTENTION_INPUTS]
-    if ignored:
-        logger.warning(f"joint_attention_kwargs {', '.join(ignored)} are not known to Flux's attention: ignored")
-    for processor in image_prompted:
-        # mindone's has a __call__ alone, where a graph looks for construct.
-        vars(processor).setdefault("construct", processor.__call__)
-    return {name: taken[name] for name in ATTENTION_INPUTS if name in taken} or None
-
-
 def graph_input(value):
     """A value of a call as a graph has to be given it: tensors whole and as inputs, not constants, wherever they are.
 
@@ -323,12 +274,6 @@ def graph_input(value):
     if isinstance(value, dict) and value:
         return ms.mutable({name: graph_input(each) for name, each in value.items()})
     return value
-
-
-def refuse_stg(attention_kwargs):
-    """Raises ValueError if spatiotemporal guidance is asked for: its perturbed calls would mix with the others."""
-    if any(name.startswith(("stg", "skip_layer")) for name in attention_kwargs or ()):
-        raise ValueError("STG is not supported with FBCache yet")
 
 
 def adapters_of(model):
@@ -377,14 +322,3 @@ def adapters_scaled(scale, *models):
     finally:
         for layer, old, new in zip(layers, before, scaled):
             layer.scaling.update({name: old[name] for name in old if layer.scaling.get(name) == new[name]})
-
-
-@contextmanager
-def graph_mode(use_graph_mode):
-    """GRAPH_MODE or PYNATIVE_MODE for a while."""
-    before = ms.get_context("mode")
-    ms.set_context(mode=ms.GRAPH_MODE if use_graph_mode else ms.PYNATIVE_MODE)
-    try:
-        yield
-    finally:
-        ms.set_context(mode=before)

@@ -20,26 +20,23 @@ import mindspore as ms
 from mindspore import nn, ops
 
 from ..cache.gates import knobs
-from ..cache.loop import FluxDenoiseLoop
 from ..config import CacheConfig
-from ..models.mindones import foreign_scheduler, foreign_transformer, replaced
-from ..models.transformer_flux_withFBCache import stacks, why_not_probed
+from ..models import family, foreign_transformer
+from ..models.mindones import foreign_scheduler, replaced
+from ..models.transformer_flux_withFBCache import FluxDenoiseLoop, attention_inputs, refuse_stg
 from ..predict.flops import step_costs
 from ..rules.schedules import MAX_STEPS, progress_of, row
 from ..runtime.checkpoint import absent_components, check_checkpoint, check_fit, is_hub_name
-from ..runtime.device import current_device, prepare_device
+from ..runtime.device import current_device, graph_mode, prepare_device
 from ..runtime.kept_graphs import MOST, KeptGraphs, drop_graphs, drop_stale_graphs
 from .cached_transformer import (
     CachedTransformer,
     StandIn,
     ToldScheduler,
     adapters_scaled,
-    attention_inputs,
     context_for,
     for_steps,
     graph_input,
-    graph_mode,
-    refuse_stg,
     turn,
 )
 from .call_inputs import check_call, check_shape
@@ -605,9 +602,9 @@ def remove_cache_from_pipe(pipe):
 
 def check_structure(config, transformer):
     """Raises ValueError if a transformer does not have the blocks, or the first block, that a CacheConfig needs."""
-    config.check_blocks(*stacks(transformer))
+    config.check_blocks(*transformer.cached_model.stacks)
     for rule in config.rules:
-        reason = why_not_probed(transformer, rule.looks_at)
+        reason = family(transformer).why_not_probed(transformer, rule.looks_at)
         if reason:
             raise ValueError(f"gate {config.gate!r} looks at what modulates the first block: {reason}")
 

@@ -1,6 +1,7 @@
 """The device that Flux runs on, and how its graphs are compiled there: chosen and prepared in this one place."""
 
 import os
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
@@ -176,3 +177,14 @@ def prepare_device():
         from .cpu import stand_ins as cpu
 
         cpu.install()
+
+
+@contextmanager
+def graph_mode(use_graph_mode):
+    """GRAPH_MODE or PYNATIVE_MODE for a while."""
+    before = ms.get_context("mode")
+    ms.set_context(mode=ms.GRAPH_MODE if use_graph_mode else ms.PYNATIVE_MODE)
+    try:
+        yield
+    finally:
+        ms.set_context(mode=before)

@@ -6,10 +6,11 @@ from types import MethodType
 import mindone.diffusers
 import numpy as np
 import pytest
-from narrow import make_narrow
+from narrow import make_narrow, run_step
 from PIL import Image
 
 import mindspore as ms
+from mindspore import ops
 
 from FBCache_ms import (
     CacheConfig,
@@ -20,7 +21,7 @@ from FBCache_ms import (
     remove_cache_from_pipe,
 )
 from FBCache_ms.cache.gates import knobs
-from FBCache_ms.models.transformer_flux_withFBCache import FBCache_transformer_construct, embed_condition
+from FBCache_ms.models.transformer_flux_withFBCache import FBCache_transformer_construct
 from FBCache_ms.pipelines.cached_transformer import CachedStep
 from FBCache_ms.pipelines.flux import is_watched
 from FBCache_ms.runtime.checkpoint import TINY_FLUX
@@ -145,7 +146,8 @@ def test_the_loop_goes_on_where_a_piece_of_it_stopped(pipe, strict_graph_mode):
 def double_gate(transformer, inputs, steps, double, single):
     """Nunchaku's two gates step by step on mindone's own blocks: the latents and both gates' decisions."""
     latents, embeds, pooled, text_ids, image_ids, guidance, _, timesteps, sigmas = inputs
-    context, rotary = embed_condition(transformer, embeds[0], text_ids, image_ids)
+    context = transformer.context_embedder(embeds[0])
+    rotary = transformer.pos_embed(ops.concat((text_ids, image_ids)))
     kept, decisions = {}, {"double": [], "single": []}
 
     def through(cells, image, text, temb):
@@ -208,16 +210,18 @@ def test_controlnet_residuals_go_to_mindones_blocks(pipe, graph_mode, repeat):
         "controlnet_blocks_repeat": repeat,
     }
     step = CachedStep(transformer, CacheContext(1, 64, 128))
-    np.testing.assert_allclose(step(**arguments)[0].asnumpy(), transformer(**arguments)[0].asnumpy(), atol=1e-4)
+    np.testing.assert_allclose(run_step(step, **arguments), transformer(**arguments)[0].asnumpy(), atol=1e-4)
 
 
 def test_a_timestep_that_repeats_is_no_new_generation_where_these_are_told_of(pipe, graph_mode):
     latents, embeds, pooled, text_ids, image_ids, guidance, *_ = loop_inputs(1)
+    inputs = {"encoder_hidden_states": embeds[0], "pooled_projections": pooled[0], "guidance": guidance}
+    inputs = {**inputs, "img_ids": image_ids, "txt_ids": text_ids}
     step = CachedStep(pipe.transformer, CacheContext(1, 64, 128))
     for _ in range(2):
         step.cache_context.forget()
         for _ in range(3):
-            step(latents, embeds[0], pooled[0], ms.Tensor([1.0], ms.float32), image_ids, text_ids, guidance)
+            run_step(step, latents, ms.Tensor([1.0], ms.float32), **inputs)
         assert len(step.cache_context.stats().reused) == 3
 
 

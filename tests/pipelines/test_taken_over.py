@@ -14,7 +14,8 @@ from tqdm import tqdm
 import mindspore as ms
 
 from FBCache_ms import CacheConfig, FluxPipeline, apply_cache_on_pipe, remove_cache_from_pipe
-from FBCache_ms.models.mindones import foreign_scheduler, foreign_transformer
+from FBCache_ms.models import foreign_transformer
+from FBCache_ms.models.mindones import foreign_scheduler
 from FBCache_ms.pipelines import flux as pipeline_flux
 from FBCache_ms.pipelines.cached_transformer import adapters_scaled, turn
 from FBCache_ms.pipelines.flux import is_watched

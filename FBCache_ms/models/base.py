@@ -1,0 +1,107 @@
+"""What a family of transformers owes to the cache: one file a family, with a class that has the methods of Model.
+
+cache/step.py and cache/loop.py run the blocks, decide and forecast; they know no more of a model than what stands here.
+A family's class is an ms.jit_class around mindone's transformer, so that a graph can call its methods. Its file has
+beside it
+
+- KIND, mindone's class, which gets an attribute ``cached_model``: the one of this form around a transformer;
+- CONSTANTS, the arguments of mindone's construct that shape its graph;
+- graph_inputs(transformer, arguments): the other arguments of a call as the graph takes them, or what is refused;
+- why_foreign(transformer), why_not_probed(transformer, probe): what stands in the way, in words, or None.
+
+Two streams run through the blocks: the image (B, S, D) and the text (B, T, D). ``given`` is a dictionary of what every
+block gets beside them. A dictionary, since a graph in STRICT syntax makes no named tuple and no object of its own
+(tried with MindSpore 2.7.0 and 2.10.0).
+"""
+
+
+class Model:
+    """A transformer as the cache sees it.
+
+    Args:
+        transformer: mindone's.
+
+    ``stacks`` says how many double and how many single blocks it has, which are counted together, doubles first;
+    ``width`` is D.
+    """
+
+    def __init__(self, transformer, doubles, singles):
+        self.transformer, self.stacks, self.width = transformer, (doubles, singles), transformer.inner_dim
+
+    # Once a generation, and once a call.
+
+    def prepare(self, inputs, constants, dtype):
+        """What no step changes: what each guidance branch has of its own, and what is common to all, two dictionaries.
+
+        The former has the text stream, (..., T, D), under "text". Its tensors have the leading axes of their inputs.
+
+        Args:
+            inputs: tensors by the names that mindone's construct has for them.
+            constants: {name: value} of those that shape the graph.
+            dtype: the latents'.
+        """
+        raise NotImplementedError
+
+    def times(self, timesteps, dtype):
+        """What is known of timesteps (N,) in [0, 1] before the loop, (N, E): a step then reads its own."""
+        raise NotImplementedError
+
+    def condition(self, time, branch, common):
+        """The text stream and ``given`` of a call, from its rows (B, E) of times() and from what prepare() made."""
+        raise NotImplementedError
+
+    # What a call runs.
+
+    def embed(self, latents):
+        """The image stream that the first block gets."""
+        raise NotImplementedError
+
+    def block(self, index, image, text, given):
+        """The image and the text stream behind block number ``index``."""
+        raise NotImplementedError
+
+    def head(self, image, given):
+        """The velocity (B, S, C) of the image stream behind the last block."""
+        raise NotImplementedError
+
+    def modulated(self, image, given):
+        """The first block's modulated input, which TeaCache looks at."""
+        raise NotImplementedError
+
+    # What of ``given`` depends on the step: a step that computes has it from the loop of reuses before.
+
+    def pending(self, given):
+        """That part of it."""
+        raise NotImplementedError
+
+    def pending_shapes(self, batch):
+        """Its tensors' shapes."""
+        raise NotImplementedError
+
+    def resume(self, given, pending):
+        """``given`` with that part in it."""
+        raise NotImplementedError
+
+    # A block in two: first without what only the text stream behind it needs, and that later, if at all.
+
+    def divides(self, index):
+        """Whether that can be done with block number ``index``."""
+        return False
+
+    def divided_block(self, index, image, text, given):
+        """The image stream behind it, and a tuple of what text_behind takes."""
+        raise NotImplementedError
+
+    def text_behind(self, index, unfinished):
+        """The text stream behind it."""
+        raise NotImplementedError
+
+    def unfinished_shapes(self, index, image, text):
+        """The shapes of what text_behind takes, from those of the streams."""
+        raise NotImplementedError
+
+    # True CFG.
+
+    def guide(self, negative, positive, scale):
+        """v_neg + s (v_pos - v_neg)."""
+        return negative + scale.to(negative.dtype) * (positive - negative)
