@@ -111,10 +111,10 @@ class ExampleTransformer(StandIn):
 
     def choose(self, threshold, shape):
         """Begins a generation of latents of this shape, (B, S, D)."""
-        self.active = self.stood_for
+        self.active = self.original
         if threshold is not None:
             if threshold not in self.steps:
-                self.steps[threshold] = ExampleStep(self.stood_for, threshold, shape)
+                self.steps[threshold] = ExampleStep(self.original, threshold, shape)
             self.active = self.steps[threshold]
             self.active.begin()
 
@@ -133,7 +133,7 @@ class Example:
         self.pipe.transformer.choose(threshold, self.shape)
 
     def graphs(self):
-        return [*self.pipe.transformer.steps.values(), self.pipe.transformer.stood_for]
+        return [*self.pipe.transformer.steps.values(), self.pipe.transformer.original]
 
     def reused(self, steps):
         return [bool(mark) for mark in self.pipe.transformer.active.reused.asnumpy()[:steps]]

@@ -24,7 +24,7 @@ from FBCache_ms.eval.shared.tables import markdown, publish, spread
 
 DOUBLES, SINGLES = 19, 38
 TOKENS, TEXT, STEPS = 64, 32, 28
-MOST = 1.2
+LONGEST = 1.2
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def build(graph, model):
     import mindspore as ms
 
     from FBCache_ms import CacheConfig, CacheContext, FluxDenoiseLoop
-    from FBCache_ms.cache.gates import knobs
+    from FBCache_ms.cache.gates import step_tables
     from FBCache_ms.pipelines.cached_transformer import CachedStep
 
     def half(*shape):
@@ -133,7 +133,7 @@ def build(graph, model):
             ms.Tensor(np.zeros(1001), ms.float32),
         )
         inputs = (latents, half(graph.branches, *embeds), half(graph.branches, *pooled), *ids, guidance, *numbers)
-        inputs += (whole(0), whole(STEPS), *map(ms.Tensor, knobs(config, STEPS, sigmas)))
+        inputs += (whole(0), whole(STEPS), *map(ms.Tensor, step_tables(config, STEPS, sigmas)))
     else:
         inputs = {
             "encoder_hidden_states": half(*embeds),
@@ -248,7 +248,7 @@ def main(argv=None):
     if status or args.lazy_inline or not {"transformer", "loop"} <= set(measured):
         return status
     bare, loop = (statistics.median(run[0] for run in measured[name]) for name in ("transformer", "loop"))
-    return int(loop > MOST * bare)
+    return int(loop > LONGEST * bare)
 
 
 if __name__ == "__main__":

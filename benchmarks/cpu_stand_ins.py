@@ -19,7 +19,7 @@ import mindspore as ms
 from mindspore import mint, ops
 
 from FBCache_ms import CacheConfig, CacheContext, FluxDenoiseLoop
-from FBCache_ms.cache.gates import knobs
+from FBCache_ms.cache.gates import step_tables
 from FBCache_ms.eval.shared.arguments import Parser, add_into_option, add_save_path, check_range, exit_status, reason
 from FBCache_ms.eval.shared.files import check_folder, check_into
 from FBCache_ms.eval.shared.tables import markdown, publish, spread
@@ -85,7 +85,7 @@ def inputs(steps):
         tensor(sigmas),
         tensor(0, ms.int32),
         tensor(steps, ms.int32),
-        *map(ms.Tensor, knobs(CacheConfig(0.0), steps, sigmas)),
+        *map(ms.Tensor, step_tables(CacheConfig(0.0), steps, sigmas)),
     )
 
 

@@ -116,7 +116,7 @@ def loop_of(point):
     import mindspore as ms
 
     from FBCache_ms import CacheContext, FluxDenoiseLoop, prepare_device
-    from FBCache_ms.cache.gates import knobs
+    from FBCache_ms.cache.gates import step_tables
 
     ms.set_context(mode=ms.GRAPH_MODE)
     prepare_device()
@@ -157,7 +157,7 @@ def loop_of(point):
     )
 
     def inputs(config, stop):
-        return (*fixed, tensor(stop, ms.int32), *map(ms.Tensor, knobs(config, steps, sigmas)))
+        return (*fixed, tensor(stop, ms.int32), *map(ms.Tensor, step_tables(config, steps, sigmas)))
 
     context = CacheContext(point.batch, point.tokens, transformer.inner_dim, point.order)
     return FluxDenoiseLoop(transformer, context), inputs

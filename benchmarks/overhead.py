@@ -42,7 +42,7 @@ CHANGES = {
 SIDES = {"embedded": 64, "deep": 64, "large": 128, "wide": 128}
 """Pixels of a picture."""
 
-MOST = 1.03
+LONGEST = 1.03
 
 FULL, FIRST = "full step", "first block"
 """The loops that the limit is made of."""
@@ -271,7 +271,7 @@ def main(argv=None):
         text = f"{markdown(rows)}\n{markdown(list(map(part_row, divided)))}"
         data = {"settings": {**machine(), "runs": args.runs}, "generations": whole, "steps": divided}
         publish(args.save_path, "overhead", text, rows, data, args.into)
-        over.extend(figures for figures in whole if statistics.median(figures["ratios"]) > MOST)
+        over.extend(figures for figures in whole if statistics.median(figures["ratios"]) > LONGEST)
 
     return exit_status("overhead", work) or int(bool(over))
 

@@ -6,7 +6,7 @@ import mindspore as ms
 from mindspore import nn
 
 from FBCache_ms.cache.context import CacheContext
-from FBCache_ms.cache.gates import knobs
+from FBCache_ms.cache.gates import step_tables
 from FBCache_ms.cache.step import cached_step
 from FBCache_ms.models.base import Model
 
@@ -55,7 +55,7 @@ class Loop(nn.Cell):
         self.model, self.cache = Adding(), cache
 
     def construct(self, latents, context, image, text, modulated, outputs, start, stop, limits, coordinates, numbers):
-        self.cache.knobs.set(limits, coordinates, numbers)
+        self.cache.tables.set(limits, coordinates, numbers)
         if start == 0:
             self.cache.reset()
         step = start
@@ -107,7 +107,7 @@ def replay(config, streams, sigmas=None, cut=0, progress=None):
         cache = CacheContext(*shape, config=config, text_len=TEXT, steps=steps, sigmas=sigmas, channels=WIDTH)
         _LOOPS[key] = Loop(cache)
     loop = _LOOPS[key]
-    numbers = tuple(map(ms.Tensor, knobs(config, steps, sigmas, progress)))
+    numbers = tuple(map(ms.Tensor, step_tables(config, steps, sigmas, progress)))
     inputs = [streams.latents, streams.context, streams.image, streams.text, streams.modulated]
     outputs = ms.Tensor(np.zeros_like(streams.latents))
     for start, stop in ((0, cut), (cut, steps)) if cut else ((0, steps),):

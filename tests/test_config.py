@@ -17,8 +17,8 @@ from FBCache_ms.rules.schedules import (
     learnt,
     magcache,
     nearest,
-    row,
     run_lengths,
+    step_actions,
     taylorseer,
 )
 from FBCache_ms.rules.when import RULES
@@ -234,7 +234,7 @@ def test_only_numbers_keep_the_structure():
 def test_switched_off_computes_every_step_with_the_same_structure(name):
     off = CacheConfig.preset(name).switched_off()
     assert off.structure == CacheConfig.preset(name).structure
-    assert set(row(off, 40, (1.0,))) == {COMPUTE}
+    assert set(step_actions(off, 40, (1.0,))) == {COMPUTE}
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -309,15 +309,15 @@ def test_fora_computes_every_interval_th_step():
 @given(st.integers(1, 60), st.integers(0, 9), st.integers(1, 4), st.floats(0, 0.5), st.floats(0.5, 1))
 def test_a_row_computes_first_then_asks(steps, warmup, interval, start, end):
     config = CacheConfig(warmup_steps=warmup, warmup_interval=interval, start=start, end=end)
-    actions = row(config, steps, (0.1,))
+    actions = step_actions(config, steps, (0.1,))
     assert actions[0] == COMPUTE
     for step in range(1, steps):
         forced = step in range(0, warmup, interval) or not start <= step / steps <= end
         assert actions[step] == (COMPUTE if forced else ASK)
-    assert set(row(config, steps, (0,))) == {COMPUTE}
-    assert set(row(config.changed(gate="static", schedule="fora"), steps, ())) <= {COMPUTE, REUSE}
+    assert set(step_actions(config, steps, (0,))) == {COMPUTE}
+    assert set(step_actions(config.changed(gate="static", schedule="fora"), steps, ())) <= {COMPUTE, REUSE}
 
 
 def test_a_mask_of_another_length_is_refused():
     with pytest.raises(ValueError, match="4 steps, the generation has 5"):
-        row(CacheConfig(steps_computation_mask=(1, 0, 0, 1)), 5, (0.1,))
+        step_actions(CacheConfig(steps_computation_mask=(1, 0, 0, 1)), 5, (0.1,))

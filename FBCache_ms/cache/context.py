@@ -12,7 +12,7 @@ from ..rules.arithmetic import finite_differences, probe_ratio, relative_differe
 from ..rules.forecasts import FORECASTS
 from ..rules.schedules import MAX_STEPS
 from ..rules.when import COMPUTED, FORECAST, PREVIOUS, PROBE, SPAN
-from .gates import FORECAST_NUMBER, LIMITS, GatePlan, check_shape, every_gate, knobs, numbers_width, places, plan
+from .gates import FORECAST_NUMBER, LIMITS, GatePlan, check_shape, every_gate, numbers_width, places, plan, step_tables
 from .stats import BRANCHES, NOT_COMPARED, NOT_REACHED, REUSED, CacheStats, GateStats, skipped_share
 
 
@@ -90,7 +90,7 @@ class Tallies:
 
 
 @ms.jit_class
-class Knobs:
+class StepTables:
     """The step's number and every number of the configuration: inputs of the graph, not constants of it."""
 
     def __init__(self, gates, step):
@@ -101,7 +101,7 @@ class Knobs:
         self.numbers = Parameter(ms.Tensor(np.zeros(number * self.width), ms.float32), "cache_numbers", False)
 
     def set(self, limits, coordinates, numbers):
-        """Takes over what knobs() gives, inside the graph or outside.
+        """Takes over what step_tables() gives, inside the graph or outside.
 
         By assign, not by set_data: a compiled graph with a branch in it goes on with the old memory after set_data
         (MindSpore 2.7.0, CPU).
@@ -160,12 +160,12 @@ class Gate:
 
     span = GatePlan.span
 
-    def __init__(self, plan, order, config, shape, text_len, channels, dtype, knobs, tallies, buffer):
+    def __init__(self, plan, order, config, shape, text_len, channels, dtype, tables, tallies, buffer):
         batch, tokens, width = shape
         shape = (batch, tokens, channels) if plan.whole_model else shape
         self.whole_model, self.channels = plan.whole_model, channels
         forecast = FORECASTS[config.forecast]
-        self.name, self.index, self.knobs, self.tallies = plan.name, order.index(plan), knobs, tallies
+        self.name, self.index, self.tables, self.tallies = plan.name, order.index(plan), tables, tallies
         self.stack, self.first, self.last = plan.stack, plan.first, plan.last
         self.needs_text, self.probes_text = plan.needs_text, plan.probes_text
         self.orders, self.takes_ratio = config.taylorseer_derivative + 1, forecast.takes_ratio
@@ -204,20 +204,20 @@ class Gate:
         self.reused = named("reused", (MAX_STEPS,), NOT_REACHED, ms.int32)
         self.diffs = named("diffs", (MAX_STEPS,), NOT_COMPARED)
         self.inner = tuple(
-            Gate(within, order, config, shape, text_len, channels, dtype, knobs, tallies, buffer)
+            Gate(within, order, config, shape, text_len, channels, dtype, tables, tallies, buffer)
             for within in plan.inner
         )
 
     def number(self, place):
         """One of the gate's numbers."""
-        return self.knobs.number(self.index, place)
+        return self.tables.number(self.index, place)
 
     def decide(self, probes):
         """Whether this step is reused, a scalar, from a probe for each rule.
 
         No limit may be reached, the schedule's among them, and every rule's score must be strictly below its threshold.
         """
-        asked = within_limits(self.tallies.values.read(), self.knobs.limit(self.index))
+        asked = within_limits(self.tallies.values.read(), self.tables.limit(self.index))
         reuse, differences, scores = asked, (), ()
         for place in range(len(self.rules)):
             rule = self.rules[place]
@@ -249,7 +249,7 @@ class Gate:
 
     def trace(self, reuse, asked, differences):
         """Writes down the decision, and the first rule's difference if the gate was asked."""
-        here = self.knobs.every_step == self.knobs.step.read()
+        here = self.tables.every_step == self.tables.step.read()
         self.reused.write(ops.where(here, reuse.astype(ms.int32), self.reused.read()))
         if len(differences) > 0:
             difference = ops.where(asked, differences[0], NOT_COMPARED)
@@ -259,7 +259,7 @@ class Gate:
 
     def weights(self, ratio):
         """The forecast's weights at this step, a scalar for each order."""
-        return self.forecast_weights(self.knobs.x(), self.last_nodes(), self.number(FORECAST_NUMBER), ratio)
+        return self.forecast_weights(self.tables.x(), self.last_nodes(), self.number(FORECAST_NUMBER), ratio)
 
     def last_nodes(self):
         """The coordinates of the last computed steps, newest first."""
@@ -294,7 +294,7 @@ class Gate:
 
         Its probes are the references, and what the span added goes into the differences, as ``added`` does.
         """
-        filled, x, nodes = self.filled.read(), self.knobs.x(), self.last_nodes()
+        filled, x, nodes = self.filled.read(), self.tables.x(), self.last_nodes()
         gaps = self.forecast_gaps(x, nodes)
         self.residual.update(behind - before, filled, gaps)
         if self.needs_text:
@@ -371,7 +371,7 @@ class CacheContext:
         self.told = False
         self.step = buffer("step", (), 0, ms.int32)
         self.timestep = buffer("timestep", (), 0, ms.float32)
-        self.knobs = Knobs(every_gate(plans), self.step)
+        self.tables = StepTables(every_gate(plans), self.step)
         self.gates = tuple(
             Gate(
                 gate,
@@ -381,7 +381,7 @@ class CacheContext:
                 text_len,
                 channels,
                 mindspore_dtype,
-                self.knobs,
+                self.tables,
                 Tallies(buffer(f"{gate.name}_tallies", (LIMITS,), Tallies.initial, ms.float32)),
                 buffer,
             )
@@ -399,7 +399,7 @@ class CacheContext:
             config: one of the same structure.
             steps: how many steps a generation has; only for a config that depends on it.
             sigmas: (steps,) or longer, the noise levels; only for forecast_coordinate="sigma".
-            progress: as for schedules.row.
+            progress: as for schedules.step_actions.
 
         Raises ValueError if the structure is another, or steps or sigmas are missing.
         """
@@ -407,7 +407,7 @@ class CacheContext:
             raise ValueError(f"{config} needs a CacheContext of its own: this one was made for {self.structure}")
         if steps is None and config.depends_on_steps:
             raise ValueError(f"{config} depends on the number of steps; give steps")
-        self.knobs.set(*map(ms.Tensor, knobs(config, steps or MAX_STEPS, sigmas, progress)))
+        self.tables.set(*map(ms.Tensor, step_tables(config, steps or MAX_STEPS, sigmas, progress)))
 
     @contextmanager
     def __call__(self, name):
@@ -472,7 +472,7 @@ class CacheContext:
 
     def parameters(self):
         """Every buffer and setting."""
-        settings = (self.branch, self.knobs.limits, self.knobs.coordinates, self.knobs.numbers)
+        settings = (self.branch, self.tables.limits, self.tables.coordinates, self.tables.numbers)
         return [buffer.value for buffer in self.buffers] + list(settings)
 
     def release(self):

@@ -7,7 +7,7 @@ import numpy as np
 
 from ..config import OPTIONS
 from ..rules.forecasts import FORECASTS
-from ..rules.schedules import ASK, MAX_STEPS, REUSE, row
+from ..rules.schedules import ASK, MAX_STEPS, REUSE, step_actions
 from ..rules.when import FORECAST, GATES, Rule
 
 LIMITS = 3
@@ -145,14 +145,14 @@ def gate_numbers(config, gate):
     return numbers
 
 
-def knobs(config, steps, sigmas=None, progress=None):
+def step_tables(config, steps, sigmas=None, progress=None):
     """A configuration's numbers as the graph's inputs, NumPy arrays.
 
     Args:
         config: the CacheConfig.
         steps: N, the generation's number of steps, in [1, 1000].
         sigmas: (N,) or longer, the noise levels; for forecast_coordinate="sigma" only.
-        progress: as for schedules.row.
+        progress: as for schedules.step_actions.
 
     Returns:
         limits (G, 1000, 3), float32: what the gate's tallies must stay below for a step to be reused: the
@@ -169,7 +169,7 @@ def knobs(config, steps, sigmas=None, progress=None):
     for index, gate in enumerate(gates):
         thresholds = [threshold(config, gate, rule) for rule in gate.rules]
         computes_last = any(rule.computes_last for rule in gate.rules)
-        actions = row(config, steps, thresholds, computes_last, progress)
+        actions = step_actions(config, steps, thresholds, computes_last, progress)
         most = config.max_cached_steps, config.max_consecutive_cache_hits, config.max_accumulated_residual_diff or -1
         limits[index, :steps][actions == ASK] = [np.inf if limit < 0 else limit for limit in most]
         limits[index, :steps][actions == REUSE] = np.inf

@@ -36,7 +36,7 @@ class DenoiseLoop(nn.Cell):
             timesteps, sigmas: (N,) in [0, 1000] and (N + 1,) in [0, 1], padded to any fixed length.
             start, stop: int32 scalars from 0 on; a start of 0 begins a generation, any other goes on with the last. The
                 loop ends with the timesteps, or at 1000, where stop is beyond.
-            limits, coordinates, numbers: what gates.knobs makes of a CacheConfig.
+            limits, coordinates, numbers: what gates.step_tables makes of a CacheConfig.
         """
         model, cache, batch, dtype = self.model, self.cache, latents.shape[0], latents.dtype
         branch, common = model.prepare(inputs, None, dtype)
@@ -48,7 +48,7 @@ class DenoiseLoop(nn.Cell):
         times = times.broadcast_to((times.shape[0], batch, times.shape[2]))
         conditions = branch, common, times
         updates = sigmas[1:] - sigmas[:-1], true_cfg_scale
-        cache.knobs.set(limits, coordinates, numbers)
+        cache.tables.set(limits, coordinates, numbers)
         if start == 0:
             for number in range(cache.branches):
                 cache.select(number)

@@ -91,7 +91,7 @@ def uncached(pipe, **settings):
 
     class Plain(StandIn):
         def __call__(self, *args, **kwargs):
-            return self.stood_for(*args, **{name: graph_input(value) for name, value in kwargs.items()})
+            return self.original(*args, **{name: graph_input(value) for name, value in kwargs.items()})
 
     transformer = pipe.transformer
     pipe.__dict__["transformer"] = Plain(transformer)

@@ -9,7 +9,7 @@ HOOKS = "_lazy_forward_pre_hook", "_lazy_forward_hook"
 """Where MindSpore keeps a cell's hooks, from the first one that is registered."""
 
 
-def is_theirs(function):
+def by_known_author(function):
     """Whether a function is not the user's; a wrapper, a partial function and an object that can be called are."""
     module = getattr(function, "__globals__", {}).get("__name__", type(function).__module__)
     return module.partition(".")[0] in AUTHORS
@@ -25,7 +25,7 @@ def is_mindones(thing, kind):
     methods = {name for name in own | {"construct", "__call__"} if hasattr(kind, name)} - {"__init__"}
     return (
         all(getattr(type(thing), name, None) is getattr(kind, name) for name in methods)
-        and all(is_theirs(getattr(kind, name)) for name in methods)
+        and all(by_known_author(getattr(kind, name)) for name in methods)
         and methods.isdisjoint(vars(thing))
         and not any(vars(thing).get(hooks) for hooks in HOOKS)
         and getattr(thing, "mixed_precision_type", None) is None
@@ -41,7 +41,7 @@ def replaced(thing, original, names):
     own = getattr(thing, "__dict__", {})
     for name in names:
         method = getattr(original, name)
-        if name in own or getattr(type(thing), name, None) is not method or not is_theirs(method):
+        if name in own or getattr(type(thing), name, None) is not method or not by_known_author(method):
             return name
     return None
 

@@ -33,33 +33,33 @@ WHAT_ALL_TAKE = "hidden_states", "timestep", "return_dict"
 class StandIn:
     """What takes an object's place: it gives and takes all attributes that are not its own as that object's."""
 
-    def __init__(self, stood_for, **own):
-        self.__dict__.update(own, stood_for=stood_for)
+    def __init__(self, original, **own):
+        self.__dict__.update(own, original=original)
 
     def __getattr__(self, name):
-        return getattr(self.stood_for, name)
+        return getattr(self.original, name)
 
     def __setattr__(self, name, value):
         if name in self.__dict__:
             self.__dict__[name] = value
         else:
-            setattr(self.stood_for, name, value)
+            setattr(self.original, name, value)
 
     # A copy is one of what it stands for: the cache is one pipeline's.
 
     def __copy__(self):
-        return copy.copy(self.stood_for)
+        return copy.copy(self.original)
 
     def __deepcopy__(self, memo):
-        return copy.deepcopy(self.stood_for, memo)
+        return copy.deepcopy(self.original, memo)
 
     def __reduce_ex__(self, protocol):
-        return self.stood_for.__reduce_ex__(protocol)
+        return self.original.__reduce_ex__(protocol)
 
     @property
     def __class__(self):
         # mindone asks so for a component's kind, where it loads adapters or saves.
-        return type(self.stood_for)
+        return type(self.original)
 
 
 class CachedTransformer(StandIn):
@@ -96,7 +96,7 @@ class CachedTransformer(StandIn):
         stats = self.active.cache_context.stats(self.costs)
         return stats if stats.uncond.reused else replace(stats, uncond=None)
 
-    def told_scheduler(self):
+    def cached_scheduler(self):
         """The pipeline's scheduler; one that has been put there since is told of this cache.
 
         Raises ValueError if there is no such pipeline any more.
@@ -108,9 +108,9 @@ class CachedTransformer(StandIn):
                 "call apply_cache_on_pipe with the one that it is in now"
             )
         told = pipe.scheduler
-        if type(told) is not ToldScheduler or told.cached is not self:
-            plain = told.stood_for if type(told) is ToldScheduler else told
-            told = pipe.__dict__["scheduler"] = ToldScheduler(plain, self)
+        if type(told) is not CachedScheduler or told.cached is not self:
+            plain = told.original if type(told) is CachedScheduler else told
+            told = pipe.__dict__["scheduler"] = CachedScheduler(plain, self)
             self.begin_generation()
         return told
 
@@ -132,11 +132,11 @@ class CachedTransformer(StandIn):
             self.branch = None
 
     def __call__(self, hidden_states, *args, **kwargs):
-        reason = foreign_transformer(self.stood_for)
+        reason = foreign_transformer(self.original)
         if reason:
             logger.warning(f"{reason}: this call runs without the cache")
-            return self.stood_for(hidden_states, *args, **kwargs)
-        scheduler = self.told_scheduler()
+            return self.original(hidden_states, *args, **kwargs)
+        scheduler = self.cached_scheduler()
         if self.thread != get_ident():
             raise ValueError(
                 "Invalid cache state: another thread has begun a generation with this pipeline; let threads take turns"
@@ -155,12 +155,12 @@ class CachedTransformer(StandIn):
 
     def bind(self, *args, **kwargs):
         """A call's arguments, by the names that the transformer's construct has for them, as the cached step's."""
-        file = family(self.stood_for)
-        call = signature(file.KIND.construct).bind(self.stood_for, *args, **kwargs)
+        file = family(self.original)
+        call = signature(file.KIND.construct).bind(self.original, *args, **kwargs)
         call.apply_defaults()
         _, latents, timestep, return_dict = map(call.arguments.pop, ("self", *WHAT_ALL_TAKE))
         constants = {name: call.arguments.pop(name) for name in file.CONSTANTS}
-        inputs = file.graph_inputs(self.stood_for, call.arguments)
+        inputs = file.graph_inputs(self.original, call.arguments)
         inputs = graph_input({name: value for name, value in inputs.items() if value is not None})
         return graph_input(latents), graph_input(timestep), inputs, constants, return_dict
 
@@ -174,7 +174,7 @@ class CachedTransformer(StandIn):
             return self.chosen[key]
         begin, whole = scheduler.begin_index or 0, len(scheduler.timesteps)
         steps, sigmas = whole - begin, scheduler.sigmas.asnumpy()[begin:]
-        settings, transformer = for_steps(self.cache_settings, steps), self.stood_for
+        settings, transformer = for_steps(self.cache_settings, steps), self.original
 
         def make():
             context = context_for(transformer, settings, latents, text_len, len(BRANCHES), steps, sigmas)
@@ -195,7 +195,7 @@ class CachedTransformer(StandIn):
         return step
 
 
-class ToldScheduler(StandIn):
+class CachedScheduler(StandIn):
     """A pipeline's scheduler that tells the cache of generations and of steps."""
 
     def __init__(self, scheduler, cached):
@@ -204,7 +204,7 @@ class ToldScheduler(StandIn):
     @property
     def set_timesteps(self):
         """The scheduler's own method, whose signature mindone reads, and the cache's word of it."""
-        method = self.stood_for.set_timesteps
+        method = self.original.set_timesteps
 
         @wraps(method)
         def told(*args, **kwargs):
@@ -215,7 +215,7 @@ class ToldScheduler(StandIn):
 
     def step(self, *args, **kwargs):
         self.cached.end_step()
-        return self.stood_for.step(*args, **kwargs)
+        return self.original.step(*args, **kwargs)
 
 
 class CachedStep(nn.Cell):

@@ -19,20 +19,20 @@ from tqdm.notebook import tqdm_notebook
 import mindspore as ms
 from mindspore import nn, ops
 
-from ..cache.gates import knobs
+from ..cache.gates import step_tables
 from ..config import CacheConfig
 from ..models import family, foreign_transformer
 from ..models.mindones import foreign_scheduler, replaced
 from ..models.transformer_flux_withFBCache import FluxDenoiseLoop, attention_inputs, refuse_stg
 from ..predict.flops import step_costs
-from ..rules.schedules import MAX_STEPS, progress_of, row
+from ..rules.schedules import MAX_STEPS, progress_of, step_actions
 from ..runtime.checkpoint import absent_components, check_checkpoint, check_fit, is_hub_name
 from ..runtime.device import current_device, graph_mode, prepare_device
-from ..runtime.kept_graphs import MOST, KeptGraphs, drop_graphs, drop_stale_graphs
+from ..runtime.kept_graphs import KEPT_GRAPHS, KeptGraphs, drop_graphs, drop_stale_graphs
 from .cached_transformer import (
+    CachedScheduler,
     CachedTransformer,
     StandIn,
-    ToldScheduler,
     adapters_scaled,
     context_for,
     for_steps,
@@ -183,8 +183,8 @@ class FluxPipeline(MindoneFluxPipeline):
         check_config(None if cache_config is DEFAULT else cache_config)
         check_dtypes(kwargs.setdefault("mindspore_dtype", None))
         components = pipeline.components
-        stood_for = {name: part.stood_for for name, part in components.items() if isinstance(part, StandIn)}
-        pipe = super().from_pipe(pipeline, **{**stood_for, **kwargs})
+        original = {name: part.original for name, part in components.items() if isinstance(part, StandIn)}
+        pipe = super().from_pipe(pipeline, **{**original, **kwargs})
         if isinstance(pipeline, FluxPipeline):
             pipe._with_settings(pipeline.cache_config, pipeline.use_graph_mode, pipeline.device)
         elif isinstance(components["transformer"], CachedTransformer):
@@ -273,7 +273,7 @@ class FluxPipeline(MindoneFluxPipeline):
         elif reason is None:
             refuse_stg(given.joint_attention_kwargs)
             check_structure(config, self.transformer)
-            row(config, given.num_inference_steps, ())
+            step_actions(config, given.num_inference_steps, ())
             config = for_steps(config, given.num_inference_steps)
         # The scale of adapters is set here and not in mindone's methods, so that it is taken back whatever happens.
         kwargs = dict(given.joint_attention_kwargs or {})
@@ -308,7 +308,7 @@ class FluxPipeline(MindoneFluxPipeline):
             guidance=ms.Tensor(scales, ms.float32) if layers.guidance_embeds else None,
             true_cfg_scale=given.true_cfg_scale,
             scheduler=self.scheduler,
-            numbers=knobs(config, self._num_timesteps, self.scheduler.sigmas.asnumpy(), progress),
+            numbers=step_tables(config, self._num_timesteps, self.scheduler.sigmas.asnumpy(), progress),
             attention=self._attention_inputs(given, len(prompts)),
         )
         encoded = time.perf_counter()
@@ -350,7 +350,7 @@ class FluxPipeline(MindoneFluxPipeline):
         return ms.Tensor(np.indices((1, height, width)).reshape(3, -1).T, dtype)
 
     def _set_timesteps(self, given, tokens):
-        """Sets the scheduler as mindone does; returns the progress that schedules.row takes."""
+        """Sets the scheduler as mindone does; returns the progress that schedules.step_actions takes."""
         scheduler, settings, steps = self.scheduler, self.scheduler.config, given.num_inference_steps
         sigmas = np.linspace(1, 1 / steps, steps) if given.sigmas is None else given.sigmas
         if settings.get("use_flow_sigmas"):
@@ -492,7 +492,7 @@ class LoopInputs:
         guidance: (B,), or None for a model without guidance embedding.
         true_cfg_scale: a number.
         scheduler: whose noise levels the loop takes.
-        numbers: what gates.knobs makes of the CacheConfig.
+        numbers: what gates.step_tables makes of the CacheConfig.
         attention: what attention gets beside the streams, stacked by branch, or None.
 
     Raises ValueError if the branches' embeddings are not of one shape.
@@ -540,7 +540,7 @@ class KeptEncoder(StandIn):
     """A text encoder whose graph the compile cache keeps."""
 
     def __call__(self, *args, **kwargs):
-        encoder = self.stood_for
+        encoder = self.original
         call = signature(encoder.construct).bind(*args, **kwargs)
         # A call that names its inputs would be another graph than the one that is compiled.
         call.apply_defaults()
@@ -548,7 +548,7 @@ class KeptEncoder(StandIn):
         return encoder(*call.args)
 
 
-def apply_cache_on_pipe(pipe, config=None, kept_shapes=MOST):
+def apply_cache_on_pipe(pipe, config=None, kept_shapes=KEPT_GRAPHS):
     """Puts the cache into any mindone Flux pipeline (ControlNet, Fill, Kontext, ...), step by step, and returns it.
 
     Each call of the transformer is one compiled graph, the same for every prompt, seed and step count at one shape;
@@ -575,7 +575,7 @@ def apply_cache_on_pipe(pipe, config=None, kept_shapes=MOST):
     transformer = given = getattr(pipe, "transformer", pipe)
     if type(given) is CachedTransformer:
         # It may be another pipeline's, among whose components this one's were.
-        transformer = given.stood_for
+        transformer = given.original
     reason = foreign_transformer(transformer)
     if reason:
         raise ValueError(reason)
@@ -587,7 +587,7 @@ def apply_cache_on_pipe(pipe, config=None, kept_shapes=MOST):
     prepare_device()
     # Past DiffusionPipeline.__setattr__, which would write the stand-ins' classes into model_index.json.
     pipe.__dict__["transformer"] = CachedTransformer(transformer, config, pipe, kept_shapes)
-    pipe.transformer.told_scheduler()
+    pipe.transformer.cached_scheduler()
     return pipe
 
 
@@ -595,9 +595,9 @@ def remove_cache_from_pipe(pipe):
     """Takes the cache out of a pipeline again, which is then what it was; one that has none stays as it is."""
     if isinstance(pipe, FluxPipeline):
         pipe.cache_config = None
-    for name, kind in {"transformer": CachedTransformer, "scheduler": ToldScheduler}.items():
+    for name, kind in {"transformer": CachedTransformer, "scheduler": CachedScheduler}.items():
         if type(getattr(pipe, name, None)) is kind:
-            pipe.__dict__[name] = getattr(pipe, name).stood_for
+            pipe.__dict__[name] = getattr(pipe, name).original
 
 
 def check_structure(config, transformer):

@@ -9,8 +9,8 @@ from . import kernels
 def within_limits(tallies, limits):
     """Whether fewer than M steps were reused, fewer than MC in a row, and the compared differences sum up to less.
 
-    Both are (3,). The order of all tests (cache-dit 1.5.3, can_cache): what schedules.row says, which gates.knobs puts
-    into the limits, then these, then the score.
+    Both are (3,). The order of all conditions (cache-dit 1.5.3, can_cache): what schedules.step_actions says, which
+    gates.step_tables puts into the limits, then these, then the score.
     """
     return (tallies < limits).all()
 

@@ -13,10 +13,10 @@ import numpy as np
 from .options import Option
 
 COMPUTE, REUSE, ASK = 1, 0, -1
-"""What the row says of a step: compute it, reuse it, or ask the gate."""
+"""What a schedule says of a step: compute it, reuse it, or ask the gate."""
 
 MAX_STEPS = 1000
-"""Length of every row: Flux is trained on 1000 timesteps, no schedule has more."""
+"""Length of every table: Flux is trained on 1000 timesteps, no schedule has more."""
 
 ROUNDING = 1e-6
 """Noise levels are float32: a step this near to the edge of a window is on it."""
@@ -219,7 +219,7 @@ def progress_of(sigmas, steps):
     return 1 - np.asarray(sigmas, float)
 
 
-def row(config, steps, thresholds, computes_last=False, progress=None):
+def step_actions(config, steps, thresholds, computes_last=False, progress=None):
     """COMPUTE, REUSE or ASK for each of the N steps of a generation, (N,).
 
     Args:

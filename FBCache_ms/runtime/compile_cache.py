@@ -29,7 +29,7 @@ from mindone.diffusers.utils import logging
 import mindspore as ms
 from mindspore.train.mind_ir_pb2 import ModelProto
 
-from ..models.mindones import AUTHORS, is_theirs
+from ..models.mindones import AUTHORS, by_known_author
 from .kept_graphs import VALUES, bases_of, constants_of
 
 logger = logging.get_logger(__name__)
@@ -40,7 +40,7 @@ _NUMBERS = itertools.count()
 LEFT_OVER = 24 * 3600
 """Seconds after which an unfinished graph's folder belongs to no process any more."""
 
-MOST = 128
+KEPT_ON_DISK = 128
 """So many graphs a folder keeps; a generation has four: the loop, two text encoders and the autoencoder's decoder."""
 
 DECORATORS = "contextlib", "functools", "huggingface_hub", "transformers"
@@ -124,7 +124,7 @@ def check_authors(kinds):
 
 def check_function(function):
     """Raises TypeError for a function of the user's."""
-    if not is_theirs(function):
+    if not by_known_author(function):
         raise TypeError(f"{function.__qualname__} is not mindone's")
 
 
@@ -241,11 +241,11 @@ class CompileCache:
             place.rename(kept)
 
     def prune(self):
-        """Removes the graphs beyond MOST that were not used for longest, and what a killed process left for a day."""
+        """Removes graphs beyond KEPT_ON_DISK, the longest unused first, and what a killed process left for a day."""
         graphs = sorted(self.folder.glob("*/graph.json"), key=lambda file: file.stat().st_mtime)
         unfinished = self.folder.glob(f"*-{'[0-9a-f]' * 24}-*.*")
         left = [place for place in unfinished if time.time() - place.stat().st_mtime > LEFT_OVER]
-        for place in [file.parent for file in graphs[:-MOST]] + left:
+        for place in [file.parent for file in graphs[:-KEPT_ON_DISK]] + left:
             shutil.rmtree(place, ignore_errors=True)
 
 

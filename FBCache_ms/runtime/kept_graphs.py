@@ -12,7 +12,7 @@ from mindspore import nn
 
 from ..models.mindones import HOOKS
 
-MOST = 16
+KEPT_GRAPHS = 16
 """How many are kept unless told otherwise."""
 
 VALUES = {type(None), bool, int, float, str}
@@ -42,7 +42,7 @@ class KeptGraphs:
     in memory when it last ran. One that has to go is told so by its release().
     """
 
-    def __init__(self, most=MOST):
+    def __init__(self, most=KEPT_GRAPHS):
         self.most, self._cells, self._stale = most, OrderedDict(), []
 
     def __deepcopy__(self, memo):

@@ -13,7 +13,7 @@ import mindspore as ms
 from mindspore import ops
 
 from FBCache_ms import CacheConfig, CacheContext, FluxDenoiseLoop, FluxPipeline, apply_cache_on_pipe
-from FBCache_ms.cache.gates import knobs
+from FBCache_ms.cache.gates import step_tables
 from FBCache_ms.models.transformer_flux_withFBCache import FBCache_transformer_construct
 from FBCache_ms.pipelines.cached_transformer import graph_mode
 from FBCache_ms.rules.schedules import MAX_STEPS
@@ -98,7 +98,7 @@ def test_the_loop_ends_with_its_timesteps(pipelines, strict_graph_mode):
     loop = FluxDenoiseLoop(transformer, CacheContext(1, TOKENS, transformer.inner_dim, config=config))
     sigmas = np.linspace(1, 0, steps + 1)
     schedule = ms.Tensor(1000 * sigmas[:-1], ms.float32), ms.Tensor(sigmas, ms.float32)
-    numbers = list(map(ms.Tensor, knobs(config, steps)))
+    numbers = list(map(ms.Tensor, step_tables(config, steps)))
 
     def draw(stop):
         end = ms.Tensor(0, ms.int32), ms.Tensor(stop, ms.int32)

@@ -188,7 +188,7 @@ def test_the_graph_has_its_loop_and_branches_and_nothing_that_an_npu_cannot_run(
 def test_the_loop_of_reuses_is_handed_the_weights_of_the_blocks_that_it_runs(exported, pytestconfig, name):
     """Handing over those of the others would take longer than the reuse."""
     doubles, singles = depth(name, pytestconfig)
-    handed = {block_of(weight, doubles) for weight in MindIR(exported[name, SHARED]).handed("reuses")} - {None}
+    handed = {block_of(weight, doubles) for weight in MindIR(exported[name, SHARED]).handed("reused_calls")} - {None}
     assert handed == numbers_of(RUNS[name][0], doubles, singles)
 
 
@@ -196,6 +196,10 @@ def test_a_reuse_of_the_whole_model_is_handed_no_weight_at_all(exported):
     """No block runs in it, no embedding, of the latents or of the time, and no head."""
 
     def weights(name):
-        return {each for each in MindIR(exported[name, SHARED]).handed("reuses") if each.endswith((".weight", ".bias"))}
+        return {
+            each
+            for each in MindIR(exported[name, SHARED]).handed("reused_calls")
+            if each.endswith((".weight", ".bias"))
+        }
 
     assert weights("loop_EasyCache") == set() != weights("loop_TeaCache")

@@ -20,7 +20,7 @@ from FBCache_ms import (
     apply_cache_on_pipe,
     remove_cache_from_pipe,
 )
-from FBCache_ms.cache.gates import knobs
+from FBCache_ms.cache.gates import step_tables
 from FBCache_ms.models.transformer_flux_withFBCache import FBCache_transformer_construct
 from FBCache_ms.pipelines.cached_transformer import CachedStep
 from FBCache_ms.pipelines.flux import is_watched
@@ -130,7 +130,7 @@ def loop_inputs(steps):
 def test_the_loop_goes_on_where_a_piece_of_it_stopped(pipe, strict_graph_mode):
     loop = FluxDenoiseLoop(pipe.transformer, CacheContext(1, 64, 128, taylorseer_derivative=1))
     latents, *inputs = loop_inputs(28)
-    numbers = tuple(map(ms.Tensor, knobs(CacheConfig(0.3, 1), 28)))
+    numbers = tuple(map(ms.Tensor, step_tables(CacheConfig(0.3, 1), 28)))
 
     def run(latents, start, stop):
         return loop(latents, *inputs, ms.Tensor(start, ms.int32), ms.Tensor(stop, ms.int32), *numbers)
@@ -183,7 +183,7 @@ def test_the_double_gate_goes_through_mindones_blocks_as_described(pipe, graph_m
     config = CacheConfig(0.3, span="stacks", residual_diff_threshold_single=0.2)
     loop = FluxDenoiseLoop(pipe.transformer, CacheContext(1, 64, 128, config=config, text_len=32))
     bounds = ms.Tensor(0, ms.int32), ms.Tensor(steps, ms.int32)
-    latents = loop(*inputs, *bounds, *map(ms.Tensor, knobs(config, steps))).asnumpy()
+    latents = loop(*inputs, *bounds, *map(ms.Tensor, step_tables(config, steps))).asnumpy()
     assert {gate.name: list(gate.reused) for gate in loop.cache.stats().gates} == decisions
     assert len(set(zip(decisions["double"], decisions["single"]))) >= 3
     np.testing.assert_allclose(latents, expected, atol=1e-3)

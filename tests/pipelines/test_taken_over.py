@@ -127,7 +127,7 @@ def test_a_transformer_with_its_own_construct_is_run(pipe, mindone_pipe, caplog)
 
 def test_a_construct_put_on_behind_an_applied_cache_is_run(mindone_pipe, caplog):
     apply_cache_on_pipe(mindone_pipe, CONFIG)
-    transformer, seen = mindone_pipe.transformer.stood_for, []
+    transformer, seen = mindone_pipe.transformer.original, []
 
     def spied(self, *inputs, **named):
         seen.append(1)

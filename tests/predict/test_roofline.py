@@ -43,7 +43,7 @@ import numpy as np
 import mindspore as ms
 from mindone.diffusers import FluxTransformer2DModel
 from FBCache_ms import CacheConfig, CacheContext, FluxDenoiseLoop
-from FBCache_ms.cache.gates import knobs
+from FBCache_ms.cache.gates import step_tables
 
 ms.set_context(mode=ms.GRAPH_MODE, jit_syntax_level=ms.STRICT)
 transformer = FluxTransformer2DModel(
@@ -58,7 +58,7 @@ whole = lambda value: ms.Tensor(value, ms.int32)
 ms.export(
     FluxDenoiseLoop(transformer, context),
     half(1, 1024, 16), half(1, 1, 512, 64), half(1, 1, 768), half(512, 3), half(1024, 3), single([3.5]), single(1.0),
-    single(np.zeros(1000)), single(np.zeros(1001)), whole(0), whole(28), *map(ms.Tensor, knobs(config, 28)),
+    single(np.zeros(1000)), single(np.zeros(1001)), whole(0), whole(28), *map(ms.Tensor, step_tables(config, 28)),
     file_name="loop.mindir", file_format="MINDIR",
 )
 """
@@ -151,9 +151,7 @@ def test_operators_and_bytes_are_those_of_the_exported_loop(graphs, reuses):
         works = step(narrow, config, WHOLE_LOOP) + condition(narrow)
     operators, moved = counted(path, shapes)
     # MindSpore 2.10.0 assigns mindone's x += y in place, in operators of its own.
-    assert total(works, "operators") == pytest.approx(
-        operators, rel=0.02 if ms.__version__ == "2.7.0" else 0.04
-    )
+    assert total(works, "operators") == pytest.approx(operators, rel=0.02 if ms.__version__ == "2.7.0" else 0.04)
     assert sum(work.bytes for work in works if not work.operations) == pytest.approx(moved, rel=0.05)
 
 

@@ -303,7 +303,7 @@ def test_a_folder_keeps_the_graphs_used_last(tmp_path, monkeypatch):
         def compile(self):
             pass
 
-    monkeypatch.setattr(compile_cache, "MOST", 2)
+    monkeypatch.setattr(compile_cache, "KEPT_ON_DISK", 2)
     monkeypatch.setattr(compile_cache, "_NUMBERS", repeat(0))
     for name in "abac":
         CompileCache(tmp_path).compile(Compiled(), (), json.dumps({"cell": name}))

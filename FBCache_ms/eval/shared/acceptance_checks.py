@@ -267,9 +267,9 @@ def check_loop(run):
     whole, whole_stats = draw(pipe, cache_config=config), pipe.cache_stats
     pieces = draw(pipe, cache_config=config, callback_on_step_end=lambda pipe, step, time, tensors: tensors)
     parts = {name: part for name, part in pipe.components.items() if part is not None}
-    theirs = apply_cache_on_pipe(mindone.diffusers.FluxPipeline(**parts), config)
-    theirs.set_progress_bar_config(disable=True)
-    stepwise, stepwise_stats = draw(theirs), theirs.transformer.cache_stats
+    mindones = apply_cache_on_pipe(mindone.diffusers.FluxPipeline(**parts), config)
+    mindones.set_progress_bar_config(disable=True)
+    stepwise, stepwise_stats = draw(mindones), mindones.transformer.cache_stats
     equal = np.array_equal(whole, pieces)
     near = psnr(whole, stepwise)
     passed, text = agree(_trace(whole_stats), _trace(stepwise_stats), config.residual_diff_threshold, tolerance)

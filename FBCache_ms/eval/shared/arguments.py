@@ -12,7 +12,7 @@ from pathlib import Path
 from FBCache_ms.config import OPTIONS, PRESETS, CacheConfig
 from FBCache_ms.eval.shared.files import check_folder
 from FBCache_ms.rules.options import did_you_mean, value_text
-from FBCache_ms.rules.schedules import MAX_STEPS, row
+from FBCache_ms.rules.schedules import MAX_STEPS, step_actions
 from FBCache_ms.runtime.checkpoint import TINY_FLUX, block_counts, check_checkpoint, image_unit
 
 AUTO = object()
@@ -212,7 +212,7 @@ def check_range(name, value, low, high=None):
 def check_cache(config, ckpt, steps):
     """Raises ValueError for a CacheConfig that this checkpoint or this number of steps does not allow."""
     config.check_blocks(*block_counts(ckpt))
-    row(config, steps, ())
+    step_actions(config, steps, ())
 
 
 def add_cache_options(parser):

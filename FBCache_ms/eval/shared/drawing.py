@@ -226,12 +226,12 @@ def draw_missing(painter, folders, prompts, ranks=(0, 1), in_turn=False, uncache
     from tqdm import tqdm
 
     rank, world = ranks
-    mine = share(ranks, prompts)
+    own = share(ranks, prompts)
     missing = {setting: set(folder.missing(prompts)) for setting, folder in folders.items()}
-    work = [(setting, index) for setting in folders for index in mine if index in missing[setting]]
+    work = [(setting, index) for setting in folders for index in own if index in missing[setting]]
     if in_turn:
         work.sort(key=lambda pair: pair[1])
-    done = len(folders) * len(mine) - len(work)
+    done = len(folders) * len(own) - len(work)
     name = "pictures" if world == 1 else f"pictures of rank {rank}"
     if bar is None:
         work = tqdm(work, desc=name, initial=done, total=done + len(work), disable=not work)

@@ -36,10 +36,10 @@ class PictureFolder:
     def _check(self, path):
         found = read_record(path)["settings"]
         for name in {**self.settings, **found}:
-            mine, theirs = (json.dumps(settings.get(name)) for settings in (self.settings, found))
-            if mine != theirs:
+            wanted, there = (json.dumps(settings.get(name)) for settings in (self.settings, found))
+            if wanted != there:
                 raise OSError(
-                    f"{self.path} holds pictures made with {name} {theirs}, not {mine}: "
+                    f"{self.path} holds pictures made with {name} {there}, not {wanted}: "
                     "choose another --save_path, or move them away"
                 )
 

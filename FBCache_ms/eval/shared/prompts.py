@@ -97,8 +97,8 @@ def choose_prompts(args):
 
 def knows_captions_alone(ckpt):
     """Whether a checkpoint has the embedded one's vocabulary, as those made from it do."""
-    mine, theirs = (folder / "tokenizer_2" / "tokenizer.json" for folder in (TINY_FLUX, ckpt))
-    return theirs.is_file() and theirs.read_bytes() == mine.read_bytes()
+    embedded, other = (folder / "tokenizer_2" / "tokenizer.json" for folder in (TINY_FLUX, ckpt))
+    return other.is_file() and other.read_bytes() == embedded.read_bytes()
 
 
 def read_prompts(path):

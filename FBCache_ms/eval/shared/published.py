@@ -169,7 +169,7 @@ def neighbours(published, fit):
     return [
         other
         for other in fits(published)
-        if max(abs(mine - theirs) for mine, theirs in zip(fit.reused, other.reused)) <= 1
+        if max(abs(one - another) for one, another in zip(fit.reused, other.reused)) <= 1
     ]
 
 

@@ -26,7 +26,7 @@ import mindspore as ms
 from mindspore import mint, ops
 
 from ...models import kernels as model_kernels
-from ...models.mindones import is_mindones, is_theirs
+from ...models.mindones import by_known_author, is_mindones
 from ...models.transformer_flux_withFBCache import behind_double, behind_single, divided_double
 from ...rules import kernels as rule_kernels
 from . import kernels
@@ -285,7 +285,7 @@ def attend(processor, query, key, value, mask):
 @ms.constexpr
 def is_replaced(name):
     """Whether a function that Flux's attention calls is the user's."""
-    return not is_theirs(getattr(transformer_flux, name))
+    return not by_known_author(getattr(transformer_flux, name))
 
 
 def flux_ip_adapter_attention(
@@ -635,6 +635,6 @@ def install():
         if callable(stand_in):
             # MindSpore's parser looks some methods up again by the function's own name.
             stand_in.__name__ = name
-            if not is_theirs(getattr(owner, name)):
+            if not by_known_author(getattr(owner, name)):
                 continue
         setattr(owner, name, stand_in)
