@@ -6,6 +6,7 @@ beside it
 
 - KIND, mindone's class, which gets an attribute ``cached_model``: the one of this form around a transformer;
 - CONSTANTS, the arguments of mindone's construct that shape its graph;
+- COSTS, the module that counts operations and bytes: stacks, width, channels, step_costs, block, condition, ends;
 - graph_inputs(transformer, arguments): the other arguments of a call as the graph takes them, or what is refused;
 - why_foreign(transformer), why_not_probed(transformer, probe): what stands in the way, in words, or None.
 
@@ -54,6 +55,10 @@ class Model:
 
     def embed(self, latents):
         """The image stream that the first block gets."""
+        raise NotImplementedError
+
+    def cell(self, index):
+        """The block number ``index``, mindone's."""
         raise NotImplementedError
 
     def block(self, index, image, text, given):

@@ -22,13 +22,13 @@ from mindspore import mint
 from ..cache.loop import DenoiseLoop
 from ..cache.step import cached_call
 from ..runtime.device import graph_mode
-from . import kernels
+from . import flux_costs, kernels
 from .base import Model
 from .mindones import AtParsing, is_mindones, replaced
 
 logger = logging.get_logger(__name__)
 
-KIND, CONSTANTS = FluxTransformer2DModel, ("controlnet_blocks_repeat",)
+KIND, COSTS, CONSTANTS = FluxTransformer2DModel, flux_costs, ("controlnet_blocks_repeat",)
 
 
 @ms.jit_class
@@ -94,7 +94,7 @@ class FluxModel(Model):
         return self.transformer.x_embedder(latents)
 
     def cell(self, index):
-        """The block number ``index``."""
+        """See Model.cell."""
         doubles = self.stacks[0]
         if index < doubles:
             return self.transformer.transformer_blocks[index]

@@ -19,7 +19,6 @@ from ..cache.context import CacheContext
 from ..cache.stats import BRANCHES
 from ..cache.step import cached_call
 from ..models import family, foreign_transformer
-from ..predict.flops import step_costs
 from ..rules.schedules import progress_of
 from ..runtime.device import current_device, graph_mode
 from ..runtime.kept_graphs import KeptGraphs
@@ -190,7 +189,7 @@ class CachedTransformer(StandIn):
         step.cache_context.configure(settings, steps, sigmas, progress_of(self.sigmas, whole)[begin:])
         if trace is not None:
             step.cache_context.go_on(trace)
-        self.costs = step_costs(transformer.config, batch_size, seq_len, text_len)
+        self.costs = costs_of_step(transformer, batch_size, seq_len, text_len)
         self.chosen[key] = step
         return step
 
@@ -274,6 +273,11 @@ def graph_input(value):
     if isinstance(value, dict) and value:
         return ms.mutable({name: graph_input(each) for name, each in value.items()})
     return value
+
+
+def costs_of_step(transformer, batch, image_tokens, text_tokens):
+    """The StepCosts of one call of a transformer at these shapes."""
+    return family(transformer).COSTS.step_costs(transformer.config, batch, image_tokens, text_tokens)
 
 
 def adapters_of(model):

@@ -24,7 +24,6 @@ from ..config import CacheConfig
 from ..models import family, foreign_transformer
 from ..models.mindones import foreign_scheduler, replaced
 from ..models.transformer_flux_withFBCache import FluxDenoiseLoop, attention_inputs, refuse_stg
-from ..predict.flops import step_costs
 from ..rules.schedules import MAX_STEPS, progress_of, step_actions
 from ..runtime.checkpoint import absent_components, check_checkpoint, check_fit, is_hub_name
 from ..runtime.device import current_device, graph_mode, prepare_device
@@ -35,6 +34,7 @@ from .cached_transformer import (
     StandIn,
     adapters_scaled,
     context_for,
+    costs_of_step,
     for_steps,
     graph_input,
     turn,
@@ -410,7 +410,7 @@ class FluxPipeline(MindoneFluxPipeline):
         self._loops.settle()
         done = time.perf_counter()
         tokens = latents.shape[1], inputs.text_len
-        self.cache_stats = loop.cache.stats(step_costs(self.transformer.config, latents.shape[0], *tokens))
+        self.cache_stats = loop.cache.stats(costs_of_step(self.transformer, latents.shape[0], *tokens))
         ran = max(len(self.cache_stats.reused), 1)
         self.seconds = {"compile": compiled - begin, "denoise": done - compiled, "per_step": (done - compiled) / ran}
         return latents

@@ -1,23 +1,17 @@
-"""Seconds of Flux's steps on a device, predicted from operations, bytes and operators counted: a roofline a part."""
+"""Seconds of a transformer's steps, predicted from operations, bytes and operators counted: a roofline a part."""
 
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 from ..cache.gates import every_gate, plan
+from ..models import costs_of
 from ..rules.forecasts import FORECASTS
 from ..rules.when import COMPUTED, FORECAST, PREVIOUS, SPAN
-from .flops import step_costs
 
 FLOAT32 = 4
 
-# As the loop's exported graph has them, views counted (tests/predict/test_roofline.py). "Passes" are bytes that
-# operators other than matrix products and attention read and write, each on its own, in units of the whole stream.
-DOUBLE_OPERATORS, DOUBLE_PASSES = 128, 140
-SINGLE_OPERATORS, SINGLE_PASSES = 70, 136
-STEP_OPERATORS, CONDITION_OPERATORS, TERMS_OPERATORS = 28, 37, 42
 GATE_OPERATORS = 31
-TEXT_HALF_OPERATORS, TEXT_HALF_PASSES = 11, 24
-ROTARY_BYTES = 40
+"""Of a rule's decision, as the loop's exported graph has them (tests/predict/test_roofline.py)."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +49,7 @@ class Design:
         name: what it is called.
         graph: as a compiled graph; else operator by operator.
         whole_loop: the host turns round once a generation; else once a step.
-        hoisted: what does not depend on the step, as condition() has it, is computed once.
+        hoisted: what does not depend on the step, as the model's condition() has it, is computed once.
         lean: on a reuse the text stream is not finished behind attention where only the skipped blocks need it.
         float32: differences and forecasts are in float32; else in the stream's dtype.
     """
@@ -96,7 +90,7 @@ class Shapes:
     """A transformer and what goes into it.
 
     Args:
-        config: a FluxTransformer2DModel's.
+        config: the transformer's.
         batch: B, latents a call.
         image_tokens: S, height / 16 * width / 16 for Flux.
         text_tokens: T.
@@ -112,17 +106,22 @@ class Shapes:
     @property
     def costs(self):
         """The operations, a StepCosts."""
-        return step_costs(self.config, self.batch, self.image_tokens, self.text_tokens)
+        return self.model.step_costs(self.config, self.batch, self.image_tokens, self.text_tokens)
+
+    @property
+    def model(self):
+        """What counts the transformer's parts, such as models/flux_costs.py."""
+        return costs_of(self.config)
 
     @property
     def width(self):
         """D."""
-        return self.config.num_attention_heads * self.config.attention_head_dim
+        return self.model.width(self.config)
 
     @property
     def channels(self):
         """C, the velocity's."""
-        return (self.config.out_channels or self.config.in_channels) * self.config.patch_size**2
+        return self.model.channels(self.config)
 
     @property
     def tokens(self):
@@ -138,58 +137,12 @@ class Shapes:
         return squares * self.width**2 * self.itemsize
 
 
-def block(shapes, double, text=True):
-    """A block's Works; without ``text`` what only the text stream behind it needs is left out."""
-    costs, width, tokens = shapes.costs, shapes.width, shapes.tokens
-    stream, texts = shapes.stream(tokens), shapes.stream(shapes.text_tokens)
-    attention = 4 * shapes.batch * width * tokens**2
-    products = (costs.double if double else costs.single) - attention
-    weights, operands = (36, 18 * stream) if double else (15, 17 * stream)
-    passes, operators = (DOUBLE_PASSES, DOUBLE_OPERATORS) if double else (SINGLE_PASSES, SINGLE_OPERATORS)
-    others = passes * stream
-    if not text:
-        # The text's MLP; a single block's is projected together with attention's output.
-        products -= 2 * shapes.batch * shapes.text_tokens * (8 if double else 9) * width**2
-        operands -= (10 if double else 11) * texts
-        others -= TEXT_HALF_PASSES * texts
-        if double:
-            weights, operators = weights - 8, operators - TEXT_HALF_OPERATORS
-    return [
-        Work("blocks: products", products, shapes.weights(weights) + operands, operators),
-        Work("blocks: attention", attention, 4 * stream),
-        Work("blocks: the rest", 0, others),
-    ]
-
-
 def blocks(shapes, start, stop, text=True):
     """The Works of blocks start to stop - 1, doubles and singles counted together; ``text`` is of the last one."""
     works = []
     for index in range(start, stop):
-        works += block(shapes, index < shapes.config.num_layers, text or index < stop - 1)
+        works += shapes.model.block(shapes, index, text or index < stop - 1)
     return works
-
-
-def condition(shapes):
-    """What does not depend on the step: the embedded text, guidance and pooled prompt, sinusoids, rotary tables."""
-    width, batch, inputs = shapes.width, shapes.batch, shapes.config.joint_attention_dim
-    embedded = batch * shapes.text_tokens * (inputs + width) + inputs * width
-    rotary = ROTARY_BYTES * shapes.tokens * shapes.config.attention_head_dim
-    operations = 2 * batch * shapes.text_tokens * inputs * width
-    guidance = 256 + width if shapes.config.guidance_embeds else 0
-    terms = (guidance + shapes.config.pooled_projection_dim + width) * width
-    return [
-        Work("text embedding", operations, embedded * shapes.itemsize, CONDITION_OPERATORS),
-        Work("guidance, prompt and times", 2 * batch * terms, terms * shapes.itemsize, TERMS_OPERATORS),
-        Work("rotary tables", 0, rotary),
-    ]
-
-
-def ends(shapes):
-    """What every step computes around the blocks: the embedded latents and time, the output, the scheduler's update."""
-    config, width, image = shapes.config, shapes.width, shapes.stream(shapes.image_tokens)
-    operations = shapes.costs.rest - sum(work.operations for work in condition(shapes))
-    weights = shapes.weights(3) + (config.in_channels + shapes.channels + 256) * width * shapes.itemsize
-    return [Work("around the blocks", operations, weights + 8 * image, STEP_OPERATORS)]
 
 
 @dataclass(frozen=True)
@@ -292,7 +245,7 @@ def step(shapes, config, design, reused=()):
         reused: names of the gates that reuse at this step.
     """
     cache = CacheWork(shapes, config, design.float32)
-    counts = shapes.config.num_layers, shapes.config.num_single_layers
+    counts = shapes.model.stacks(shapes.config)
 
     def run(gates, start, stop):
         works = []
@@ -309,8 +262,8 @@ def step(shapes, config, design, reused=()):
     works = run(plan(config), 0, sum(counts))
     if any(gate.whole_model and gate.name in reused for gate in plan(config)):
         return works
-    hoisted = [] if design.hoisted else condition(shapes)
-    return hoisted + ends(shapes) + works
+    hoisted = [] if design.hoisted else shapes.model.condition(shapes)
+    return hoisted + shapes.model.ends(shapes) + works
 
 
 def work_seconds(device, design, work):
@@ -337,7 +290,7 @@ def run_seconds(device, design, shapes, config, steps):
     turns = 1 if design.whole_loop else len(steps)
     total = turns * device.turn_seconds
     if design.hoisted:
-        total += seconds(device, design, condition(shapes))
+        total += seconds(device, design, shapes.model.condition(shapes))
     kinds = {}
     for reused in map(frozenset, steps):
         if reused not in kinds:

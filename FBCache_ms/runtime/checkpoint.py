@@ -6,10 +6,13 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+from ..models import costs_of
+
 TINY_FLUX = Path(__file__).parents[1] / "tiny_flux"
 """The embedded checkpoint."""
 
 FLUX_DEV = SimpleNamespace(
+    _class_name="FluxTransformer2DModel",
     num_layers=19,
     num_single_layers=38,
     num_attention_heads=24,
@@ -116,7 +119,7 @@ def image_unit(folder):
 def block_counts(folder):
     """How many double and single blocks the transformer has."""
     config = transformer_config(folder)
-    return config.num_layers, config.num_single_layers
+    return costs_of(config).stacks(config)
 
 
 def transformer_config(folder):

@@ -52,7 +52,7 @@ class Device:
         if self.jit_level is not None:
             cell.set_jit_config(ms.JitConfig(jit_level=self.jit_level))
         if self.lazy_inline:
-            for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
+            for block in map(transformer.cached_model.cell, range(sum(transformer.cached_model.stacks))):
                 # What the decorator mindspore.lazy_inline leaves on a cell: equal marks share one graph.
                 block.cell_init_args = f"lazy_inline_{type(block).__name__}"
 

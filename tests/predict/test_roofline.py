@@ -10,6 +10,7 @@ import mindspore as ms
 
 from FBCache_ms.cache.gates import plan
 from FBCache_ms.config import CacheConfig
+from FBCache_ms.models.flux_costs import block, condition
 from FBCache_ms.predict.flops import step_costs
 from FBCache_ms.predict.roofline import (
     PER_STEP,
@@ -19,8 +20,6 @@ from FBCache_ms.predict.roofline import (
     CacheWork,
     Shapes,
     Work,
-    block,
-    condition,
     decisions,
     run_seconds,
     seconds,
@@ -190,7 +189,7 @@ def test_a_blocks_attention_and_weights_by_hand():
     """4 N^2 D operations on four streams; 36 and 15 square matrices of weights, 18 and 17 streams of operands."""
     stream = 2 * 320 * 3072
     for double, weights, operands in ((True, 36, 18), (False, 15, 17)):
-        products, attention, _ = block(SHAPES, double)
+        products, attention, _ = block(SHAPES, 0 if double else 19)
         assert (attention.operations, attention.bytes) == (4 * 320**2 * 3072, 4 * stream)
         assert products.bytes == 2 * weights * 3072**2 + operands * stream
 
