@@ -24,8 +24,9 @@ from FBCache_ms.eval.shared.arguments import Parser, add_into_option, add_save_p
 from FBCache_ms.eval.shared.files import check_folder, check_into
 from FBCache_ms.eval.shared.tables import markdown, publish, spread
 from FBCache_ms.runtime.checkpoint import TINY_FLUX
+from FBCache_ms.runtime.cpu import install
 from FBCache_ms.runtime.cpu import kernels as cpu_kernels
-from FBCache_ms.runtime.cpu import stand_ins as cpu
+from FBCache_ms.runtime.cpu import stand_ins
 
 STEPS = 28
 IN_USE = "as it is"
@@ -58,9 +59,9 @@ def rms_norm_as_in_mindone(self, hidden_states):
 CANDIDATES = {
     "GELU: the CPU's kernel": (mint.nn.functional, "gelu", gelu_kernel),
     "GELU: spelled with tanh": (mint.nn.functional, "gelu", gelu_tanh),
-    "LayerNorm: the CPU's kernel": (cpu, "layer_norm", layer_norm_kernel),
-    "LayerNorm: means by matmul": (cpu, "layer_norm", layer_norm_matmul),
-    "RMSNorm: as in mindone": (cpu.normalization.RMSNorm, "construct", rms_norm_as_in_mindone),
+    "LayerNorm: the CPU's kernel": (stand_ins, "layer_norm", layer_norm_kernel),
+    "LayerNorm: means by matmul": (stand_ins, "layer_norm", layer_norm_matmul),
+    "RMSNorm: as in mindone": (stand_ins.normalization.RMSNorm, "construct", rms_norm_as_in_mindone),
 }
 """Owner, attribute and candidate by name."""
 
@@ -157,7 +158,7 @@ def main(argv=None):
         ms.set_device("CPU")
         ms.set_context(mode=ms.GRAPH_MODE)
         cpu_kernels.KERNELS_FILE = cpu_kernels.LINEAR = None
-        cpu.install()
+        install()
         transformer, arguments = FluxTransformer2DModel.from_pretrained(str(TINY_FLUX / "transformer")), inputs(STEPS)
         seconds, latents = measure(compiled(transformer, arguments, CANDIDATES), arguments, args.runs)
         rows = table_of(seconds, latents)

@@ -34,7 +34,7 @@ def pytest_configure(config):
 
 def replaced():
     """{(owner, name): what fused stand-ins alone take the place of}, None where there is nothing."""
-    from FBCache_ms.runtime.cpu import stand_ins as cpu
+    from FBCache_ms.runtime import cpu
 
     plain = {(owner, name) for owner, name, _ in cpu.STAND_INS}
     places = [(owner, name) for owner, name, _ in cpu.FUSED_STAND_INS if (owner, name) not in plain]
@@ -49,8 +49,8 @@ def installed(request, monkeypatch):
             pytest.skip("no stand-ins on this device")
         yield
         return
+    from FBCache_ms.runtime import cpu
     from FBCache_ms.runtime.cpu import kernels as cpu_kernels
-    from FBCache_ms.runtime.cpu import stand_ins as cpu
 
     if request.param == "plain":
         for name in ("KERNELS_FILE", "LINEAR"):

@@ -174,9 +174,9 @@ def check_dtype(name, dtype):
 def prepare_device():
     """Makes the current device able to run Flux: installs the CPU backend's stand-ins, and does nothing elsewhere."""
     if ms.get_context("device_target") == "CPU":
-        from .cpu import stand_ins as cpu
+        from .cpu import install
 
-        cpu.install()
+        install()
 
 
 @contextmanager

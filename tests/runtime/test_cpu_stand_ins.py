@@ -14,8 +14,10 @@ from FBCache_ms import CacheConfig, CacheContext
 from FBCache_ms.models import transformer_flux_withFBCache
 from FBCache_ms.pipelines.cached_transformer import CachedStep
 from FBCache_ms.rules.arithmetic import finite_differences, relative_difference, weighted_sum
+from FBCache_ms.runtime import cpu
+from FBCache_ms.runtime.cpu import flux
 from FBCache_ms.runtime.cpu import kernels as cpu_kernels
-from FBCache_ms.runtime.cpu import stand_ins as cpu
+from FBCache_ms.runtime.cpu import stand_ins
 from FBCache_ms.runtime.device import prepare_device
 
 FLOATS = (np.float32, np.float16)
@@ -45,7 +47,7 @@ def check(stand_in, expected, *arguments, **settings):
 def test_chunk(shape, chunks, dim, dtype):
     x = (random(*shape) * 9).astype(dtype)
     size = -(-shape[dim] // chunks)
-    check(cpu.chunk, np.split(x, range(size, shape[dim], size), dim), x, chunks, dim)
+    check(stand_ins.chunk, np.split(x, range(size, shape[dim], size), dim), x, chunks, dim)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -55,47 +57,47 @@ def test_chunk(shape, chunks, dim, dtype):
 def test_split(shape, sizes, dim, dtype):
     x = random(*shape, dtype=dtype)
     cuts = range(sizes, shape[dim], sizes) if isinstance(sizes, int) else np.cumsum(sizes)[:-1]
-    check(cpu.split, np.split(x, cuts, dim), x, sizes, dim)
+    check(stand_ins.split, np.split(x, cuts, dim), x, sizes, dim)
 
 
 @pytest.mark.parametrize("dtype", [*FLOATS, np.int32])
 @pytest.mark.parametrize("shape, dim", [((3,), 0), ((2, 3), -1), ((2, 3, 4), 1)])
 def test_stack_and_unbind(shape, dim, dtype):
     x = (random(*shape) * 9).astype(dtype)
-    check(cpu.stack, np.stack([x, x + x], dim), (ms.Tensor(x), ms.Tensor(x + x)), dim)
-    check(cpu.unbind, list(np.moveaxis(x, dim, 0)), x, dim)
+    check(stand_ins.stack, np.stack([x, x + x], dim), (ms.Tensor(x), ms.Tensor(x + x)), dim)
+    check(stand_ins.unbind, list(np.moveaxis(x, dim, 0)), x, dim)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("m, n", [(1, 4), (3, 5)])
 def test_outer(m, n, dtype):
     x, y = random(m, dtype=dtype), random(n, dtype=dtype)
-    check(cpu.outer, np.outer(x, y), x, y)
+    check(stand_ins.outer, np.outer(x, y), x, y)
 
 
 @pytest.mark.parametrize("bounds", [(5,), (2, 9), (1, 10, 3)])
 @pytest.mark.parametrize("dtype", [np.int64, np.float32])
 def test_arange(bounds, dtype):
-    check(cpu.arange, np.arange(*bounds, dtype=dtype), *bounds, dtype=ms.dtype.__dict__[np.dtype(dtype).name])
+    check(stand_ins.arange, np.arange(*bounds, dtype=dtype), *bounds, dtype=ms.dtype.__dict__[np.dtype(dtype).name])
 
 
 @pytest.mark.parametrize("size", [(1,), (2, 3), [4]])
 @pytest.mark.parametrize("value, dtype", [(3.5, np.float32), (2, np.int64)])
 def test_full(size, value, dtype):
-    check(cpu.full, np.full(size, value, dtype), size, value)
+    check(stand_ins.full, np.full(size, value, dtype), size, value)
 
 
 @pytest.mark.parametrize("dtype", [*FLOATS, np.int32])
 @pytest.mark.parametrize("shape", [(3,), (2, 1, 4)])
 def test_zeros_like_and_ones_like(shape, dtype):
     x = (random(*shape) * 9).astype(dtype)
-    check(cpu.zeros_like, np.zeros_like(x), x)
-    check(cpu.ones_like, np.ones_like(x), x)
+    check(stand_ins.zeros_like, np.zeros_like(x), x)
+    check(stand_ins.ones_like, np.ones_like(x), x)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_randn_like(dtype):
-    noise = cpu.randn_like(ms.Tensor(np.zeros((50, 100), dtype))).asnumpy()
+    noise = stand_ins.randn_like(ms.Tensor(np.zeros((50, 100), dtype))).asnumpy()
     assert noise.shape == (50, 100) and noise.dtype == dtype
     assert abs(noise.mean()) < 0.1 and abs(noise.std() - 1) < 0.1
 
@@ -118,7 +120,7 @@ def test_layer_norm(shape, axes, affine):
     expected = (x - x.mean(over, keepdims=True)) / np.sqrt(x.var(over, keepdims=True) + 1e-6)
     if affine:
         expected = expected * weight + bias
-    check(cpu.layer_norm, expected, x, shape[-axes:], weight, bias, 1e-6)
+    check(stand_ins.layer_norm, expected, x, shape[-axes:], weight, bias, 1e-6)
 
 
 def softmax(x):
@@ -142,7 +144,7 @@ def test_scaled_dot_product_attention(shape, keys, mask, dtype):
         settings = {"is_causal": True} if mask == "causal" else {"attn_mask": ms.Tensor(keep)}
     expected = (softmax(scores) @ value).astype(dtype)
     inputs = (x.astype(dtype) for x in (query, key, value))
-    check(cpu.scaled_dot_product_attention, expected, *inputs, **settings)
+    check(stand_ins.scaled_dot_product_attention, expected, *inputs, **settings)
 
 
 @pytest.mark.parametrize("dim, length", [(8, 5), (12, 1)])
@@ -150,7 +152,7 @@ def test_get_1d_rotary_pos_embed(dim, length):
     angles = np.arange(length)[:, None] * 10000.0 ** (-np.arange(0, dim, 2) / dim)
     angles = np.repeat(angles, 2, 1)
     expected = [np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)]
-    check(cpu.get_1d_rotary_pos_embed, expected, dim, np.arange(length, dtype=np.float32))
+    check(flux.get_1d_rotary_pos_embed, expected, dim, np.arange(length, dtype=np.float32))
 
 
 def test_stand_ins_bear_the_names_of_what_they_stand_for():
@@ -181,8 +183,8 @@ def test_norm_cells(shape, installed):
     cell = with_random_weights(mint.nn.LayerNorm(8, eps=1e-6))
     check_cell(cell, expected * cell.weight.asnumpy() + cell.bias.asnumpy(), x)
     expected = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
-    check_cell(cpu.normalization.RMSNorm(8, eps=1e-6, elementwise_affine=False), expected, x)
-    cell = with_random_weights(cpu.normalization.RMSNorm(8, eps=1e-6, bias=True))
+    check_cell(stand_ins.normalization.RMSNorm(8, eps=1e-6, elementwise_affine=False), expected, x)
+    cell = with_random_weights(stand_ins.normalization.RMSNorm(8, eps=1e-6, bias=True))
     check_cell(cell, expected * cell.weight.asnumpy() + cell.bias.asnumpy(), x)
 
 
@@ -223,7 +225,7 @@ class Parts(nn.Cell):
 
 @pytest.mark.parametrize("kind, parts", [("AdaLayerNormZero", 6), ("AdaLayerNormZeroSingle", 3)])
 def test_ada_layer_norm_cells(kind, parts, installed):
-    cell = getattr(cpu.normalization, kind)(8)
+    cell = getattr(stand_ins.normalization, kind)(8)
     x, emb = random(2, 4, 8), random(2, 8)
     linear = (emb / (1 + np.exp(-emb))) @ cell.linear.weight.asnumpy().T + cell.linear.bias.asnumpy()
     shift, scale, *others = np.split(linear, parts, 1)
@@ -233,7 +235,7 @@ def test_ada_layer_norm_cells(kind, parts, installed):
 
 
 def test_ada_layer_norm_continuous_cell(installed):
-    cell = cpu.normalization.AdaLayerNormContinuous(8, 8, elementwise_affine=False, eps=1e-6)
+    cell = stand_ins.normalization.AdaLayerNormContinuous(8, 8, elementwise_affine=False, eps=1e-6)
     x, emb = random(2, 4, 8), random(2, 8)
     scale, shift = np.split(linear(cell.linear, emb / (1 + np.exp(-emb))), 2, 1)
     normed = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
@@ -276,7 +278,7 @@ def test_flux_attention(batch, heads, length, text, installed):
     """Within a tile of the compiled kernel, over several, and shared among threads."""
     width = heads * 4
     settings = {"added_kv_proj_dim": width, "context_pre_only": False} if text else {"pre_only": True}
-    cell = cpu.transformer_flux.FluxAttention(
+    cell = flux.transformer_flux.FluxAttention(
         query_dim=width, dim_head=4, heads=heads, out_dim=width, bias=True, eps=1e-6, **settings
     )
     with_random_weights(cell)
@@ -346,7 +348,7 @@ def block_inputs(batch, image, text, heads, width):
 @pytest.mark.parametrize("size", SIZES)
 def test_double_block(size, installed):
     heads, width = size[3:]
-    block = cpu.transformer_flux.FluxTransformerBlock(heads * width, heads, width)
+    block = flux.transformer_flux.FluxTransformerBlock(heads * width, heads, width)
     with_random_weights(block, 0.8 / math.sqrt(heads * width))
     image, text, temb, cosine, sine = block_inputs(*size)
     modulations = [modulation(norm, temb, 6) for norm in (block.norm1, block.norm1_context)]
@@ -363,7 +365,7 @@ def test_double_block(size, installed):
 @pytest.mark.parametrize("size", SIZES)
 def test_single_block(size, installed):
     heads, width = size[3:]
-    block = cpu.transformer_flux.FluxSingleTransformerBlock(heads * width, heads, width)
+    block = flux.transformer_flux.FluxSingleTransformerBlock(heads * width, heads, width)
     with_random_weights(block, 0.8 / math.sqrt(heads * width))
     image, text, temb, cosine, sine = block_inputs(*size)
     x = np.concatenate([text, image], 1)
@@ -376,7 +378,7 @@ def test_single_block(size, installed):
 
 @pytest.mark.parametrize("kind", ["FluxTransformerBlock", "FluxSingleTransformerBlock"])
 def test_a_block_takes_one_modulation_vector_for_all_samples(kind, installed):
-    block = with_random_weights(getattr(cpu.transformer_flux, kind)(16, 2, 8), 0.2)
+    block = with_random_weights(getattr(flux.transformer_flux, kind)(16, 2, 8), 0.2)
     image, text, temb, *rotary = block_inputs(2, 5, 3, 2, 8)
     shared = np.repeat(temb[:1], 2, 0)
     expected = Blocks(block)(*map(ms.Tensor, (image, text, shared, *rotary))).asnumpy()
@@ -399,7 +401,7 @@ class Divided(nn.Cell):
 
 
 def test_a_divided_double_block_is_the_whole_one(installed):
-    block = with_random_weights(cpu.transformer_flux.FluxTransformerBlock(16, 2, 8), 0.2)
+    block = with_random_weights(flux.transformer_flux.FluxTransformerBlock(16, 2, 8), 0.2)
     inputs = block_inputs(2, 5, 3, 2, 8)
     whole = Blocks(block)(*map(ms.Tensor, inputs)).asnumpy()
     check_cell(Divided(block), whole, *inputs)
@@ -412,7 +414,7 @@ class Softened(mint.nn.LayerNorm):
         return 0.5 * input
 
 
-class Squared(cpu.activations.GELU):
+class Squared(stand_ins.activations.GELU):
     """An activation of the user's own, whose construct is mindone's."""
 
     def gelu(self, gate):
@@ -427,7 +429,7 @@ class Halved(nn.Cell):
 
 
 @ms.jit_class
-class Unattended(cpu.transformer_flux.FluxAttnProcessor):
+class Unattended(flux.transformer_flux.FluxAttnProcessor):
     """An attention processor of the user's own."""
 
     def __call__(
@@ -466,7 +468,7 @@ def double_equations(block, image, text, temb, rotary):
 def single_equations(block, image, text, temb, rotary):
     streams = ops.concat((text, image), 1)
     normed, gate = block.norm(streams, emb=temb)
-    return cpu.behind_single(block, streams, normed, block.attn(normed, image_rotary_emb=rotary), gate)
+    return flux.behind_single(block, streams, normed, block.attn(normed, image_rotary_emb=rotary), gate)
 
 
 DOUBLE, SINGLE = "FluxTransformerBlock", "FluxSingleTransformerBlock"
@@ -501,7 +503,7 @@ OWN = {
 @pytest.mark.parametrize("own", OWN)
 def test_what_is_the_users_own_in_a_block_is_run(own):
     kind, change = OWN[own]
-    block = with_random_weights(getattr(cpu.transformer_flux, kind)(16, 2, 8), 0.2)
+    block = with_random_weights(getattr(flux.transformer_flux, kind)(16, 2, 8), 0.2)
     inputs = block_inputs(1, 5, 3, 2, 8)
     before = Blocks(block)(*map(ms.Tensor, inputs)).asnumpy()
     change(block)
@@ -511,11 +513,11 @@ def test_what_is_the_users_own_in_a_block_is_run(own):
 
 
 def test_a_users_method_on_a_class_is_run_and_stays(monkeypatch):
-    block = with_random_weights(cpu.transformer_flux.FluxTransformerBlock(16, 2, 8), 0.2)
+    block = with_random_weights(flux.transformer_flux.FluxTransformerBlock(16, 2, 8), 0.2)
     inputs = block_inputs(1, 5, 3, 2, 8)
-    monkeypatch.setattr(cpu.attention.FeedForward, "construct", halved)
+    monkeypatch.setattr(stand_ins.attention.FeedForward, "construct", halved)
     cpu.install()
-    assert cpu.attention.FeedForward.construct is halved
+    assert stand_ins.attention.FeedForward.construct is halved
     expected = WrittenOut(block, double_equations)(*map(ms.Tensor, inputs)).asnumpy()
     check_cell(Blocks(block), expected, *inputs)
 
@@ -528,9 +530,9 @@ def attending_to_the_first(query, key, value, attn_mask=None, **_):
 @pytest.mark.parametrize("kind", [DOUBLE, SINGLE])
 def test_attention_of_the_users_own_is_run(kind, monkeypatch):
     inputs, stream = block_inputs(1, 5, 3, 2, 8), random(1, 5, 16)
-    block = with_random_weights(getattr(cpu.transformer_flux, kind)(16, 2, 8), 0.2)
+    block = with_random_weights(getattr(flux.transformer_flux, kind)(16, 2, 8), 0.2)
     before = Blocks(block)(*map(ms.Tensor, inputs)).asnumpy()
-    monkeypatch.setattr(cpu.transformer_flux, "dispatch_attention_fn", attending_to_the_first)
+    monkeypatch.setattr(flux.transformer_flux, "dispatch_attention_fn", attending_to_the_first)
     expected = WrittenOut(block, EQUATIONS[kind])(*map(ms.Tensor, inputs)).asnumpy()
     assert np.abs(expected - before).max() > 1e-3
     check_cell(Blocks(block), expected, *inputs)
@@ -540,7 +542,7 @@ def test_attention_of_the_users_own_is_run(kind, monkeypatch):
         np.testing.assert_allclose(attended, query + block.attn.to_v(ms.Tensor(stream)).asnumpy()[:, :1], rtol=1e-4)
 
 
-class Other(cpu.transformer_flux.FluxTransformerBlock):
+class Other(flux.transformer_flux.FluxTransformerBlock):
     """A double block of the user's own."""
 
     def construct(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, joint_attention_kwargs=None):
@@ -583,7 +585,7 @@ OWN_BLOCKS = {
 def test_a_block_of_the_users_own_before_the_span_is_not_divided(own):
     """The cached step's first call computes every block: it is mindone's transformer."""
     first, change = OWN_BLOCKS[own]
-    transformer = cpu.transformer_flux.FluxTransformer2DModel(
+    transformer = flux.transformer_flux.FluxTransformer2DModel(
         in_channels=4,
         num_layers=1,
         num_single_layers=2,
@@ -612,7 +614,7 @@ def test_a_block_of_the_users_own_before_the_span_is_not_divided(own):
 
 
 def test_what_a_probe_cannot_look_at_is_named():
-    block = cpu.transformer_flux.FluxTransformerBlock(16, 2, 8)
+    block = flux.transformer_flux.FluxTransformerBlock(16, 2, 8)
     transformer = SimpleNamespace(transformer_blocks=[block], single_transformer_blocks=[])
     why_not_probed = transformer_flux_withFBCache.why_not_probed
     assert why_not_probed(transformer, "modulated") is None
@@ -664,7 +666,7 @@ def test_a_kernel_refuses_what_does_not_fit(name):
 @pytest.mark.parametrize("kind", [DOUBLE, SINGLE])
 @pytest.mark.parametrize("rows, width", [(7, 8), (9, 8), (8, 4)])
 def test_a_block_refuses_a_rotary_table_for_others(kind, rows, width):
-    block = getattr(cpu.transformer_flux, kind)(16, 2, 8)
+    block = getattr(flux.transformer_flux, kind)(16, 2, 8)
     inputs = random(1, 5, 16), random(1, 3, 16), random(1, 16), random(rows, width), random(rows, width)
     with pytest.raises(RuntimeError, match=r"input \d+ is \(\d.*not \((T\+S )?d\)"):
         Blocks(block)(*map(ms.Tensor, inputs))
@@ -690,7 +692,7 @@ class Doubled(nn.Cell):
 
 @pytest.mark.parametrize("kind", ["FluxTransformerBlock", "FluxSingleTransformerBlock"])
 def test_a_block_with_an_adapter_is_more_than_its_kernel(kind, installed):
-    block = with_random_weights(getattr(cpu.transformer_flux, kind)(16, 2, 8), 0.2)
+    block = with_random_weights(getattr(flux.transformer_flux, kind)(16, 2, 8), 0.2)
     inputs = block_inputs(1, 5, 3, 2, 8)
     key = block.attn.to_k.weight, block.attn.to_k.bias
     layer, values = block.attn.to_k, [parameter.asnumpy().copy() for parameter in key]
@@ -707,10 +709,10 @@ def test_timesteps_and_their_embedding(installed):
     times = np.concatenate([[0, 0.5, 1000, 3500], RNG.uniform(0, 1000, 300)]).astype(np.float32)
     angles = times[:, None] * (10000.0 ** (-np.arange(128, dtype=np.float32) / 128)).astype(np.float32)
     expected = np.concatenate([np.cos(angles, dtype=np.float64), np.sin(angles, dtype=np.float64)], 1)
-    projected = cpu.embeddings.Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)(ms.Tensor(times))
+    projected = stand_ins.embeddings.Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)(ms.Tensor(times))
     # A frequency is off by rounding, and its angle by that times the time.
     assert (np.abs(projected.asnumpy() - expected) <= 2e-6 * (1 + times[:, None])).all()
-    cell, x = with_random_weights(cpu.embeddings.TimestepEmbedding(8, 24), 0.3), random(3, 8)
+    cell, x = with_random_weights(stand_ins.embeddings.TimestepEmbedding(8, 24), 0.3), random(3, 8)
     hidden = linear(cell.linear_1, x)
     check_cell(cell, linear(cell.linear_2, hidden / (1 + np.exp(-hidden))), x)
 
@@ -762,7 +764,7 @@ class SeeImages(nn.Cell):
 @pytest.mark.parametrize("batch, tokens, scales", [(1, (4,), [1.0]), (2, (4, 2), [0.5, 2.0])])
 def test_flux_ip_adapter_attention(batch, tokens, scales):
     heads, text, length, width, seen = 3, 3, 8, 12, 0
-    cell = cpu.transformer_flux.FluxAttention(
+    cell = flux.transformer_flux.FluxAttention(
         query_dim=width,
         dim_head=4,
         heads=heads,
@@ -772,7 +774,7 @@ def test_flux_ip_adapter_attention(batch, tokens, scales):
         bias=True,
         eps=1e-6,
     )
-    processor = cpu.transformer_flux.FluxIPAdapterAttnProcessor(width, 5, num_tokens=tokens, scale=scales)
+    processor = flux.transformer_flux.FluxIPAdapterAttnProcessor(width, 5, num_tokens=tokens, scale=scales)
     for each in (cell, processor):
         with_random_weights(each)
     x, images = random(batch, length, width), [random(batch, 1, count, 5) for count in tokens]
@@ -785,14 +787,14 @@ def test_flux_ip_adapter_attention(batch, tokens, scales):
         key, value = project(processor.to_k_ip[index], image), project(processor.to_v_ip[index], image)
         attended = softmax(query @ key.swapaxes(-1, -2) / 2) @ value
         seen = seen + scale * attended.swapaxes(1, 2).reshape(batch, -1, width)
-    image, text_out = cpu.flux_attention(processor, cell, ms.Tensor(x[:, text:]), ms.Tensor(x[:, :text]))
+    image, text_out = flux.flux_attention(processor, cell, ms.Tensor(x[:, text:]), ms.Tensor(x[:, :text]))
     expected = np.concatenate([text_out.asnumpy(), image.asnumpy(), seen], 1)
     check_cell(SeeImages(cell, processor, text), expected, x, *images)
 
 
 @pytest.mark.parametrize("height, width", [(2, 3), (4, 4)])
 def test_the_autoencoders_attention(height, width):
-    cell = cpu.attention_processor.Attention(
+    cell = stand_ins.attention_processor.Attention(
         8, heads=2, dim_head=4, bias=True, residual_connection=True, _from_deprecated_attn_block=True
     )
     with_random_weights(cell)
