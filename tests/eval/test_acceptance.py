@@ -12,7 +12,7 @@ from FBCache_ms import CacheConfig, FluxPipeline
 from FBCache_ms.eval import ascend_acceptance, benchmark, environment
 from FBCache_ms.eval.environment import Part
 from FBCache_ms.eval.shared import acceptance_checks
-from FBCache_ms.eval.shared.acceptance_checks import CHECKS, Finding, agree, floor_of
+from FBCache_ms.eval.shared.acceptance_checks import CHECKS, STRUCTURES, Finding, agree, floor_of
 from FBCache_ms.eval.shared.floors import FLOOR_ELSEWHERE, FLOORS
 from FBCache_ms.runtime.checkpoint import TINY_FLUX
 
@@ -68,7 +68,7 @@ def test_a_dry_run_goes_through_every_check(tmp_path, monkeypatch, capsys):
         "10 passed",
         "64x64, float32, F1B0_W0M0MC0_T0O0_R0.12: decisions equal, 14 of 28 steps reused, differences too",
         "FBCache(0.12) + Graph Mode is ",
-        "9 caches take exactly what the formula says",
+        f"{len(STRUCTURES) + 1} caches take exactly what the formula says",
         "4 steps, F1B0_W1MC1_R1: ",
         "in pieces of one step the picture is the same to the last bit",
         "2 prompts: FBCache(0.08) ",

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Optional
 
-from FBCache_ms.config import CacheConfig
+from FBCache_ms.config import PRESETS, CacheConfig
 from FBCache_ms.eval import benchmark, environment
 from FBCache_ms.eval import run_flux_withFBCache_pipeline as fbcache_flux
 from FBCache_ms.eval.shared.cases import BASELINE, ROWS, UNCACHED, Row
@@ -50,8 +50,9 @@ FEW_STEPS, ALTERNATING = 4, "F1B0_W1MC1_R1"
 LEAST_SPEEDUP = 1
 """How much faster than the uncached graph First-Block Cache at its larger threshold has to be."""
 
-STRUCTURES = (*ROWS, "F1B0_W0_T1O2_R0.12", "F1B1_W0_T1O1_R0.12", "double_gate", "teacache", "cg_taylor", "dicache")
-"""Whose bytes are counted."""
+_TAGS = (*ROWS, "F1B0_W0_T1O2_R0.12", "F1B1_W0_T1O1_R0.12", *PRESETS)
+STRUCTURES = tuple({CacheConfig.named(tag).structure: tag for tag in _TAGS[::-1]}.values())[::-1]
+"""Whose bytes are counted: one of each structure."""
 
 MOST_EXTRA_MEMORY = 4
 """The most that a cached run may take beyond an uncached one, in caches: it also compares and forecasts in float32."""
@@ -122,7 +123,7 @@ def check_unit_tests(run):
         return Finding(None, f"{TESTS} is not there: run from a checkout of the repository")
     if find_spec("pytest") is None or find_spec("xdist") is None:
         return Finding(None, "pytest is not there: install FBCache_ms[test]")
-    files = [str(TESTS / f"test_{name}.py") for name in UNIT_TESTS]
+    files = [str(path) for name in UNIT_TESTS for path in TESTS.rglob(f"test_{name}.py")]
     command = [sys.executable, "-m", "pytest", "-n", "0", "--device", run.args.device, *files]
     done = subprocess.run(command, cwd=TESTS.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     lines = done.stdout.strip().splitlines() or ["no output"]
@@ -211,11 +212,11 @@ def check_memory(run):
     text_len = painter.arguments(0, run.args.prompts[0], steps)["prompt_embeds"].shape[1]
     shape = 1, painter.image_tokens, transformer.inner_dim
     itemsize = 4 if painter.device.dtype == "float32" else 2
-    rows = []
+    channels, rows = transformer.proj_out.weight.shape[0], []
     for tag in STRUCTURES:
-        config = CacheConfig.named(tag)
-        context = CacheContext(*shape, mindspore_dtype=dtype, config=config, text_len=text_len, steps=steps)
-        rows.append((tag, context.nbytes, cache_bytes(config, *shape, text_len, 1, itemsize)))
+        config, settings = CacheConfig.named(tag), {"text_len": text_len, "channels": channels}
+        context = CacheContext(*shape, mindspore_dtype=dtype, config=config, steps=steps, **settings)
+        rows.append((tag, context.nbytes, cache_bytes(config, *shape, itemsize=itemsize, **settings)))
     formula = cache_bytes(cached.config, *shape, text_len, 1, itemsize)
     rows.append((f"{ROWS[-1]}, after its run", folders[cached].record(0)["cache_bytes"], formula))
     table = markdown(
