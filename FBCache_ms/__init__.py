@@ -13,10 +13,10 @@ _HOMES = {
     "FluxDenoiseLoop": "models.transformer_flux_withFBCache",
     "FluxPipeline": "pipelines.flux",
     "TINY_FLUX": "runtime.checkpoint",
-    "apply_cache_on_pipe": "pipelines.flux",
+    "apply_cache_on_pipe": "pipelines.apply",
     "choose_device": "runtime.device",
     "prepare_device": "runtime.device",
-    "remove_cache_from_pipe": "pipelines.flux",
+    "remove_cache_from_pipe": "pipelines.apply",
 }
 __all__ = list(_HOMES)
 

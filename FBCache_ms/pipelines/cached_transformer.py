@@ -18,6 +18,7 @@ from mindspore import nn
 from ..cache.context import CacheContext
 from ..cache.stats import BRANCHES
 from ..cache.step import cached_call
+from ..config import CacheConfig
 from ..models import family, foreign_transformer
 from ..rules.schedules import progress_of
 from ..runtime.device import current_device, graph_mode
@@ -242,6 +243,21 @@ def for_steps(config, steps):
         return config
     logger.warning(f"cache off: {steps} steps are few; warmup_steps of 1 or more, or a schedule, put it on ({config})")
     return config.switched_off()
+
+
+def check_config(config):
+    """Raises TypeError unless this is a CacheConfig or None."""
+    if config is not None and not isinstance(config, CacheConfig):
+        raise TypeError(f"cache_config must be a CacheConfig or None, not {config!r}")
+
+
+def check_structure(config, transformer):
+    """Raises ValueError if a transformer does not have the blocks, or the first block, that a CacheConfig needs."""
+    config.check_blocks(*transformer.cached_model.stacks)
+    for rule in config.rules:
+        reason = family(transformer).why_not_probed(transformer, rule.looks_at)
+        if reason:
+            raise ValueError(f"gate {config.gate!r} looks at what modulates the first block: {reason}")
 
 
 def context_for(transformer, config, latents, text_len, branches, steps, sigmas):

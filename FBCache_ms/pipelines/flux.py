@@ -21,18 +21,19 @@ from mindspore import nn, ops
 
 from ..cache.gates import step_tables
 from ..config import CacheConfig
-from ..models import family, foreign_transformer
+from ..models import foreign_transformer
 from ..models.mindones import foreign_scheduler, replaced
 from ..models.transformer_flux_withFBCache import FluxDenoiseLoop, attention_inputs, refuse_stg
 from ..rules.schedules import MAX_STEPS, progress_of, step_actions
 from ..runtime.checkpoint import absent_components, check_checkpoint, check_fit, is_hub_name
 from ..runtime.device import current_device, graph_mode, prepare_device
-from ..runtime.kept_graphs import KEPT_GRAPHS, KeptGraphs, drop_graphs, drop_stale_graphs
+from ..runtime.kept_graphs import KeptGraphs, drop_graphs, drop_stale_graphs
 from .cached_transformer import (
-    CachedScheduler,
     CachedTransformer,
     StandIn,
     adapters_scaled,
+    check_config,
+    check_structure,
     context_for,
     costs_of_step,
     for_steps,
@@ -60,12 +61,6 @@ PIECE_SECONDS = 0.65
 
 DEFAULT = object()
 """Stands for the pipeline's own cache_config, since None means no cache."""
-
-
-def check_config(config):
-    """Raises TypeError unless this is a CacheConfig or None."""
-    if config is not None and not isinstance(config, CacheConfig):
-        raise TypeError(f"cache_config must be a CacheConfig or None, not {config!r}")
 
 
 def check_dtypes(dtypes):
@@ -546,67 +541,6 @@ class KeptEncoder(StandIn):
         call.apply_defaults()
         self.device.compile(encoder, call.args, encoder)
         return encoder(*call.args)
-
-
-def apply_cache_on_pipe(pipe, config=None, kept_shapes=KEPT_GRAPHS):
-    """Puts the cache into any mindone Flux pipeline (ControlNet, Fill, Kontext, ...), step by step, and returns it.
-
-    Each call of the transformer is one compiled graph, the same for every prompt, seed and step count at one shape;
-    ``pipe.transformer.cache_stats`` tells what the last generation did. Pipelines with true CFG may name the branch
-    as mindone's FluxPipeline does, or call for the positive prompt first. Our own FluxPipeline just takes the config:
-    its loop has the cache already.
-
-    Args:
-        pipe: a pipeline whose ``transformer`` is mindone's FluxTransformer2DModel.
-        config: a CacheConfig; None for the default. Applying again replaces it, and compiles only what is another
-            structure.
-        kept_shapes: for how many shapes (batch, size, text length, dtype) graph and buffers are kept, 1 or more; the
-            one that was not used for longest goes first.
-
-    Raises TypeError for another config, ValueError for a pipeline of another model or no kept shape.
-    """
-    check_config(config)
-    config = config or CacheConfig()
-    if kept_shapes < 1:
-        raise ValueError(f"kept_shapes must be 1 or more, not {kept_shapes}")
-    if isinstance(pipe, FluxPipeline):
-        pipe.cache_config, pipe._loops.most = config, kept_shapes
-        return pipe
-    transformer = given = getattr(pipe, "transformer", pipe)
-    if type(given) is CachedTransformer:
-        # It may be another pipeline's, among whose components this one's were.
-        transformer = given.original
-    reason = foreign_transformer(transformer)
-    if reason:
-        raise ValueError(reason)
-    check_structure(config, transformer)
-    if given is not transformer and given.pipe() is pipe:
-        given.cache_settings, given.steps.most = config, kept_shapes
-        given.begin_generation()
-        return pipe
-    prepare_device()
-    # Past DiffusionPipeline.__setattr__, which would write the stand-ins' classes into model_index.json.
-    pipe.__dict__["transformer"] = CachedTransformer(transformer, config, pipe, kept_shapes)
-    pipe.transformer.cached_scheduler()
-    return pipe
-
-
-def remove_cache_from_pipe(pipe):
-    """Takes the cache out of a pipeline again, which is then what it was; one that has none stays as it is."""
-    if isinstance(pipe, FluxPipeline):
-        pipe.cache_config = None
-    for name, kind in {"transformer": CachedTransformer, "scheduler": CachedScheduler}.items():
-        if type(getattr(pipe, name, None)) is kind:
-            pipe.__dict__[name] = getattr(pipe, name).original
-
-
-def check_structure(config, transformer):
-    """Raises ValueError if a transformer does not have the blocks, or the first block, that a CacheConfig needs."""
-    config.check_blocks(*transformer.cached_model.stacks)
-    for rule in config.rules:
-        reason = family(transformer).why_not_probed(transformer, rule.looks_at)
-        if reason:
-            raise ValueError(f"gate {config.gate!r} looks at what modulates the first block: {reason}")
 
 
 def is_watched(pipe):
