@@ -54,6 +54,7 @@ First-Block Cache on prompts that they were not learnt from, benchmarks/frontier
 
 
 _PROBES = gates_where(lambda gate: gate.needs_a_block)
+_BY_RESIDUAL = gates_where(lambda gate: any(rule.threshold == "residual_diff_threshold" for rule in gate.every_rule))
 _ASKED = gates_where(lambda gate: gate.rules)
 _BY_SAMPLE = gates_where(lambda gate: gate.rules and not any(rule.difference for rule in gate.every_rule))
 
@@ -66,7 +67,7 @@ OPTIONS = {
         "the gate's limit on the relative difference d = mean|r* - r| / mean|r*| of the probe r against its reference "
         "r*; a step is reused while its score is strictly below it (ParaAttention); 0: never; 1, with gate fbcache and "
         "span blocks: whatever the difference (cache-dit)",
-        used_with=("gate", _PROBES),
+        used_with=("gate", _BY_RESIDUAL),
     ),
     "taylorseer_derivative": Option(
         0,

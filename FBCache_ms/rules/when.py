@@ -38,12 +38,14 @@ class Rule:
         reference: COMPUTED, PREVIOUS or FORECAST. Against PREVIOUS a score is summed: it is ``accumulated`` at the next
             step if this one is reused.
         looks_at: PROBE, LATENTS, or the name of a probe that the model has.
-        difference: difference(reference, probe, state), a scalar; None for arithmetic.relative_difference.
+        difference: difference(reference, probe, state), a scalar, ``probe`` being this step's; None for
+            arithmetic.relative_difference, which alone takes batch_reduction.
         state: {name: SCALAR or SPAN}, what it keeps beside; it is no number until ``observe`` has said one.
         observe: observe(state, before, behind), the state after a computed step, from what went into the span and what
             came out of it.
         options: {field of CacheConfig: Option}, its own.
-        numbers: its own fields whose numbers the score gets, one after the other.
+        numbers: its own fields whose numbers the score gets, one after the other: one for a number, as many for a tuple
+            as it may have.
         fewest_orders: the least taylorseer_derivative that it works with.
         computes_last: whether a generation's last step always computes.
         everything_at: the threshold at which every difference passes, where the rule is the only one; None for none.

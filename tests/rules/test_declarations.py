@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import FBCache_ms
@@ -68,6 +69,8 @@ def test_a_rules_own_options_are_fields_that_its_gates_alone_take(rule):
             fits = rule in GATES[gate].every_rule
             assert (gate in OPTIONS[name].used_with[1]) == fits
     assert {rule.threshold, *rule.numbers} <= set(OPTIONS) and rule.source and rule.text
+    compared = {name for name, gate in GATES.items() if rule.threshold in [each.threshold for each in gate.every_rule]}
+    assert set(OPTIONS[rule.threshold].used_with[1]) == compared
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -79,7 +82,7 @@ def test_a_gates_numbers_stand_where_its_rules_look_for_them(preset):
         for rule, (threshold, own) in zip(gate.rules, places(gate.rules)):
             taken += [threshold, *own]
             if own:
-                values = [value for name in rule.numbers for value in getattr(config, name)]
+                values = [value for name in rule.numbers for value in np.atleast_1d(getattr(config, name))]
                 assert [numbers[place] for place in own] == values
         assert taken == list(range(len(numbers)))
 

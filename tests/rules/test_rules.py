@@ -9,7 +9,7 @@ from replay import DOUBLES, SINGLES, Streams, replay
 
 from FBCache_ms import CacheConfig
 from FBCache_ms.config import OPTIONS
-from FBCache_ms.rules.when import RULES, gates_where
+from FBCache_ms.rules.when import GATES, gates_where
 
 BLOCKS = DOUBLES + SINGLES
 quick = settings(
@@ -291,16 +291,13 @@ def test_what_is_no_number_computes(gate, steps, seed, bad, sample, data):
     streams = Streams(seed, steps, 0.01)
     step = data.draw(st.integers(1, steps - 1))
     streams.image[step, 0, sample, 0, 0] = streams.modulated[step, sample, 0, 0] = bad
-    if gate == "easycache":
+    if gate != "max" and GATES[gate].before_embedding:
         streams.latents[step, sample, 0, 0] = bad
-    options = {"gate": gate, "taylorseer_derivative": int(gate == "cg_taylor")}
-    if gate == "max":
-        options = {"batch_reduction": "max"}
-    for rule in RULES:
-        if rule in gate and f"{rule}_threshold" in OPTIONS:
-            options[f"{rule}_threshold"] = 1e6
-    if gate not in ("teacache", "easycache"):
-        options["residual_diff_threshold"] = 1.0
+    options = {"batch_reduction": "max", "residual_diff_threshold": 1.0}
+    if gate != "max":
+        rules = GATES[gate].every_rule
+        greatest = {rule.threshold: OPTIONS[rule.threshold].allowed[1] or 1e6 for rule in rules}
+        options = {"gate": gate, "taylorseer_derivative": max(rule.fewest_orders for rule in rules), **greatest}
     _, stats = replay(CacheConfig(**options), streams)
     assert not stats.reused[step]
 
