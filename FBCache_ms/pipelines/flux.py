@@ -56,7 +56,7 @@ _SHIFT = {
 }
 """What mindone's calculate_shift calls the scheduler's settings."""
 
-PIECE_SECONDS = 0.65
+PIECE_SECONDS = 0.8
 """So long a watched loop runs before its progress bar moves."""
 
 DEFAULT = object()
