@@ -1,10 +1,15 @@
-"""What is installed to run on an Ascend NPU, held against what is supported."""
+"""Says what is installed to run on an Ascend NPU or a CPU, held against what is supported, and what to do about it."""
 
 import os
 import platform
+import sys
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
+from importlib.util import find_spec
 from pathlib import Path
+
+from FBCache_ms.eval.shared.arguments import Parser, exit_status
+from FBCache_ms.eval.shared.tables import markdown, show
 
 ASCEND = Path("/usr/local/Ascend")
 """Where Ascend's driver, firmware and, unless its environment says otherwise, CANN lie."""
@@ -169,3 +174,37 @@ def _older(found, published):
         return Version(found) < Version(published)
     except InvalidVersion:
         return False
+
+
+def table_of(parts):
+    """The Parts as a Markdown table."""
+    return markdown(
+        [
+            {"Part": part.name, "Found": part.found, "Supported": part.wanted, "Verdict": part.advice or "ok"}
+            for part in parts
+        ]
+    )
+
+
+def main(argv=None):
+    """The program; returns its exit status: 1 if a part is wrong."""
+    Parser(__name__, "doctor", description=__doc__).parse_args(argv)
+    parts = []
+
+    def work():
+        try:
+            parts.extend(python_parts())
+        except PackageNotFoundError:
+            raise ValueError("FBCache_ms is not installed: pip install it, or -e and its folder") from None
+        ascend = is_ascend_machine()
+        if ascend and find_spec("mindspore"):
+            parts.extend(ascend_parts())
+        show(table_of(parts))
+        if not ascend:
+            print("\nNo Ascend NPU, driver or CANN is here: FBCache_ms runs on the CPU.")
+
+    return exit_status("doctor", work) or int(any(part.wrong for part in parts))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

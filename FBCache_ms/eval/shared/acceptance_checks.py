@@ -105,16 +105,7 @@ def check_environment(run):
     text = "; ".join(f"{part.name}: {part.advice}" for part in wrong) or found + doubts
     if run.args.device == "CPU":
         text += "; there is no NPU here, so this is a dry run"
-    rows = [
-        {
-            "Part": part.name,
-            "Found": part.found,
-            "Supported": part.wanted,
-            "Verdict": part.advice or "ok",
-        }
-        for part in parts
-    ]
-    return Finding(not wrong, text, markdown(rows))
+    return Finding(not wrong, text, environment.table_of(parts))
 
 
 def check_unit_tests(run):
