@@ -18,7 +18,7 @@ FLOORS = (
 )
 """From the ground up; rooms of one floor may import each other."""
 
-NAMES_ONLY = {"utils": "cache", "memory": "predict", "pipeline_flux": "pipelines", "__init__": None}
+NAMES_ONLY = {"utils": "cache", "memory": "predict", "pipeline_flux": "pipelines", "__init__": None, "__main__": "eval"}
 """Modules that hand on what another room has, by its published name."""
 
 LATE = {("runtime", "cpu"): "on Ascend nothing of it is imported"}

@@ -6,6 +6,7 @@ import math
 import os
 import sys
 import textwrap
+from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from FBCache_ms.runtime.checkpoint import TINY_FLUX, block_counts, check_checkpo
 
 AUTO = object()
 """Stands for the user's own folder of compiled graphs."""
+
+TYPED = ContextVar("TYPED", default=None)
+"""What a person typed to start a program, where it is another one that starts it, as fbcache does."""
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):
@@ -71,11 +75,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def typed(module, name):
-    """What a person types to start the program of this module: its name, unless it was started as a file."""
-    if module != "__main__":
-        return name
-    spec = sys.modules["__main__"].__spec__
-    return f"{Path(sys.executable).name} {f'-m {spec.name}' if spec else sys.argv[0]}"
+    """What a person typed to start the program of this module: its name, unless it was started as a file."""
+    if TYPED.get() or module != "__main__":
+        return TYPED.get() or name
+    spec, started, here = sys.modules["__main__"].__spec__, Path(sys.argv[0]), Path.cwd()
+    started = started.relative_to(here) if started.is_relative_to(here) else started
+    return f"{Path(sys.executable).name} {f'-m {spec.name}'.removesuffix('.__main__') if spec else started}"
 
 
 def one_line(error):

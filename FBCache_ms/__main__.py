@@ -1,0 +1,7 @@
+"""``python -m FBCache_ms`` is the command fbcache."""
+
+import sys
+
+from .eval.fbcache import main
+
+sys.exit(main(module=__name__))
