@@ -19,7 +19,6 @@ from pathlib import Path
 
 import mindone.diffusers
 import numpy as np
-from machine import machine
 from mindone.diffusers.utils import logging
 from tqdm.auto import tqdm
 
@@ -31,6 +30,7 @@ from FBCache_ms.cache.step import run_blocks
 from FBCache_ms.eval.shared.arguments import Parser, add_into_option, add_save_path, check_range, exit_status
 from FBCache_ms.eval.shared.cases import UNCACHED
 from FBCache_ms.eval.shared.files import check_folder, check_into
+from FBCache_ms.eval.shared.machine import machine
 from FBCache_ms.eval.shared.tables import markdown, publish, spread
 from FBCache_ms.pipelines.cached_transformer import StandIn
 from FBCache_ms.rules.arithmetic import relative_difference

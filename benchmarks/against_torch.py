@@ -24,12 +24,12 @@ from tempfile import TemporaryDirectory
 from typing import Tuple
 
 import numpy as np
-from machine import machine
 
 from FBCache_ms.config import FEW_STEPS, CacheConfig
 from FBCache_ms.eval.shared.arguments import Parser, add_into_option, add_save_path, check_range, exit_status
 from FBCache_ms.eval.shared.cases import UNCACHED
 from FBCache_ms.eval.shared.files import check_folder, check_into
+from FBCache_ms.eval.shared.machine import machine
 from FBCache_ms.eval.shared.metrics import psnr, read_picture
 from FBCache_ms.eval.shared.tables import markdown, publish, spread
 from FBCache_ms.rules.schedules import MAX_STEPS

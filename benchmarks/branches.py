@@ -9,10 +9,9 @@ import statistics
 import sys
 import time
 
-from machine import machine
-
 from FBCache_ms.eval.shared.arguments import Parser, add_into_option, add_save_path, check_range, exit_status
 from FBCache_ms.eval.shared.files import check_folder, check_into
+from FBCache_ms.eval.shared.machine import machine
 from FBCache_ms.eval.shared.tables import markdown, publish, spread
 
 TURNS, SHAPE = 100, (96, 128)

@@ -12,7 +12,6 @@ import sys
 import time
 
 import numpy as np
-from machine import machine
 from mindone.diffusers import FluxTransformer2DModel
 
 import mindspore as ms
@@ -22,6 +21,7 @@ from FBCache_ms import CacheConfig, CacheContext, FluxDenoiseLoop
 from FBCache_ms.cache.gates import step_tables
 from FBCache_ms.eval.shared.arguments import Parser, add_into_option, add_save_path, check_range, exit_status, reason
 from FBCache_ms.eval.shared.files import check_folder, check_into
+from FBCache_ms.eval.shared.machine import machine
 from FBCache_ms.eval.shared.tables import markdown, publish, spread
 from FBCache_ms.runtime.checkpoint import TINY_FLUX
 from FBCache_ms.runtime.cpu import install

@@ -19,7 +19,6 @@ from itertools import groupby
 from pathlib import Path
 
 import numpy as np
-from machine import machine
 
 from FBCache_ms.config import PRESETS, CacheConfig
 from FBCache_ms.eval.shared.arguments import (
@@ -36,6 +35,7 @@ from FBCache_ms.eval.shared.arguments import (
 from FBCache_ms.eval.shared.cases import BASELINE, UNCACHED, Row
 from FBCache_ms.eval.shared.drawing import Setting, draw_and_finish
 from FBCache_ms.eval.shared.files import check_folder, check_into, put_into, say_written
+from FBCache_ms.eval.shared.machine import machine
 from FBCache_ms.eval.shared.measure import Judge, cell_of, clip_folder, write_sweep
 from FBCache_ms.eval.shared.prompts import choose_prompts
 from FBCache_ms.eval.shared.scenes import held_out_captions

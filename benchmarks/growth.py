@@ -19,8 +19,6 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 
-from machine import machine
-
 from FBCache_ms.config import CacheConfig
 from FBCache_ms.eval.shared.arguments import (
     Parser,
@@ -32,6 +30,7 @@ from FBCache_ms.eval.shared.arguments import (
     reason,
 )
 from FBCache_ms.eval.shared.files import check_folder, check_into
+from FBCache_ms.eval.shared.machine import machine
 from FBCache_ms.eval.shared.tables import markdown, publish, spread
 from FBCache_ms.rules.schedules import MAX_STEPS
 

@@ -16,13 +16,12 @@ import time
 from itertools import islice, product
 from pathlib import Path
 
-from machine import machine
-
 from FBCache_ms.config import CacheConfig
 from FBCache_ms.eval import sweep
 from FBCache_ms.eval.shared.arguments import Parser, add_into_option, add_save_path, check_range, exit_status, reason
 from FBCache_ms.eval.shared.drawing import Painter, Setting, draw_missing
 from FBCache_ms.eval.shared.files import check_folder, check_into
+from FBCache_ms.eval.shared.machine import machine
 from FBCache_ms.eval.shared.tables import markdown, publish, spread
 from FBCache_ms.rules.schedules import MAX_STEPS
 

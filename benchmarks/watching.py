@@ -11,13 +11,13 @@ import io
 import statistics
 import sys
 
-from machine import machine
 from overhead import FLUX, PROMPT, denoise, ratios, transformer_of, with_transformer
 
 from FBCache_ms.config import CacheConfig
 from FBCache_ms.eval.shared.arguments import Parser, add_into_option, add_save_path, check_range, exit_status, reason
 from FBCache_ms.eval.shared.cases import UNCACHED
 from FBCache_ms.eval.shared.files import check_folder, check_into
+from FBCache_ms.eval.shared.machine import machine
 from FBCache_ms.eval.shared.tables import markdown, publish, spread
 
 LONGEST = 1.03

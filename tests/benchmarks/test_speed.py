@@ -5,7 +5,6 @@ import numpy as np
 import overhead
 import pytest
 from growth import QUANTITIES, TERMS, VALUES, Point, fit_row, measure, power, shares, terms
-from machine import machine
 from mindone.diffusers import FluxTransformer2DModel
 from narrow import make_narrow
 from overhead import FIRST, FULL, ORDERS
@@ -14,6 +13,7 @@ from sweep_time import configs, record, rows_of
 import mindspore as ms
 
 from FBCache_ms.config import CacheConfig
+from FBCache_ms.eval.shared.machine import machine
 
 
 def measured(reused_step=0.2):

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 EVAL = [f"FBCache_ms.eval.{path.stem}" for path in sorted((ROOT / "FBCache_ms" / "eval").glob("*.py"))]
 PROGRAMS = [
     *(name for name in EVAL if "Parser(__name__" in (ROOT / f"{name.replace('.', '/')}.py").read_text()),
-    *(path.stem for path in sorted((ROOT / "benchmarks").glob("*.py")) if path.stem != "machine"),
+    *(path.stem for path in sorted((ROOT / "benchmarks").glob("*.py"))),
 ]
 
 
