@@ -1,6 +1,6 @@
 """The whole loop as one graph against a cached step that Python calls, as the example in mindone is built.
 
-    .venv/bin/python benchmarks/against_example.py --into README.md "against the example"
+    .venv/bin/python benchmarks/against_example.py --into docs/results/against_example.md
 
 The example is rebuilt by its rules: a step with the first block, the decision on what that added and the buffers is a
 graph; mindone's pipeline calls it once a step, runs the scheduler in Python and has the text projected and the rotary

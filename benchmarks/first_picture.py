@@ -1,6 +1,6 @@
 """What it takes to a first picture: fbcache-flux from the start of its process to its end, cold and warm.
 
-    .venv/bin/python benchmarks/first_picture.py --into README.md "first picture"
+    .venv/bin/python benchmarks/first_picture.py --into docs/results/first_picture.md
 
 Cold is without a compile cache, warm is the next process, with the one that the cold one left; both draw the same
 picture. Two checkpoints: the embedded one, and one of FLUX.1's 19 double and 38 single blocks, made of the embedded

@@ -1,6 +1,6 @@
 """Many generations of random shapes and settings in one process, as behind a server: memory, compilations, results.
 
-    .venv/bin/python benchmarks/long_run.py --into README.md "long run"
+    .venv/bin/python benchmarks/long_run.py --into docs/results/long_run.md
 
 Half of the generations go through FBCache_ms's FluxPipeline, half through mindone's with the cache on it; one in eight
 is interrupted. A request that comes again has to give the same bits. Memory is the process's resident memory behind

@@ -35,7 +35,7 @@ def parse_arguments(argv=None):
     add("--only", nargs="+", choices=BENCHMARKS, default=list(BENCHMARKS), metavar="NAME", help="which")
     for peer in PEERS:
         add(f"--{peer}", metavar="PYTHON", help="as of against_torch.py, which is left out without either")
-    add("--into", metavar="FILE", help="a text with a place for each benchmark's table, as README.md has")
+    add("--into", type=Path, metavar="FOLDER", help="where each benchmark also writes its table, as its own --into")
     add_save_path(add, "./results/speed", "the tables")
     args = parser.parse_args(argv)
     if not any(getattr(args, peer) for peer in PEERS):
@@ -43,8 +43,8 @@ def parse_arguments(argv=None):
     try:
         if not args.only:
             raise ValueError("against_torch needs --para_attention, --cache_dit or both")
-        if args.into is not None and not Path(args.into).is_file():
-            raise ValueError(f"--into: there is no file {args.into}")
+        if args.into is not None and not args.into.is_dir():
+            raise ValueError(f"--into: there is no folder {args.into}")
         check_folder(args.save_path)
     except (OSError, ValueError) as error:
         parser.error(reason(error))
@@ -55,7 +55,7 @@ def command_of(name, args):
     """A benchmark's command line."""
     options = ["--save_path", str(args.save_path)]
     if args.into is not None:
-        options += ["--into", args.into, name.replace("_", " ")]
+        options += ["--into", str(args.into / f"{name}.md")]
     if name == "against_torch":
         options += [text for peer in PEERS if getattr(args, peer) for text in (f"--{peer}", getattr(args, peer))]
     return [sys.executable, str(Path(__file__).with_name(f"{name}.py")), *options]

@@ -11,7 +11,7 @@ def test_a_loop_with_a_branch_gives_what_one_without_gives_but_for_its_own_work(
     assert branches.loop_of(0)().tolist() == branches.loop_of(2)().tolist()
 
 
-@pytest.mark.parametrize("options", [["--weights", "0"], ["--runs", "0"], ["--into", "no-such-file", "branches"]])
+@pytest.mark.parametrize("options", [["--weights", "0"], ["--runs", "0"], ["--into", "no-such-folder/branches.md"]])
 def test_what_cannot_be_run_is_said_at_once(options, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         branches.parse_arguments([*options, "--save_path", str(tmp_path)])

@@ -46,7 +46,6 @@ def test_a_dry_run_goes_through_every_check(tmp_path, monkeypatch, capsys):
     # Four steps of two blocks are no measure of speed.
     monkeypatch.setattr(acceptance_checks, "LEAST_SPEEDUP", 0)
     page, folder = tmp_path / "page.md", tmp_path / "out"
-    page.write_text("<!-- acceptance -->\nold\n<!-- end of acceptance -->\n")
     options = [
         "--ckpt",
         str(ckpt),
@@ -57,12 +56,12 @@ def test_a_dry_run_goes_through_every_check(tmp_path, monkeypatch, capsys):
         "4",
     ]
     options += ["--limit", "2", "--runs", "1", "--no-pynative", "--save_path", str(folder)]
-    assert ascend_acceptance.main([*options, "--into", str(page), "acceptance"]) == 0
+    assert ascend_acceptance.main([*options, "--into", str(page)]) == 0
     report = (folder / "acceptance.md").read_text()
     assert prefixes(report) == [f"PASS {name}" for name in CHECKS]
     assert report.startswith("# Acceptance run: a dry run on a CPU\n") and "8 passed, 0 failed, 0 skipped." in report
     lines = [line[2:] for line in report.splitlines() if line.startswith("- PASS")]
-    assert page.read_text().splitlines()[1:-1] == [f"    {line}" for line in lines]
+    assert page.read_text().split("\n\n", 2)[2].splitlines() == [f"    {line}" for line in lines]
     assert capsys.readouterr().out.splitlines()[-1].startswith("written to ")
     for piece in (
         "10 passed",
@@ -122,7 +121,7 @@ def test_without_the_repository_there_are_no_unit_tests(monkeypatch, tmp_path):
         (["--only", "luck"], "invalid choice: 'luck'"),
         (["--only", "loop", "--skip", "loop"], "--only and --skip leave no check"),
         (["--ckpt", "nowhere"], "checkpoint nowhere: there is no such folder"),
-        (["--into", "README.md", "nothing"], "has no lines <!-- nothing -->"),
+        (["--into", "nowhere/page.md"], "--into nowhere/page.md: there is no folder nowhere"),
     ],
 )
 def test_a_users_mistake_is_one_line(options, named, tmp_path, capsys):

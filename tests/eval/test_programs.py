@@ -4,14 +4,16 @@ import argparse
 import importlib
 import os
 import pty
+import shlex
 import subprocess
 import sys
+from datetime import date
 from pathlib import Path
 
 import pytest
 
-from FBCache_ms.eval.shared import files, tables
-from FBCache_ms.eval.shared.arguments import Parser
+from FBCache_ms.eval.shared import files, machine, tables
+from FBCache_ms.eval.shared.arguments import Parser, add_into_option
 
 ROOT = Path(__file__).parents[2]
 EVAL = [f"FBCache_ms.eval.{path.stem}" for path in sorted((ROOT / "FBCache_ms" / "eval").glob("*.py"))]
@@ -161,6 +163,40 @@ def test_a_program_puts_its_table_alone_on_stdout_and_says_where_it_wrote(tmp_pa
     os.close(theirs)
     said = os.read(ours, 100_000).decode()
     assert "| Cache |" not in said and "--cache" in said and "F1B0_W0_T0O0_R0.12" in said
+
+
+def test_into_writes_the_table_anew_with_how_it_was_made(tmp_path, monkeypatch):
+    here = {"cores": 2, "processor": "A Chip", "mindspore": "2.7.0", "mindone": "0.5.0", "python": "3.11.7"}
+    monkeypatch.setattr(machine, "machine", lambda: here)
+    page, text = tmp_path / "page.md", "| é |\n"
+    page.write_text("old")
+    parser = Parser("here", "cost_model")
+    add_into_option(parser)
+    assert parser.parse_args([]).into is None
+    files.put_into(parser.parse_args(["--into", str(page)]).into, text)
+    assert page.read_text(encoding="utf-8") == (
+        f"# Cost model\n\nMade by `cost_model --into {page}`, on {date.today().isoformat()}, on 2 cores of A Chip, "
+        "MindSpore 2.7.0, mindone 0.5.0, Python 3.11.7.\n\n| é |\n"
+    )
+    here["cores"] = 1
+    assert machine.machine_text().startswith("1 core of A Chip, ")
+
+
+@pytest.mark.parametrize(
+    "command, typed",
+    [
+        (["-m", "FBCache_ms", "memory"], "python -m FBCache_ms memory"),
+        ([str(ROOT / "FBCache_ms" / "eval" / "memory.py")], "python FBCache_ms/eval/memory.py"),
+    ],
+)
+def test_into_says_what_was_typed(command, typed, tmp_path):
+    options = ["--cache", "fora", "F1B0_W0_R0.1", "--sides", "64", "--save_path", str(tmp_path)]
+    options += ["--into", str(tmp_path / "a page.md")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
+    subprocess.run([sys.executable, *command, *options], cwd=ROOT, env=environment, capture_output=True, check=True)
+    made = (tmp_path / "a page.md").read_text().splitlines()[2]
+    typed = typed.replace("python", Path(sys.executable).name)
+    assert made.startswith(f"Made by `{typed} {shlex.join(options)}`, on ")
 
 
 def test_a_folder_is_locked_while_a_run_is_at_work_and_no_lock_is_left(tmp_path):

@@ -4,6 +4,7 @@ import argparse
 import errno
 import math
 import os
+import shlex
 import sys
 import textwrap
 from contextvars import ContextVar
@@ -11,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from FBCache_ms.config import OPTIONS, PRESETS, CacheConfig
-from FBCache_ms.eval.shared.files import check_folder
+from FBCache_ms.eval.shared.files import Into, check_folder
 from FBCache_ms.rules.options import did_you_mean, value_text
 from FBCache_ms.rules.schedules import MAX_STEPS, step_actions
 from FBCache_ms.runtime.checkpoint import TINY_FLUX, block_counts, check_checkpoint, image_unit
@@ -52,7 +53,7 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, module, name, usage="[options]", **settings):
-        self.name = name
+        self.name, self.given = name, []
         usage = f"%(prog)s {usage}"
         super().__init__(typed(module, name), usage, formatter_class=Formatter, allow_abbrev=False, **settings)
 
@@ -60,6 +61,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.name}: error: {one_line(message)}\n")
 
     def parse_args(self, args=None, namespace=None):
+        self.given = sys.argv[1:] if args is None else args
         args, unknown = self.parse_known_args(args, namespace)
         if unknown:
             names = [name for action in self._actions for name in action.option_strings]
@@ -172,12 +174,17 @@ def add_save_path(add, save_path, what="tables and pictures"):
 
 
 def add_into_option(parser):
-    """--into; files.check_into and files.put_into take what it gives."""
+    """--into; files.check_into and files.put_into take what it gives, an Into or None."""
+
+    def into(file):
+        title = parser.name.replace("_", " ").capitalize()
+        return Into(Path(file), title, f"{parser.prog} {shlex.join(parser.given)}")
+
     parser.add_argument(
         "--into",
-        nargs=2,
-        metavar=("FILE", "NAME"),
-        help="also put the table into a text file, between its lines <!-- NAME --> and <!-- end of NAME -->",
+        type=into,
+        metavar="FILE",
+        help="also write the table into this Markdown file, with the command, the date and the machine",
     )
 
 

@@ -8,7 +8,11 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
+
+from FBCache_ms.eval.shared.machine import machine_text
 
 
 def check_folder(path, option="save_path"):
@@ -116,30 +120,36 @@ def finite(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def insert(file, name, text):
-    """What a file becomes with a text between its lines <!-- name --> and <!-- end of name -->.
-
-    Raises ValueError if it does not have them.
-    """
-    before, begin, rest = Path(file).read_text(encoding="utf-8").partition(f"<!-- {name} -->\n")
-    _, end, after = rest.partition(f"<!-- end of {name} -->\n")
-    if not end:
-        raise ValueError(f"--into: {file} has no lines <!-- {name} --> and <!-- end of {name} -->")
-    return f"{before}{begin}{text}{end}{after}"
-
-
 def say_written(folder, *names):
     """Says on stderr where a program's files lie, so that a table that is redirected stays a table."""
     print(f"written to {folder}: {', '.join(names)}", file=sys.stderr)
 
 
+@dataclass(frozen=True)
+class Into:
+    """Where --into puts a program's table.
+
+    Args:
+        file: is written anew.
+        title: its heading.
+        command: what was typed.
+    """
+
+    file: Path
+    title: str
+    command: str
+
+
 def check_into(into):
-    """Raises OSError or ValueError if --into's file is not there or does not have the lines that it names."""
-    if into is not None:
-        insert(*into, "")
+    """Raises ValueError if an Into's file is a folder, or there is no folder for it; None is right."""
+    if into is not None and into.file.is_dir():
+        raise ValueError(f"--into: {into.file} is a folder, not a file")
+    if into is not None and not into.file.parent.is_dir():
+        raise ValueError(f"--into {into.file}: there is no folder {into.file.parent}")
 
 
 def put_into(into, text):
-    """Puts a text where --into says, a file and a name; None is nowhere."""
+    """Writes a text into an Into's file, below how, when and on what it was made; None is nowhere."""
     if into is not None:
-        write_text(Path(into[0]), insert(*into, text))
+        made = f"Made by `{into.command}`, on {date.today()}, on {machine_text()}."
+        write_text(into.file, f"# {into.title}\n\n{made}\n\n{text}")

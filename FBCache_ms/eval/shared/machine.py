@@ -16,6 +16,16 @@ def machine():
     }
 
 
+def machine_text():
+    """The same in words: "2 cores of NAME, MindSpore 2.7.0, mindone 0.5.0, Python 3.11.7"."""
+    here = machine()
+    cores = f"{here['cores']} core{'s' * (here['cores'] != 1)}"
+    return (
+        f"{cores} of {here['processor']}, MindSpore {here['mindspore']}, mindone {here['mindone']}, "
+        f"Python {here['python']}"
+    )
+
+
 def processor():
     """The processor's name."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
