@@ -3,8 +3,9 @@
 import copy
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import wraps
+from functools import lru_cache, wraps
 from inspect import signature
+from pathlib import Path
 from threading import RLock, get_ident
 from weakref import ref
 
@@ -20,7 +21,8 @@ from ..cache.stats import BRANCHES
 from ..cache.step import cached_call
 from ..config import CacheConfig
 from ..models import family, foreign_transformer
-from ..rules.schedules import progress_of
+from ..rules.schedules import SCHEDULES, progress_of
+from ..runtime.checkpoint import TINY_FLUX
 from ..runtime.device import current_device, graph_mode
 from ..runtime.kept_graphs import KeptGraphs
 
@@ -175,6 +177,7 @@ class CachedTransformer(StandIn):
         begin, whole = scheduler.begin_index or 0, len(scheduler.timesteps)
         steps, sigmas = whole - begin, scheduler.sigmas.asnumpy()[begin:]
         settings, transformer = for_steps(self.cache_settings, steps), self.original
+        warn_of_learnt(settings, transformer)
 
         def make():
             context = context_for(transformer, settings, latents, text_len, len(BRANCHES), steps, sigmas)
@@ -258,6 +261,24 @@ def check_structure(config, transformer):
         reason = family(transformer).why_not_probed(transformer, rule.looks_at)
         if reason:
             raise ValueError(f"gate {config.gate!r} looks at what modulates the first block: {reason}")
+
+
+def warn_of_learnt(config, transformer):
+    """Warns, once for each, of a schedule that was learnt on the embedded checkpoint where this is another one."""
+    schedule = SCHEDULES.get(config.schedule)
+    if schedule is not None and schedule.learnt and not is_embedded(transformer):
+        _warn_of_learnt(schedule.name)
+
+
+@lru_cache(maxsize=None)
+def _warn_of_learnt(name):
+    logger.warning(f"schedule {name} was learnt on the embedded checkpoint; fbcache learn makes one for another")
+
+
+def is_embedded(transformer):
+    """Whether a transformer was loaded from the embedded checkpoint, as its config tells."""
+    folder = Path(transformer.config.get("_name_or_path") or "").resolve()
+    return TINY_FLUX.resolve() in (folder, folder.parent)
 
 
 def context_for(transformer, config, latents, text_len, branches, steps, sigmas):

@@ -39,6 +39,7 @@ from .cached_transformer import (
     for_steps,
     graph_input,
     turn,
+    warn_of_learnt,
 )
 from .call_inputs import check_call, check_shape
 
@@ -269,6 +270,7 @@ class FluxPipeline(MindoneFluxPipeline):
             refuse_stg(given.joint_attention_kwargs)
             check_structure(config, self.transformer)
             step_actions(config, given.num_inference_steps, ())
+            warn_of_learnt(config, self.transformer)
             config = for_steps(config, given.num_inference_steps)
         # The scale of adapters is set here and not in mindone's methods, so that it is taken back whatever happens.
         kwargs = dict(given.joint_attention_kwargs or {})

@@ -128,6 +128,7 @@ class Schedule:
         mask: mask(steps, **values of its fields), (N,).
         options: {argument of mask: field of CacheConfig}.
         depends_on_steps: whether the same step may be treated otherwise in a generation with another number of steps.
+        learnt: whether it was learnt on the embedded checkpoint, and says little of any other.
     """
 
     name: str
@@ -135,6 +136,7 @@ class Schedule:
     mask: Callable
     options: Mapping[str, str] = field(default_factory=dict)
     depends_on_steps: bool = True
+    learnt: bool = False
 
     def of(self, config, steps):
         """The mask (N,) that a CacheConfig asks for."""
@@ -166,7 +168,7 @@ SCHEDULES = {
             Schedule(name, "cache-dit 1.5.3, steps_mask", partial(mask_of_cache_dit, computed=computed, reused=reused))
             for name, (computed, reused) in MASKS.items()
         ),
-        *(Schedule(name, "FBCache_ms", partial(learnt, tables=tables)) for name, tables in LEARNT.items()),
+        *(Schedule(name, "FBCache_ms", partial(learnt, tables=tables), learnt=True) for name, tables in LEARNT.items()),
     )
 }
 
