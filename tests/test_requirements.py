@@ -1,4 +1,5 @@
 import ast
+import re
 from importlib.metadata import requires
 from importlib.util import find_spec
 from pathlib import Path
@@ -69,3 +70,10 @@ def test_a_python_gets_one_version_of_each_requirement_and_an_admitted_one(file,
 @pytest.mark.parametrize("python", ["3.8", "3.13", "3.14"])
 def test_another_python_is_told_which_ones_there_are(python):
     assert next(pins("requirements.txt", python)).specifier == "==2.10.0+runs.on.Python.3.9.to.3.12"
+
+
+def test_the_readme_shows_the_command_that_ci_runs():
+    """Where it shows one at all; the other command is of CI alone."""
+    command, _ = re.findall(r"^\w+='(.+bin/pytest.*)'$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert {line.strip() for line in lines if line.endswith("bin/pytest")} <= {command}
