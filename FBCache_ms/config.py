@@ -49,7 +49,7 @@ PRESETS = {
 """Tags by name. slow to ultra and the four masks are cache-dit 1.5.3's, double_gate has Nunchaku's defaults.
 
 learnt_6 to learnt_12 are learnt on the embedded checkpoint, at 28 and at 50 steps; what they gain over plain
-First-Block Cache on prompts that they were not learnt from, benchmarks/frontier.py measures, and README.md shows.
+First-Block Cache on prompts that they were not learnt from, benchmarks/frontier.py measures (docs/benchmarks.md).
 """
 
 

@@ -18,7 +18,7 @@ EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The folder in which the commands run: a narrow embedded checkpoint, and others where the README puts them."""
+    """The folder in which the commands run: a narrow embedded checkpoint, and others as in docs/pipelines.md."""
     folder = tmp_path_factory.mktemp("examples")
     narrow = make_narrow(folder / "narrow")
     for layout in ("controlnet", "fill", "kontext"):

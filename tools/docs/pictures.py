@@ -1,9 +1,9 @@
-"""Makes the pictures of pages in docs/ anew: report.png and cost_model.png, as README.md shows them.
+"""Makes the pictures of pages in docs/ anew: report.png and cost_model.png, as the pages show them.
 
     .venv/bin/python tools/docs/pictures.py report
     .venv/bin/python tools/docs/pictures.py cost_model
 
-The report is that of README.md's sweep, which is drawn first and takes minutes; a killed one goes on where it was.
+The report is that of docs/results/sweep.md, which is drawn first and takes minutes; a killed one goes on where it was.
 Both need Debian's chromium and chromium-driver, and FBCache_ms[test].
 """
 

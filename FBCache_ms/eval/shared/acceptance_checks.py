@@ -40,7 +40,7 @@ AGREEMENT = {
 """How far two ways to run the same blocks may lie apart: differences by this share, pictures by this PSNR in dB.
 
 mindone's attention computes in float16 on Ascend when the model is in float32. Rounding the blocks' streams to bfloat16
-alone moves a difference by up to 1.4 % (the README's table on precision); every operator of every block rounds as well.
+alone moves a difference by up to 1.4 % (docs/results/precision.md); every operator of every block rounds as well.
 Pictures of other noise are 12 dB apart. Nobody has measured these on an NPU.
 """
 

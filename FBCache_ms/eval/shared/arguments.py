@@ -227,6 +227,16 @@ def check_cache(config, ckpt, steps):
     step_actions(config, steps, ())
 
 
+GROUPS = {
+    "gate": "what decides",
+    "limits": "limits",
+    "schedule": "steps known before",
+    "span": "blocks",
+    "forecast": "what is added on a reused step",
+}
+"""Of CacheConfig's fields."""
+
+
 def add_cache_options(parser):
     """--cache, and an option for each field of CacheConfig, in its groups."""
     add = parser.add_argument_group("cache").add_argument
@@ -236,14 +246,7 @@ def add_cache_options(parser):
         help=f"a tag like F1B0_W4M0MC0_T1O2_R0.12, a preset file (.json), or one of {', '.join(PRESETS)}; the options "
         f"below change it (default: {CacheConfig()})",
     )
-    titles = {
-        "gate": "cache: what decides",
-        "limits": "cache: limits",
-        "schedule": "cache: steps known before",
-        "span": "cache: blocks",
-        "forecast": "cache: what is added on a reused step",
-    }
-    groups = {group: parser.add_argument_group(title) for group, title in titles.items()}
+    groups = {group: parser.add_argument_group(f"cache: {title}") for group, title in GROUPS.items()}
     for name, option in OPTIONS.items():
         default = "" if option.default is None else f" (default: {value_text(option.default)})"
         choices = option.allowed if option.kind is str else None
