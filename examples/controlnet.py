@@ -29,7 +29,7 @@ def main(argv=None):
     pipe = FluxControlNetPipeline.from_pretrained(
         args.checkpoint, controlnet=controlnet, mindspore_dtype=device.mindspore_dtype
     )
-    apply_cache_on_pipe(pipe, CacheConfig(residual_diff_threshold=0.12))
+    apply_cache_on_pipe(pipe, CacheConfig(residual_diff_threshold=0.12, taylorseer_derivative=1))
 
     image = Image.open(args.image)
     outlines = image.convert("L").filter(ImageFilter.FIND_EDGES).convert("RGB")

@@ -25,7 +25,7 @@ def main(argv=None):
     device = choose_device()
     ms.set_context(mode=ms.GRAPH_MODE)
     pipe = FluxFillPipeline.from_pretrained(args.checkpoint, mindspore_dtype=device.mindspore_dtype)
-    apply_cache_on_pipe(pipe, CacheConfig(residual_diff_threshold=0.12))
+    apply_cache_on_pipe(pipe, CacheConfig(residual_diff_threshold=0.12, taylorseer_derivative=1))
 
     image = Image.open(args.image).convert("RGB")
     mask = Image.new("L", image.size)

@@ -24,7 +24,7 @@ def main(argv=None):
     device = choose_device()
     ms.set_context(mode=ms.GRAPH_MODE)
     pipe = FluxKontextPipeline.from_pretrained(args.checkpoint, mindspore_dtype=device.mindspore_dtype)
-    apply_cache_on_pipe(pipe, CacheConfig(residual_diff_threshold=0.12))
+    apply_cache_on_pipe(pipe, CacheConfig(residual_diff_threshold=0.12, taylorseer_derivative=1))
 
     image = Image.open(args.image).convert("RGB")
     # Pictures are otherwise brought to about a megapixel, Kontext's own size.

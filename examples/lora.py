@@ -21,7 +21,7 @@ def main(argv=None):
     parser.add_argument("--output", type=Path, default=Path("lora"), help="folder of the pictures")
     args = parser.parse_args(argv)
 
-    config = CacheConfig(residual_diff_threshold=0.12)
+    config = CacheConfig(residual_diff_threshold=0.12, taylorseer_derivative=1)
     pipe = FluxPipeline.from_pretrained(args.checkpoint, device=choose_device(), cache_config=config)
     args.output.mkdir(parents=True, exist_ok=True)
 

@@ -11,6 +11,8 @@ import numpy as np
 
 from FBCache_ms.config import OPTIONS, CacheConfig
 
+THRESHOLD = "0 puts the cache off; FLUX.1-dev: careful 0.08, fast 0.12"
+
 CATEGORY = "FBCache_ms"
 DIFFUSION_MODEL = "diffusion_model"
 
@@ -68,7 +70,7 @@ class ApplyFBCacheOnModel:
                 "object_to_patch": ("STRING", {"default": DIFFUSION_MODEL}),
                 "residual_diff_threshold": (
                     "FLOAT",
-                    {"default": 0.0, "min": 0.0, "max": 1.0, "step": 0.001, "tooltip": "0 puts the cache off"},
+                    {"default": 0.0, "min": 0.0, "max": 1.0, "step": 0.001, "tooltip": THRESHOLD},
                 ),
                 "start": ("FLOAT", {"default": 0.0, **share, "tooltip": OPTIONS["start"].text}),
                 "end": ("FLOAT", {"default": 1.0, **share, "tooltip": OPTIONS["end"].text}),
