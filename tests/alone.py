@@ -6,7 +6,7 @@ import numpy as np
 import mindspore as ms
 
 from FBCache_ms import CacheConfig, FluxPipeline, apply_cache_on_pipe, prepare_device
-from FBCache_ms.pipelines.cached_transformer import graph_mode
+from FBCache_ms.runtime.device import graph_mode
 
 CIRCLE, SQUARE = "a big red circle in the center, blue background", "a small green square on the left"
 REQUESTS = {

@@ -15,8 +15,8 @@ from mindspore import ops
 from FBCache_ms import CacheConfig, CacheContext, FluxDenoiseLoop, FluxPipeline, apply_cache_on_pipe
 from FBCache_ms.cache.gates import step_tables
 from FBCache_ms.models.transformer_flux_withFBCache import FBCache_transformer_construct
-from FBCache_ms.pipelines.cached_transformer import graph_mode
 from FBCache_ms.rules.schedules import MAX_STEPS
+from FBCache_ms.runtime.device import graph_mode
 
 STEPS = 9
 TAGS = (

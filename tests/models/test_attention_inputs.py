@@ -9,7 +9,8 @@ import mindspore as ms
 
 from FBCache_ms import CacheConfig, FluxPipeline, apply_cache_on_pipe
 from FBCache_ms.eval.shared.metrics import psnr
-from FBCache_ms.pipelines.cached_transformer import attention_inputs, graph_mode
+from FBCache_ms.models.transformer_flux_withFBCache import attention_inputs
+from FBCache_ms.runtime.device import graph_mode
 
 TEXT, IMAGE, EMBEDDING = 32, 64, 16
 RNG = np.random.default_rng(0)
