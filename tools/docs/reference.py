@@ -14,7 +14,7 @@ from FBCache_ms.eval.shared.arguments import GROUPS
 from FBCache_ms.eval.shared.tables import markdown
 from FBCache_ms.rules.options import value_text
 
-DOCS = Path(__file__).parents[2] / "docs"
+ROOT = Path(__file__).parents[2]
 COLUMNS = "100"
 """Of a program's help."""
 
@@ -57,7 +57,7 @@ def help_of(program):
     command = [sys.executable, "-m", "FBCache_ms", program, "--help"]
     environment = {**os.environ, "COLUMNS": COLUMNS}
     text = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-    return text.replace("python -m FBCache_ms", "fbcache")
+    return text.replace("python -m FBCache_ms", "fbcache").replace(f"{ROOT}/", "")
 
 
 def options_page():
@@ -72,7 +72,7 @@ def options_page():
 def main():
     """Writes them."""
     for name, page in {"fields.md": fields_page, "options.md": options_page}.items():
-        (DOCS / name).write_text(page(), encoding="utf-8")
+        (ROOT / "docs" / name).write_text(page(), encoding="utf-8")
 
 
 if __name__ == "__main__":
