@@ -289,7 +289,7 @@ def test_other_sources_are_another_graph(tmp_path):
     assert files_checksum([file]) != before
     assert json.loads(key_of())["FBCache_ms"] == sources_checksum()
     package = Path(FBCache_ms.__file__).parent
-    names_only = "__init__.py", "utils.py", "memory.py", "pipeline_flux.py"
+    names_only = "__init__.py", "__main__.py", "utils.py", "memory.py", "pipeline_flux.py"
     assert sources_checksum() == files_checksum(
         file
         for pattern in ("*.py", "*.cc")
