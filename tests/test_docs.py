@@ -41,5 +41,5 @@ def test_a_command_on_a_page_has_options_that_its_program_has():
 def test_the_readme_is_two_screens_and_its_links_lead_somewhere():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert text.count("\n") <= 150
-    files = {link.partition("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link}
+    files = {link.partition("#")[0] or "README.md" for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link}
     assert len(files) > 10 and [file for file in files if not (ROOT / file).is_file()] == []
