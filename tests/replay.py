@@ -1,5 +1,7 @@
 """A model whose every block adds what it is told to, so that the cache can be driven with any probes."""
 
+import os
+
 import numpy as np
 
 import mindspore as ms
@@ -100,8 +102,8 @@ def replay(config, streams, sigmas=None, cut=0, progress=None):
     """What the graph makes of these streams: the outputs (N, B, S, D) and the CacheStats; in two pieces at ``cut``."""
     steps = streams.steps
     sigmas = np.linspace(1, 0, steps, endpoint=False) if sigmas is None else sigmas
-    # A program that ran in this process may have made MindSpore deterministic, for which it compiles anew.
-    key = config.structure, ms.get_context("deterministic")
+    # What other files' tests do to a process, MindSpore may compile a loop anew for; and determinism, in any case.
+    key = config.structure, ms.get_context("deterministic"), os.environ["PYTEST_CURRENT_TEST"].partition("::")[0]
     if key not in _LOOPS:
         shape = (BATCH, TOKENS, WIDTH)
         cache = CacheContext(*shape, config=config, text_len=TEXT, steps=steps, sigmas=sigmas, channels=WIDTH)
