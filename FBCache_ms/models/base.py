@@ -17,7 +17,7 @@ block gets beside them. A dictionary, since a graph in STRICT syntax makes no na
 
 
 class Model:
-    """A transformer as the cache sees it.
+    """A transformer as the cache sees it; what raises NotImplementedError here, a family has to have.
 
     Args:
         transformer: mindone's.
