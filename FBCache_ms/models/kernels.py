@@ -10,5 +10,5 @@ def divided_double(cell, image, text, temb, rotary, attention_kwargs):
 
 
 def behind_double(norm, feed_forward, stream, attended, gate, shift, scale, mlp_gate):
-    """transformer_flux_withFBCache.behind_double."""
+    """blocks.behind_double."""
     return None

@@ -24,11 +24,13 @@ from ..cache.step import cached_call
 from ..runtime.device import graph_mode
 from . import flux_costs, kernels
 from .base import Model
+from .blocks import behind_double, controlnet_index, finite, input_or_none
 from .mindones import AtParsing, is_mindones, replaced
 
 logger = logging.get_logger(__name__)
 
 KIND, COSTS, CONSTANTS = FluxTransformer2DModel, flux_costs, ("controlnet_blocks_repeat",)
+BY_BRANCH = ("encoder_hidden_states", "pooled_projections", "joint_attention_kwargs")
 
 
 @ms.jit_class
@@ -171,11 +173,6 @@ class FluxModel(Model):
         return (text, text) + 4 * (temb,) if index < self.stacks[0] else (text, text, text, temb)
 
 
-def input_or_none(inputs, name):
-    """An input by its name, None where it is not given."""
-    return inputs[name] if name in inputs else None
-
-
 def attention_arguments(transformer, attention_kwargs):
     """joint_attention_kwargs as attention takes them, an IP adapter's image embeddings projected.
 
@@ -186,13 +183,6 @@ def attention_arguments(transformer, attention_kwargs):
     if attention_kwargs is not None and "ip_adapter_image_embeds" in attention_kwargs:
         return {"ip_hidden_states": transformer.encoder_hid_proj(attention_kwargs["ip_adapter_image_embeds"])}
     return attention_kwargs
-
-
-def controlnet_index(index, blocks, samples, in_turn):
-    """Which of a ControlNet's residuals block number ``index`` gets: spread over the blocks, or in turn."""
-    if in_turn:
-        return index % samples
-    return index // ((blocks + samples - 1) // samples)
 
 
 def is_divisible_double(cell):
@@ -254,30 +244,10 @@ def text_behind_double(cell, unfinished):
     return finite(behind_double(cell.norm2_context, cell.ff_context, *unfinished))
 
 
-def behind_double(norm, feed_forward, stream, attended, gate, shift, scale, mlp_gate):
-    """A double block's stream behind attention, by a device's kernel where there is one that does it."""
-    by_kernel = kernels.behind_double(norm, feed_forward, stream, attended, gate, shift, scale, mlp_gate)
-    if by_kernel is not None:
-        return by_kernel
-    return behind_double_equations(norm, feed_forward, stream, attended, gate, shift, scale, mlp_gate)
-
-
-def behind_double_equations(norm, feed_forward, stream, attended, gate, shift, scale, mlp_gate):
-    """A double block's stream: y = x + gate a, then y + mlp_gate ff((1 + scale) norm(y) + shift)."""
-    stream = stream + gate.unsqueeze(1) * attended
-    modulated = norm(stream) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
-    return stream + mlp_gate.unsqueeze(1) * feed_forward(modulated)
-
-
 def behind_single(cell, stream, normed, attended, gate):
     """A single block's stream: x + gate W (a, mlp(norm(x)))."""
     mlp = cell.act_mlp(cell.proj_mlp(normed))
     return finite(stream + gate.unsqueeze(1) * cell.proj_out(mint.cat((attended, mlp), dim=2)))
-
-
-def finite(stream):
-    """A stream of float16 within what that can hold."""
-    return stream.clip(-65504, 65504) if stream.dtype == ms.float16 else stream
 
 
 ATTENTION_INPUTS = ("attention_mask", "ip_hidden_states", "ip_adapter_masks")
@@ -348,7 +318,7 @@ def why_not_probed(transformer, probe):
 
 
 class FluxDenoiseLoop(DenoiseLoop):
-    """The whole denoise loop of Flux, or a piece of it, in one call.
+    """The whole denoise loop of Flux, or a piece of it, in one call; DenoiseLoop, with the inputs one by one.
 
     Args:
         transformer: mindone's FluxTransformer2DModel.

@@ -11,7 +11,7 @@ import mindspore as ms
 from mindspore import mint, nn, ops
 
 from FBCache_ms import CacheConfig, CacheContext
-from FBCache_ms.models import transformer_flux_withFBCache
+from FBCache_ms.models import blocks, transformer_flux_withFBCache
 from FBCache_ms.pipelines.cached_transformer import CachedStep
 from FBCache_ms.rules.arithmetic import finite_differences, relative_difference, weighted_sum
 from FBCache_ms.runtime import cpu
@@ -396,7 +396,7 @@ class Divided(nn.Cell):
         image, unfinished = transformer_flux_withFBCache.divided_double(
             self.block, image, text, temb, (cosine, sine), {}
         )
-        text = transformer_flux_withFBCache.behind_double(self.block.norm2_context, self.block.ff_context, *unfinished)
+        text = blocks.behind_double(self.block.norm2_context, self.block.ff_context, *unfinished)
         return ops.concat((text, image), 1)
 
 
@@ -461,7 +461,7 @@ class WrittenOut(nn.Cell):
 
 def double_equations(block, image, text, temb, rotary):
     image, unfinished = transformer_flux_withFBCache.double_equations(block, image, text, temb, rotary, {})
-    text = transformer_flux_withFBCache.behind_double_equations(block.norm2_context, block.ff_context, *unfinished)
+    text = blocks.behind_double_equations(block.norm2_context, block.ff_context, *unfinished)
     return ops.concat((text, image), 1)
 
 

@@ -8,8 +8,9 @@ import mindspore as ms
 from mindspore import ops
 
 from ...models import kernels as model_kernels
+from ...models.blocks import behind_double
 from ...models.mindones import by_known_author, is_mindones
-from ...models.transformer_flux_withFBCache import behind_double, behind_single, divided_double
+from ...models.transformer_flux_withFBCache import behind_single, divided_double
 from . import kernels
 from .stand_ins import (
     Weights,
@@ -185,7 +186,7 @@ def fused_divided_double(cell, image, text, temb, rotary, attention_kwargs):
 
 
 def fused_behind_double(norm, feed_forward, stream, attended, gate, shift, scale, mlp_gate):
-    """transformer_flux_withFBCache.behind_double; None for what the kernel does not do."""
+    """blocks.behind_double; None for what the kernel does not do."""
     whole = (
         getattr(norm, "kernel_weights", None) is not None and getattr(feed_forward, "kernel_weights", None) is not None
     )
