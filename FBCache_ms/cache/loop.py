@@ -11,7 +11,7 @@ from .step import approach, begin, cached_step, compute, part, reached_shapes, r
 
 
 class DenoiseLoop(nn.Cell):
-    """Every step of a generation, or a piece of them, in one call; a family's has a construct that calls denoise.
+    """Every step of a generation, or a piece of them, in one call.
 
     Args:
         model: the Model.
@@ -25,6 +25,12 @@ class DenoiseLoop(nn.Cell):
         # ms.export looks for the graph's Parameters in the Cell that it is given.
         for parameter in cache_context.parameters():
             self.insert_param_to_cell(parameter.name, parameter)
+
+    def construct(self, latents, inputs, true_cfg_scale, timesteps, sigmas, start, stop, limits, coordinates, numbers):
+        """See denoise."""
+        return self.denoise(
+            latents, inputs, true_cfg_scale, timesteps, sigmas, start, stop, limits, coordinates, numbers
+        )
 
     def denoise(self, latents, inputs, true_cfg_scale, timesteps, sigmas, start, stop, limits, coordinates, numbers):
         """The latents after steps start to stop - 1.

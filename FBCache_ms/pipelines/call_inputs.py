@@ -1,6 +1,7 @@
 """What a call of the pipeline is given, checked before anything runs."""
 
 import operator
+from inspect import signature
 from numbers import Real
 
 import numpy as np
@@ -15,6 +16,7 @@ IMAGE_PROMPTS = (
     "negative_ip_adapter_image",
     "negative_ip_adapter_image_embeds",
 )
+PROMPTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
 GENERATORS = np.random.Generator, np.random.RandomState
 
 
@@ -22,7 +24,7 @@ def check_call(pipe, given):
     """Raises ValueError, naming the input, for a call that cannot be drawn.
 
     Args:
-        pipe: the FluxPipeline.
+        pipe: the pipeline, a WholeLoop.
         given: mindone's arguments by name. What is left out is filled in: height, width, the number of steps, and
             ``pictures``, how many are drawn.
     """
@@ -33,7 +35,8 @@ def check_call(pipe, given):
         size = getattr(given, name) or pipe.default_sample_size * pipe.vae_scale_factor
         setattr(given, name, whole(name, size))
     for name in ("guidance_scale", "true_cfg_scale"):
-        finite(name, getattr(given, name))
+        if getattr(given, name, None) is not None:
+            finite(name, getattr(given, name))
     images = 1 if given.num_images_per_prompt is None else given.num_images_per_prompt
     given.num_images_per_prompt = whole("num_images_per_prompt", images, 1)
     if given.max_sequence_length is not None:
@@ -41,25 +44,20 @@ def check_call(pipe, given):
     if given.callback_on_step_end is not None and not callable(given.callback_on_step_end):
         raise ValueError(f"callback_on_step_end must be a function, not {given.callback_on_step_end!r}")
     given.callback_on_step_end_tensor_inputs = list(given.callback_on_step_end_tensor_inputs or ())
-    kwargs = given.joint_attention_kwargs
+    kwargs = getattr(given, pipe.KWARGS)
     if kwargs is not None and not isinstance(kwargs, dict):
-        raise ValueError(f"joint_attention_kwargs must be a dictionary, not {type(kwargs).__name__}")
+        raise ValueError(f"{pipe.KWARGS} must be a dictionary, not {type(kwargs).__name__}")
     if kwargs and kwargs.get("scale") is not None:
-        finite('joint_attention_kwargs["scale"]', kwargs["scale"])
-    pipe.check_inputs(
-        given.prompt,
-        given.prompt_2,
-        given.height,
-        given.width,
-        negative_prompt=given.negative_prompt,
-        negative_prompt_2=given.negative_prompt_2,
-        prompt_embeds=given.prompt_embeds,
-        negative_prompt_embeds=given.negative_prompt_embeds,
-        pooled_prompt_embeds=given.pooled_prompt_embeds,
-        negative_pooled_prompt_embeds=given.negative_pooled_prompt_embeds,
-        callback_on_step_end_tensor_inputs=given.callback_on_step_end_tensor_inputs,
-        max_sequence_length=given.max_sequence_length,
-    )
+        finite(f'{pipe.KWARGS}["scale"]', kwargs["scale"])
+    if isinstance(given.prompt, list) and not given.prompt:
+        raise ValueError("prompt is an empty list; give one prompt or more")
+    unit = pipe.vae_scale_factor * 2
+    for name in ("height", "width"):
+        size = getattr(given, name)
+        if size < 1 or size % unit:
+            raise ValueError(f"{name} must be a positive multiple of {unit}, not {size}")
+    names = list(signature(pipe.MINDONES.check_inputs).parameters)[1:]
+    pipe.check_inputs(**{name: getattr(given, name) for name in names})
     check_prompts(pipe, given)
     check_noise(pipe, given)
 
@@ -73,11 +71,11 @@ def check_parts(pipe, given):
         raise ValueError(f"transformer is in {pipe.transformer.dtype}, which is not supported on CPU; only float32 is")
     if pipe.vae is None and given.output_type != "latent":
         raise ValueError(f"vae is None, so output_type must be 'latent', not {given.output_type!r}")
-    texts = [name for name in ("prompt", "negative_prompt") if getattr(given, name) is not None]
-    for name in ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"):
+    texts = [name for name in ("prompt", "negative_prompt") if getattr(given, name, None) is not None]
+    for name in pipe.READERS:
         if texts and getattr(pipe, name) is None:
             raise ValueError(f"{name} is None, so {texts[0]} cannot be read; give {texts[0]}_embeds")
-    images = [name for name in IMAGE_PROMPTS if getattr(given, name) is not None]
+    images = [name for name in IMAGE_PROMPTS if getattr(given, name, None) is not None]
     if images and getattr(pipe.transformer, "encoder_hid_proj", None) is None:
         raise ValueError(f"{images[0]} is given, but no IP adapter is loaded; see load_ip_adapter")
 
@@ -86,33 +84,27 @@ def check_prompts(pipe, given):
     """Raises ValueError for prompts or embeddings that are not as many as they have to be; counts the pictures."""
     prompts = 1 if isinstance(given.prompt, str) else len(given.prompt or ()) or rows("prompt_embeds", given)
     given.pictures = prompts * given.num_images_per_prompt
-    for name in ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2"):
-        texts = getattr(given, name)
+    for name in PROMPTS:
+        texts = getattr(given, name, None)
         if not isinstance(texts, (str, list, type(None))) or any(not isinstance(text, str) for text in texts or ()):
             raise ValueError(f"{name} must be a text or a list of texts, not {texts!r}")
         if isinstance(texts, list) and len(texts) not in (1, prompts):
             allowed = "one" if prompts == 1 else f"one, or {prompts} as in prompt"
             raise ValueError(f"{name} lists {len(texts)} prompts; give {allowed}")
-    layers = pipe.transformer.config
     for kind in ("", "negative_"):
-        for name, width in {
-            f"{kind}prompt_embeds": (None, layers.get("joint_attention_dim")),
-            f"{kind}pooled_prompt_embeds": (layers.get("pooled_projection_dim"),),
-        }.items():
-            if getattr(given, name) is not None:
-                number = rows(name, given)
+        for name, shape in pipe.embeds_shapes().items():
+            if getattr(given, kind + name, None) is not None:
+                number = rows(kind + name, given)
                 if number not in (1, prompts, given.pictures):
-                    allowed = sorted({1, prompts, given.pictures})
-                    raise ValueError(f"{name} are for {number} prompts; allowed are {' or '.join(map(str, allowed))}")
-                check_shape(name, getattr(given, name), (number, *width))
+                    allowed = " or ".join(map(str, sorted({1, prompts, given.pictures})))
+                    raise ValueError(f"{kind}{name} are for {number} prompts; allowed are {allowed}")
+                check_shape(kind + name, getattr(given, kind + name), (number, *shape))
 
 
 def check_noise(pipe, given):
     """Raises ValueError for latents or generators that are not those of the pictures."""
     if given.latents is not None:
-        unit = pipe.vae_scale_factor * 2
-        tokens = given.height // unit * (given.width // unit)
-        check_shape("latents", given.latents, (given.pictures, tokens, pipe.transformer.config.in_channels // 4 * 4))
+        check_shape("latents", given.latents, pipe.latents_shape(given))
     generators = given.generator if isinstance(given.generator, list) else [given.generator]
     if any(not isinstance(each, (*GENERATORS, type(None))) for each in generators):
         raise ValueError(f"generator must be a numpy.random.Generator, or a list of them, not {given.generator!r}")

@@ -1,88 +1,28 @@
 """FluxPipeline: mindone's, with the denoise loop as one cached graph."""
 
-import sys
-import time
-from contextlib import nullcontext
-from inspect import Parameter, signature
-from pathlib import Path
-from types import SimpleNamespace
+from inspect import signature
 
 import numpy as np
-from mindone.diffusers import DiffusionPipeline
 from mindone.diffusers import FluxPipeline as MindoneFluxPipeline
-from mindone.diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
+from mindone.diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from mindone.diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
-from mindone.diffusers.utils import logging
-from tqdm.auto import tqdm
-from tqdm.notebook import tqdm_notebook
 
 import mindspore as ms
-from mindspore import nn, ops
 
-from ..cache.gates import step_tables
-from ..config import CacheConfig
-from ..models import foreign_transformer
-from ..models.mindones import foreign_scheduler, replaced
-from ..models.transformer_flux_withFBCache import FluxDenoiseLoop, attention_inputs, refuse_stg
-from ..rules.schedules import MAX_STEPS, progress_of, step_actions
-from ..runtime.checkpoint import absent_components, check_checkpoint, check_fit, is_hub_name
-from ..runtime.device import current_device, graph_mode, prepare_device
-from ..runtime.kept_graphs import KeptGraphs, drop_graphs, drop_stale_graphs
-from .cached_transformer import (
-    CachedTransformer,
-    StandIn,
-    adapters_scaled,
-    check_config,
-    check_structure,
-    context_for,
-    costs_of_step,
-    for_steps,
-    graph_input,
-    turn,
-    warn_of_learnt,
-)
-from .call_inputs import check_call, check_shape
-
-logger = logging.get_logger(__name__)
-
-_SIGNATURE = signature(MindoneFluxPipeline.__call__)
-_DEFAULT_TEXT_LENGTH = _SIGNATURE.parameters["max_sequence_length"].default
+from ..models.transformer_flux_withFBCache import attention_inputs, refuse_stg
+from ..runtime.device import prepare_device
+from .whole_loop import DEFAULT, WholeLoop, shift_settings, spread, with_cache_config
 
 _PROMPT = ("prompt", "prompt_2", "prompt_embeds", "pooled_prompt_embeds")
-_SHIFT = {
-    "base_seq_len": "base_image_seq_len",
-    "max_seq_len": "max_image_seq_len",
-    "base_shift": "base_shift",
-    "max_shift": "max_shift",
-}
-"""What mindone's calculate_shift calls the scheduler's settings."""
-
-PIECE_SECONDS = 0.8
-"""So long a watched loop runs before its progress bar moves."""
-
-DEFAULT = object()
-"""Stands for the pipeline's own cache_config, since None means no cache."""
+_TEXT_LENGTH = signature(MindoneFluxPipeline.__call__).parameters["max_sequence_length"].default
 
 
-def check_dtypes(dtypes):
-    """Raises TypeError for what is no dtype, ValueError for one that the device cannot do; a dictionary has several."""
-    for dtype in dtypes.values() if isinstance(dtypes, dict) else [dtypes]:
-        if not isinstance(dtype, (ms.Type, type(None))):
-            raise TypeError(f"mindspore_dtype must be a dtype like mindspore.bfloat16, not {dtype!r}")
-        if dtype not in (None, ms.float32) and ms.get_context("device_target") == "CPU":
-            raise ValueError(f"mindspore_dtype {dtype} is not supported on CPU; only float32 is")
+class FluxPipeline(WholeLoop, MindoneFluxPipeline):
+    """mindone's FluxPipeline with the cache, its denoise loop one compiled graph; WholeLoop says what that adds."""
 
-
-class FluxPipeline(MindoneFluxPipeline):
-    """mindone's FluxPipeline with First-Block Cache and TaylorSeer, its denoise loop one compiled graph.
-
-    ``cache_config`` is the CacheConfig of calls that bring none of their own, or None for no cache; with
-    ``use_graph_mode``, calls compile, whatever mode the process is in, and without it they run operator by operator.
-    ``device`` is the Device that says how they compile; ``graph_compilations`` counts the denoise graphs that have been
-    compiled so far, ``graphs_from_cache`` those of them that came from the compile cache. After a call, ``cache_stats``
-    is its CacheStats and ``seconds`` its times: "encode" (the prompts), "compile" (the loop), "denoise", "per_step",
-    "decode" and "total"; encode and decode have their models' compilation in them, the first time.
-    """
+    MINDONES, OUTPUT, KWARGS, COMPILES_PARTS = MindoneFluxPipeline, FluxPipelineOutput, "joint_attention_kwargs", True
+    ENCODERS = ("text_encoder", "text_encoder_2")
+    READERS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 
     def __init__(
         self,
@@ -110,124 +50,7 @@ class FluxPipeline(MindoneFluxPipeline):
         )
         if vae is not None:
             self.default_sample_size = vae.config.sample_size // self.vae_scale_factor
-        self.cache_config = CacheConfig()
-        self.use_graph_mode = True
-        self.device = current_device()
-        self.graph_compilations = self.graphs_from_cache = 0
-        self.cache_stats = None
-        self.seconds = {}
-        self._loops = KeptGraphs()
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path,
-        *,
-        cache_config=DEFAULT,
-        use_graph_mode=True,
-        device=None,
-        mindspore_dtype=None,
-        **kwargs,
-    ):
-        """Loads a pipeline as mindone's from_pretrained does, with the three settings that the class names.
-
-        A text is a folder's path, unless it is a hub's owner/model and there is no folder of either name. A component
-        that is handed over, or is None, needs no files. A device, as choose_device returns it, also says the dtype,
-        unless there is a mindspore_dtype.
-
-        Raises:
-            OSError: the folder or a file of it is missing or damaged, or the hub has none or cannot be reached.
-            TypeError: cache_config is neither a CacheConfig nor None.
-            ValueError: a component's weights do not fit its config, or the device cannot do the dtype.
-        """
-        prepare_device()
-        check_config(None if cache_config is DEFAULT else cache_config)
-        if mindspore_dtype is None and device is not None:
-            mindspore_dtype = device.mindspore_dtype
-        check_dtypes(mindspore_dtype)
-        if mindspore_dtype is not None:
-            kwargs["mindspore_dtype"] = mindspore_dtype
-        name, tensors = pretrained_model_name_or_path, {}
-        if not is_hub_name(name):
-            name = str(Path(name).expanduser())
-            tensors = check_checkpoint(name, kwargs, kwargs.get("variant"))
-            # Those that the pipeline was saved without; mindone wants to be told.
-            kwargs = {**dict.fromkeys(absent_components(name)), **kwargs}
-        try:
-            pipe = super().from_pretrained(name, **kwargs)
-        except Exception as error:  # mindone and tokenizers raise whatever they stumble over
-            kind = OSError if isinstance(error, OSError) else ValueError
-            reason = " ".join(str(error).split())
-            if is_hub_name(name):
-                reason = f"there is no such folder, and from a hub: {' '.join(str(error.__cause__ or error).split())}"
-            raise kind(f"checkpoint {name} cannot be loaded: {reason}") from error
-        for component in set(tensors) - set(kwargs):
-            check_fit(component, getattr(pipe, component), tensors[component])
-        return pipe._with_settings(cache_config, use_graph_mode, device)
-
-    @classmethod
-    def from_pipe(cls, pipeline, *, cache_config=DEFAULT, use_graph_mode=None, device=None, **kwargs):
-        """A pipeline with another one's components, shared, as mindone's from_pipe makes it; from any Flux pipeline.
-
-        Its settings are the other one's where that has them, unless they are given here. Other than in mindone's,
-        dtypes stay unless there is a mindspore_dtype: the other pipeline has the same components.
-
-        Raises:
-            TypeError: cache_config is neither a CacheConfig nor None, or an argument is unknown.
-            ValueError: the other pipeline lacks a component, or the device cannot do the dtype.
-        """
-        check_config(None if cache_config is DEFAULT else cache_config)
-        check_dtypes(kwargs.setdefault("mindspore_dtype", None))
-        components = pipeline.components
-        original = {name: part.original for name, part in components.items() if isinstance(part, StandIn)}
-        pipe = super().from_pipe(pipeline, **{**original, **kwargs})
-        if isinstance(pipeline, FluxPipeline):
-            pipe._with_settings(pipeline.cache_config, pipeline.use_graph_mode, pipeline.device)
-        elif isinstance(components["transformer"], CachedTransformer):
-            pipe.cache_config = components["transformer"].cache_settings
-        return pipe._with_settings(cache_config, use_graph_mode, device)
-
-    @classmethod
-    def _get_signature_types(cls):
-        """The components' types, which mindone reads from its own __init__."""
-        return MindoneFluxPipeline._get_signature_types()
-
-    def _with_settings(self, cache_config=DEFAULT, use_graph_mode=None, device=None):
-        if cache_config is not DEFAULT:
-            self.cache_config = cache_config
-        if use_graph_mode is not None:
-            self.use_graph_mode = use_graph_mode
-        if device is not None:
-            self.device = device
-        return self
-
-    def to(self, dtype):
-        """mindone's: another dtype for every part, with graphs that are compiled anew."""
-        self._loops.clear()
-        for part in self.components.values():
-            if isinstance(part, nn.Cell):
-                drop_graphs(part)
-        return super().to(dtype)
-
-    @property
-    def cache_context(self):
-        """The last call's CacheContext, within a call its own; None before the first call."""
-        return self._loops.last.cache if self._loops else None
-
-    @property
-    def cache_bytes(self):
-        """Bytes that the last call's CacheContext takes, 0 before the first call."""
-        return self.cache_context.nbytes if self._loops else 0
-
-    def check_inputs(self, prompt, prompt_2, height, width, *args, **kwargs):
-        """mindone's checks, and: ValueError for an empty prompt list and for sizes that it would round."""
-        if isinstance(prompt, list) and not prompt:
-            raise ValueError("prompt is an empty list; give one prompt or more")
-        unit = self.vae_scale_factor * 2
-        for name, size in {"height": height, "width": width}.items():
-            if size < 1 or size % unit:
-                raise ValueError(f"{name} must be a positive multiple of {unit}, not {size}")
-        super().check_inputs(prompt, prompt_2, height, width, *args, **kwargs)
+        self._set_up()
 
     def __call__(self, *args, cache_config=DEFAULT, **kwargs):
         """Draws; takes and returns what mindone's __call__ does, and for this call alone a cache_config.
@@ -239,106 +62,73 @@ class FluxPipeline(MindoneFluxPipeline):
             TypeError: cache_config is neither a CacheConfig nor None.
             ValueError: an input is not what it has to be, or does not fit another; the message names it.
         """
-        call = _SIGNATURE.bind(self, *args, **kwargs)
-        call.apply_defaults()
-        given = SimpleNamespace(**call.arguments)
-        config = self.cache_config if cache_config is DEFAULT else cache_config
-        check_config(config)
-        with turn(self):
-            begin = time.perf_counter()
-            result = self._draw(given, config)
-            self.seconds["total"] = time.perf_counter() - begin
-        return result
+        return self._call(args, kwargs, cache_config)
 
-    __call__.__signature__ = _SIGNATURE.replace(
-        parameters=[
-            *_SIGNATURE.parameters.values(),
-            Parameter("cache_config", Parameter.KEYWORD_ONLY, default=DEFAULT),
-        ]
-    )
+    __call__.__signature__ = with_cache_config(MindoneFluxPipeline)
 
     def _draw(self, given, config):
-        """Checks a call and draws it, cached where that can be."""
-        if given.max_sequence_length == _DEFAULT_TEXT_LENGTH and self.tokenizer_2 is not None:
-            given.max_sequence_length = min(_DEFAULT_TEXT_LENGTH, self.tokenizer_2.model_max_length)
-        check_call(self, given)
-        reason = self.why_not_cached()
-        if config is None:
-            # The pipeline's own order, so that switching the cache off compiles nothing.
-            config = (self.cache_config or CacheConfig()).switched_off()
-        elif reason is None:
-            refuse_stg(given.joint_attention_kwargs)
-            check_structure(config, self.transformer)
-            step_actions(config, given.num_inference_steps, ())
-            warn_of_learnt(config, self.transformer)
-            config = for_steps(config, given.num_inference_steps)
-        # The scale of adapters is set here and not in mindone's methods, so that it is taken back whatever happens.
-        kwargs = dict(given.joint_attention_kwargs or {})
-        scale, given.joint_attention_kwargs = kwargs.pop("scale", None), kwargs
-        adapted = self.transformer, self.text_encoder, self.text_encoder_2
-        with graph_mode(self.use_graph_mode), adapters_scaled(scale, *adapted):
-            drop_stale_graphs(self.vae)
-            drop_stale_graphs(self.image_encoder)
-            if reason is None:
-                return self._draw_cached(given, config)
-            logger.warning(f"{reason}: this call runs without the cache, step by step")
-            drop_stale_graphs(self.transformer)
-            self.cache_stats, self.seconds = None, {}
-            return super().__call__(**{name: getattr(given, name) for name in _SIGNATURE.parameters if name != "self"})
+        if given.max_sequence_length == _TEXT_LENGTH and self.tokenizer_2 is not None:
+            given.max_sequence_length = min(_TEXT_LENGTH, self.tokenizer_2.model_max_length)
+        return super()._draw(given, config)
 
-    def _draw_cached(self, given, config):
-        """What mindone's __call__ does, by mindone's own parts, but for the denoise loop, which is one graph."""
-        begin = time.perf_counter()
+    def embeds_shapes(self):
+        """See WholeLoop."""
+        layers = self.transformer.config
+        return {
+            "prompt_embeds": (None, layers.get("joint_attention_dim")),
+            "pooled_prompt_embeds": (layers.get("pooled_projection_dim"),),
+        }
+
+    def latents_shape(self, given):
+        """See WholeLoop."""
+        unit = self.vae_scale_factor * 2
+        tokens = given.height // unit * (given.width // unit)
+        return given.pictures, tokens, self.transformer.config.in_channels // 4 * 4
+
+    def check_kwargs(self, kwargs):
+        """See WholeLoop."""
+        refuse_stg(kwargs)
+
+    def begin(self, given):
+        """See WholeLoop."""
         self._guidance_scale, self._joint_attention_kwargs = given.guidance_scale, given.joint_attention_kwargs
-        self._current_timestep, self._interrupt = None, False
-        prompts = [self._encode(given, "")]
-        if given.true_cfg_scale > 1 and has_negative_prompt(given):
-            prompts.append(self._encode(given, "negative_"))
-        layers, embeds = self.transformer.config, prompts[0][0]
-        size = given.pictures, layers.in_channels // 4, given.height, given.width
-        latents, image_ids = self.prepare_latents(*size, embeds.dtype, given.generator, given.latents)
-        progress = self._set_timesteps(given, latents.shape[1])
-        scales = np.full(given.pictures, given.guidance_scale)
-        inputs = LoopInputs(
-            prompts,
-            image_ids,
-            guidance=ms.Tensor(scales, ms.float32) if layers.guidance_embeds else None,
-            true_cfg_scale=given.true_cfg_scale,
-            scheduler=self.scheduler,
-            numbers=step_tables(config, self._num_timesteps, self.scheduler.sigmas.asnumpy(), progress),
-            attention=self._attention_inputs(given, len(prompts)),
-        )
-        encoded = time.perf_counter()
-        latents = self._denoise(given, config, latents, inputs)
-        denoised = time.perf_counter()
-        self._current_timestep = None
-        picture = self._decode(given, latents)
-        self.seconds.update(encode=encoded - begin, decode=time.perf_counter() - denoised)
-        return FluxPipelineOutput(images=picture) if given.return_dict else (picture,)
 
-    def _encode(self, given, kind):
-        """Embeddings (B, T, E), pooled ones (B, P) and ids of the prompts, or of the "negative_" ones."""
+    def encode(self, given, kind):
+        """See WholeLoop; an IP adapter's images are part of the prompts."""
         embeds, pooled, text_ids = self.encode_prompt(
             **{part: getattr(given, kind + part) for part in _PROMPT},
             num_images_per_prompt=given.num_images_per_prompt,
             max_sequence_length=given.max_sequence_length,
         )
-        return spread(embeds, given.pictures), spread(pooled, given.pictures), text_ids
+        return {
+            "encoder_hidden_states": spread(embeds, given.pictures),
+            "pooled_projections": spread(pooled, given.pictures),
+            "txt_ids": text_ids,
+            "joint_attention_kwargs": self._attention_inputs(given, kind),
+        }
 
-    def encode_prompt(self, *args, lora_scale=None, **kwargs):
-        """mindone's, with graphs that are true to the encoders' layers and adapters, and that the device keeps."""
-        encoders = {name: getattr(self, name) for name in ("text_encoder", "text_encoder_2")}
-        kept = dict(encoders)
-        if self.use_graph_mode and self.device.compile_cache is not None:
-            kept = {name: each and KeptEncoder(each, device=self.device) for name, each in encoders.items()}
-        with adapters_scaled(lora_scale, *encoders.values()):
-            for encoder in encoders.values():
-                drop_stale_graphs(encoder)
-            self.__dict__.update(kept)
-            try:
-                return super().encode_prompt(*args, **kwargs)
-            finally:
-                self.__dict__.update(encoders)
+    def _attention_inputs(self, given, kind):
+        """What attention gets beside the streams; of the images that are not given, black ones take the places."""
+        inputs = dict(given.joint_attention_kwargs)
+        images = {
+            each: (getattr(given, f"{each}ip_adapter_image"), getattr(given, f"{each}ip_adapter_image_embeds"))
+            for each in ("", "negative_")
+        }
+        if any(image is not None for pair in images.values() for image in pair):
+            image, embeds = images[kind]
+            if image is None and embeds is None:
+                black = np.zeros((given.width, given.height, 3), np.uint8)
+                image = [black] * self.transformer.encoder_hid_proj.num_ip_adapters
+            inputs["ip_adapter_image_embeds"] = self.prepare_ip_adapter_image_embeds(image, embeds, given.pictures)
+        return attention_inputs(self.transformer, inputs)
+
+    def noise(self, given, dtype):
+        """See WholeLoop."""
+        layers = self.transformer.config
+        size = given.pictures, layers.in_channels // 4, given.height, given.width
+        latents, image_ids = self.prepare_latents(*size, dtype, given.generator, given.latents)
+        scales = ms.Tensor(np.full(given.pictures, given.guidance_scale), ms.float32)
+        return latents, {"img_ids": image_ids, "guidance": scales if layers.guidance_embeds else None}
 
     @staticmethod
     def _prepare_latent_image_ids(batch_size, height, width, dtype):
@@ -346,102 +136,12 @@ class FluxPipeline(MindoneFluxPipeline):
         which takes MindSpore ten milliseconds."""
         return ms.Tensor(np.indices((1, height, width)).reshape(3, -1).T, dtype)
 
-    def _set_timesteps(self, given, tokens):
-        """Sets the scheduler as mindone does; returns the progress that schedules.step_actions takes."""
-        scheduler, settings, steps = self.scheduler, self.scheduler.config, given.num_inference_steps
-        sigmas = np.linspace(1, 1 / steps, steps) if given.sigmas is None else given.sigmas
-        if settings.get("use_flow_sigmas"):
-            sigmas = None
-        shift = {name: settings[key] for name, key in _SHIFT.items() if key in settings}
-        retrieve_timesteps(scheduler, steps, sigmas=sigmas, mu=calculate_shift(tokens, **shift))
-        scheduler.set_begin_index(0)
-        self._num_timesteps = len(scheduler.timesteps)
-        return progress_of(sigmas, steps)
+    def shift(self, given, tokens):
+        """See WholeLoop."""
+        return calculate_shift(tokens, **shift_settings(self.scheduler))
 
-    def _attention_inputs(self, given, branches):
-        """What attention gets beside the streams, stacked by branch; image prompts have negative ones."""
-        images = [
-            (given.ip_adapter_image, given.ip_adapter_image_embeds),
-            (given.negative_ip_adapter_image, given.negative_ip_adapter_image_embeds),
-        ]
-        inputs = [dict(given.joint_attention_kwargs) for _ in range(branches)]
-        if any(image is not None for pair in images for image in pair):
-            # As in mindone, black pictures take the place of the images that are not given.
-            black = [
-                np.zeros((given.width, given.height, 3), np.uint8)
-            ] * self.transformer.encoder_hid_proj.num_ip_adapters
-            for each, (image, embeds) in zip(inputs, images):
-                image = black if image is None and embeds is None else image
-                each["ip_adapter_image_embeds"] = self.prepare_ip_adapter_image_embeds(image, embeds, given.pictures)
-        inputs = [attention_inputs(self.transformer, each) for each in inputs]
-        return inputs[0] and {name: by_branch([each[name] for each in inputs]) for name in inputs[0]}
-
-    def _denoise(self, given, config, latents, inputs):
-        """The latents after all steps; sets ``cache_stats``, and in ``seconds`` what compiling and denoising took.
-
-        The loop runs in one piece. Where a person watches it runs in pieces of about PIECE_SECONDS, and step by step
-        for a callback: the same graph, and the same bits.
-        """
-        callback, steps = given.callback_on_step_end, self._num_timesteps
-        timesteps, scheduler = self.scheduler.timesteps.asnumpy(), self.scheduler
-        begin = time.perf_counter()
-        loop = self._loop_for(config, latents, inputs)
-        compiled = time.perf_counter()
-        watched, step = callback is not None or is_watched(self), 0
-        with self.progress_bar(total=steps) if watched else nullcontext() as bar:
-            while step < steps and not self.interrupt:
-                self._current_timestep = ms.Tensor(timesteps[step])
-                left = steps - step
-                piece = 1 if callback else loop.piece_of(left, PIECE_SECONDS) if watched else left
-                stop = step + piece
-                latents = loop.run(inputs, latents, step, stop, wait=callback is None)
-                # What scheduler.step would have counted.
-                scheduler._step_index = stop
-                if callback is not None:
-                    loop, latents = self._call_back(given, config, step, loop, latents, inputs)
-                if watched:
-                    for _ in range(step, stop):
-                        bar.update()
-                step = stop
-        latents.asnumpy()
-        self._loops.settle()
-        done = time.perf_counter()
-        tokens = latents.shape[1], inputs.text_len
-        self.cache_stats = loop.cache.stats(costs_of_step(self.transformer, latents.shape[0], *tokens))
-        ran = max(len(self.cache_stats.reused), 1)
-        self.seconds = {"compile": compiled - begin, "denoise": done - compiled, "per_step": (done - compiled) / ran}
-        return latents
-
-    def _call_back(self, given, config, step, loop, latents, inputs):
-        """Hands a finished step to callback_on_step_end; returns the loop and the latents that the next one takes.
-
-        Raises ValueError, naming it, for what the callback has put in place of something that the loop needs.
-        """
-        tensors, scheduler = {"latents": latents, "prompt_embeds": inputs.embeds}, self.scheduler
-        chosen = {name: tensors[name] for name in given.callback_on_step_end_tensor_inputs}
-        returned = given.callback_on_step_end(self, step, self._current_timestep, chosen)
-        if not isinstance(returned, dict):
-            raise ValueError(f"callback_on_step_end must return a dictionary, not {type(returned).__name__}")
-        for name, before in tensors.items():
-            after = returned.get(name, before)
-            check_shape(f"callback_on_step_end's {name}", after, before.shape)
-            tensors[name] = after.to(before.dtype)
-        reason = self.why_not_cached()
-        if reason or self.scheduler is not scheduler:
-            raise ValueError(f"callback_on_step_end changed the pipeline: {reason or 'it has another scheduler'}")
-        inputs.embeds = tensors["prompt_embeds"]
-        inputs.follow(scheduler)
-        # Adapters or weights may be others now, and a compiled graph would not see that.
-        self._loops.settle()
-        other = self._loop_for(config, latents, inputs)
-        if other is not loop:
-            other.cache.go_on(loop.cache.trace())
-        return other, tensors["latents"]
-
-    def _decode(self, given, latents):
-        """What the latents (B, S, C) show, as output_type says."""
-        if given.output_type == "latent":
-            return latents
+    def picture(self, given, latents):
+        """See WholeLoop."""
         latents = self._unpack_latents(latents, given.height, given.width, self.vae_scale_factor)
         scaling = self.vae.config
         latents = latents / scaling.scaling_factor + scaling.shift_factor
@@ -450,127 +150,3 @@ class FluxPipeline(MindoneFluxPipeline):
             self.device.compile(self.vae.decoder, (latents,), self.vae)
         picture = self.vae.decode(latents, return_dict=False)[0]
         return self.image_processor.postprocess(picture, output_type=given.output_type)
-
-    def why_not_cached(self):
-        """What keeps calls from the cached loop, in words; None if nothing does."""
-        return foreign_scheduler(self.scheduler) or foreign_transformer(self.transformer)
-
-    def _loop_for(self, config, latents, inputs):
-        """The denoise loop for these latents, inputs and structure, compiled."""
-        transformer, branches, steps = self.transformer, inputs.branches, self._num_timesteps
-
-        def make():
-            sigmas = self.scheduler.sigmas.asnumpy()
-            context = context_for(transformer, config, latents, inputs.text_len, branches, steps, sigmas)
-            loop = FluxDenoiseLoop(transformer, context)
-            self.device.prepare(loop, transformer)
-            return loop
-
-        key = (*latents.shape[:2], inputs.text_len, branches, latents.dtype, config.structure)
-        loop = self._loops.get(transformer, key, make)
-        if self.use_graph_mode:
-            compiled_before = len(loop.compile_cache)
-            arguments = inputs(latents, 0, steps)
-            self.graphs_from_cache += self.device.compile(loop, arguments, transformer, config.structure)
-            if len(loop.compile_cache) > compiled_before:
-                self.graph_compilations += 1
-                # A graph's first launch allocates its memory: that belongs to the compilation, not to the first image.
-                loop.run(inputs, latents, 0, 1)
-                self._loops.settle()
-        return loop
-
-
-class LoopInputs:
-    """What a generation's denoise loop is called with, but for the latents and the steps.
-
-    Args:
-        prompts: embeddings (B, T, E), pooled ones (B, P) and text ids (T, 3), for each guidance branch.
-        image_ids: (S, 3).
-        guidance: (B,), or None for a model without guidance embedding.
-        true_cfg_scale: a number.
-        scheduler: whose noise levels the loop takes.
-        numbers: what gates.step_tables makes of the CacheConfig.
-        attention: what attention gets beside the streams, stacked by branch, or None.
-
-    Raises ValueError if the branches' embeddings are not of one shape.
-    """
-
-    def __init__(self, prompts, image_ids, guidance, true_cfg_scale, scheduler, numbers, attention):
-        self.embeds, *self.others = [embeds for embeds, _, _ in prompts]
-        for other in self.others:
-            if other.shape != self.embeds.shape:
-                raise ValueError(
-                    f"negative_prompt's embeddings are {other.shape}, the prompt's {self.embeds.shape}; they have to "
-                    "be of one shape"
-                )
-        self.branches, self.text_len = len(prompts), self.embeds.shape[1]
-        pooled = ops.stack([pooled for _, pooled, _ in prompts])
-        timesteps, scale = padded(scheduler.timesteps.asnumpy(), MAX_STEPS), ms.Tensor(true_cfg_scale, ms.float32)
-        self._constants = [
-            graph_input(value) for value in (pooled, prompts[0][2], image_ids, guidance, scale, timesteps)
-        ]
-        self._numbers = tuple(map(ms.Tensor, numbers)) + (graph_input(attention),)
-        self.follow(scheduler)
-
-    @property
-    def embeds(self):
-        """The positive prompt's embeddings (B, T, E), which a callback may replace."""
-        return self._embeds
-
-    @embeds.setter
-    def embeds(self, embeds):
-        self._embeds, self._stacked = embeds, None
-
-    def follow(self, scheduler):
-        """Takes over the scheduler's noise levels as they are now."""
-        self._sigmas = padded(scheduler.sigmas.asnumpy(), MAX_STEPS + 1)
-
-    def __call__(self, latents, start, stop):
-        """The loop's arguments for the steps from start to stop - 1."""
-        if self._stacked is None:
-            self._stacked = graph_input(ops.stack([self._embeds, *self.others]))
-        bounds = ms.Tensor(start, ms.int32), ms.Tensor(stop, ms.int32)
-        return (graph_input(latents), self._stacked, *self._constants, self._sigmas, *bounds, *self._numbers)
-
-
-class KeptEncoder(StandIn):
-    """A text encoder whose graph the compile cache keeps."""
-
-    def __call__(self, *args, **kwargs):
-        encoder = self.original
-        call = signature(encoder.construct).bind(*args, **kwargs)
-        # A call that names its inputs would be another graph than the one that is compiled.
-        call.apply_defaults()
-        self.device.compile(encoder, call.args, encoder)
-        return encoder(*call.args)
-
-
-def is_watched(pipe):
-    """Whether a person sees the progress bar: one of the user's own, else as set_progress_bar_config says; unless told,
-    where stderr is a terminal or the process a notebook."""
-    if replaced(pipe, DiffusionPipeline, ("progress_bar",)):
-        return True
-    disable = getattr(pipe, "_progress_bar_config", {}).get("disable")
-    return sys.stderr.isatty() or issubclass(tqdm, tqdm_notebook) if disable is None else not disable
-
-
-def has_negative_prompt(given):
-    """Whether a call brings a negative prompt, as text or as embeddings."""
-    embeds = given.negative_prompt_embeds, given.negative_pooled_prompt_embeds
-    return given.negative_prompt is not None or all(each is not None for each in embeds)
-
-
-def spread(tensor, number):
-    """A tensor's rows, each as often as needed for ``number`` of them."""
-    rows = tensor.shape[0]
-    return tensor if rows == number else ops.gather(tensor, ms.Tensor(np.arange(number) * rows // number), 0)
-
-
-def by_branch(values):
-    """Tensors, or tuples of them, one for each branch, stacked on a leading axis."""
-    return ops.stack(values) if isinstance(values[0], ms.Tensor) else tuple(map(ops.stack, zip(*values)))
-
-
-def padded(values, length):
-    """A float32 vector, filled with zeros up to ``length``."""
-    return ms.Tensor(np.pad(values, (0, length - len(values))), ms.float32)

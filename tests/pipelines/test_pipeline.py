@@ -23,7 +23,7 @@ from FBCache_ms import (
 from FBCache_ms.cache.gates import step_tables
 from FBCache_ms.models.transformer_flux_withFBCache import FBCache_transformer_construct
 from FBCache_ms.pipelines.cached_transformer import CachedStep
-from FBCache_ms.pipelines.flux import is_watched
+from FBCache_ms.pipelines.whole_loop import is_watched
 from FBCache_ms.runtime.checkpoint import TINY_FLUX
 
 PROMPT = "a big red circle in the center, blue background"

@@ -16,9 +16,9 @@ import mindspore as ms
 from FBCache_ms import CacheConfig, FluxPipeline, apply_cache_on_pipe, remove_cache_from_pipe
 from FBCache_ms.models import foreign_transformer
 from FBCache_ms.models.mindones import foreign_scheduler
-from FBCache_ms.pipelines import flux as pipeline_flux
+from FBCache_ms.pipelines import whole_loop
 from FBCache_ms.pipelines.cached_transformer import adapters_scaled, turn
-from FBCache_ms.pipelines.flux import is_watched
+from FBCache_ms.pipelines.whole_loop import is_watched
 from FBCache_ms.runtime import kept_graphs
 
 PROMPT, STEPS = "a big red circle in the center, blue background", 4
@@ -258,7 +258,7 @@ def test_a_progress_bar_of_the_users_moves_each_step(pipe, monkeypatch):
 
 def test_a_watched_loop_runs_in_pieces_of_about_equal_time(pipe, monkeypatch):
     pieces = []
-    monkeypatch.setattr(pipeline_flux, "PIECE_SECONDS", 0.5)
+    monkeypatch.setattr(whole_loop, "PIECE_SECONDS", 0.5)
     monkeypatch.setattr(pipe, "progress_bar", lambda total: tqdm(total=total, disable=True), raising=False)
     plain = draw(pipe, num_inference_steps=10)
     loop = pipe._loops.last

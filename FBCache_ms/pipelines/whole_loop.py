@@ -1,0 +1,535 @@
+"""What our pipelines have in common: mindone's, with the denoise loop as one cached graph."""
+
+import sys
+import time
+from contextlib import nullcontext
+from inspect import Parameter, signature
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+from mindone.diffusers import DiffusionPipeline
+from mindone.diffusers.pipelines.flux.pipeline_flux import retrieve_timesteps
+from mindone.diffusers.utils import logging
+from tqdm.auto import tqdm
+from tqdm.notebook import tqdm_notebook
+
+import mindspore as ms
+from mindspore import nn, ops
+
+from ..cache.gates import step_tables
+from ..cache.loop import DenoiseLoop
+from ..config import CacheConfig
+from ..models import family, foreign_transformer
+from ..models.mindones import foreign_scheduler, replaced
+from ..rules.schedules import MAX_STEPS, progress_of, step_actions
+from ..runtime.checkpoint import absent_components, check_checkpoint, check_fit, is_hub_name
+from ..runtime.device import current_device, graph_mode, prepare_device
+from ..runtime.kept_graphs import KeptGraphs, drop_graphs, drop_stale_graphs
+from .cached_transformer import (
+    CachedTransformer,
+    StandIn,
+    adapters_scaled,
+    check_config,
+    check_structure,
+    context_for,
+    costs_of_step,
+    for_steps,
+    graph_input,
+    turn,
+    warn_of_learnt,
+)
+from .call_inputs import check_call, check_shape
+
+logger = logging.get_logger(__name__)
+
+PIECE_SECONDS = 0.8
+"""So long a watched loop runs before its progress bar moves."""
+
+DEFAULT = object()
+"""Stands for the pipeline's own cache_config, since None means no cache."""
+
+
+def check_dtypes(dtypes):
+    """Raises TypeError for what is no dtype, ValueError for one that the device cannot do; a dictionary has several."""
+    for dtype in dtypes.values() if isinstance(dtypes, dict) else [dtypes]:
+        if not isinstance(dtype, (ms.Type, type(None))):
+            raise TypeError(f"mindspore_dtype must be a dtype like mindspore.bfloat16, not {dtype!r}")
+        if dtype not in (None, ms.float32) and ms.get_context("device_target") == "CPU":
+            raise ValueError(f"mindspore_dtype {dtype} is not supported on CPU; only float32 is")
+
+
+class WholeLoop:
+    """A pipeline with First-Block Cache and TaylorSeer, its denoise loop one compiled graph.
+
+    ``cache_config`` is the CacheConfig of calls that bring none of their own, or None for no cache; with
+    ``use_graph_mode``, calls compile, whatever mode the process is in, and without it they run operator by operator.
+    ``device`` is the Device that says how they compile; ``graph_compilations`` counts the denoise graphs that have been
+    compiled so far, ``graphs_from_cache`` those of them that came from the compile cache. After a call, ``cache_stats``
+    is its CacheStats and ``seconds`` its times: "encode" (the prompts), "compile" (the loop), "denoise", "per_step",
+    "decode" and "total"; encode and decode have their models' compilation in them, the first time.
+
+    A family's pipeline is a class of this one and of mindone's, which it names as
+
+    - MINDONES, OUTPUT: mindone's pipeline, and what that returns;
+    - ENCODERS: its components that may have adapters beside the transformer; READERS: those that read prompts;
+    - KWARGS: the argument that goes on to attention;
+    - COMPILES_PARTS: whether encoders and autoencoder compile, too;
+
+    and it has the methods that raise NotImplementedError here.
+    """
+
+    COMPILES_PARTS = False
+
+    def embeds_shapes(self):
+        """By which arguments, without "negative_", a call may bring embeddings, and their axes behind the prompts'."""
+        raise NotImplementedError
+
+    def check_kwargs(self, kwargs):
+        """Raises ValueError for what goes on to attention and cannot be cached."""
+        raise NotImplementedError
+
+    def latents_shape(self, given):
+        """The shape of the latents that a call may bring."""
+        raise NotImplementedError
+
+    def begin(self, given):
+        """Sets what mindone's properties tell of a call."""
+        raise NotImplementedError
+
+    def encode(self, given, kind):
+        """What the transformer gets of the prompts, or of the "negative_" ones: its construct's arguments by name."""
+        raise NotImplementedError
+
+    def noise(self, given, dtype):
+        """The latents (B, S, C) that a generation begins with, and the transformer's other arguments."""
+        raise NotImplementedError
+
+    def shift(self, given, tokens):
+        """mu of the scheduler's shift."""
+        raise NotImplementedError
+
+    def picture(self, given, latents):
+        """What the latents (B, S, C) show, as output_type says."""
+        raise NotImplementedError
+
+    def _set_up(self):
+        """What __init__ sets beside mindone's."""
+        self.cache_config = CacheConfig()
+        self.use_graph_mode = True
+        self.device = current_device()
+        self.graph_compilations = self.graphs_from_cache = 0
+        self.cache_stats = None
+        self.seconds = {}
+        self._loops = KeptGraphs()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path,
+        *,
+        cache_config=DEFAULT,
+        use_graph_mode=True,
+        device=None,
+        mindspore_dtype=None,
+        **kwargs,
+    ):
+        """Loads a pipeline as mindone's from_pretrained does, with the three settings that the class names.
+
+        A text is a folder's path, unless it is a hub's owner/model and there is no folder of either name. A component
+        that is handed over, or is None, needs no files. A device, as choose_device returns it, also says the dtype,
+        unless there is a mindspore_dtype.
+
+        Raises:
+            OSError: the folder or a file of it is missing or damaged, or the hub has none or cannot be reached.
+            TypeError: cache_config is neither a CacheConfig nor None.
+            ValueError: a component's weights do not fit its config, or the device cannot do the dtype.
+        """
+        prepare_device()
+        check_config(None if cache_config is DEFAULT else cache_config)
+        if mindspore_dtype is None and device is not None:
+            mindspore_dtype = device.mindspore_dtype
+        check_dtypes(mindspore_dtype)
+        if mindspore_dtype is not None:
+            kwargs["mindspore_dtype"] = mindspore_dtype
+        name, tensors = pretrained_model_name_or_path, {}
+        if not is_hub_name(name):
+            name = str(Path(name).expanduser())
+            tensors = check_checkpoint(name, kwargs, kwargs.get("variant"))
+            # Those that the pipeline was saved without; mindone wants to be told.
+            kwargs = {**dict.fromkeys(absent_components(name)), **kwargs}
+        try:
+            pipe = super().from_pretrained(name, **kwargs)
+        except Exception as error:  # mindone and tokenizers raise whatever they stumble over
+            kind = OSError if isinstance(error, OSError) else ValueError
+            reason = " ".join(str(error).split())
+            if is_hub_name(name):
+                reason = f"there is no such folder, and from a hub: {' '.join(str(error.__cause__ or error).split())}"
+            raise kind(f"checkpoint {name} cannot be loaded: {reason}") from error
+        for component in set(tensors) - set(kwargs):
+            check_fit(component, getattr(pipe, component), tensors[component])
+        return pipe._with_settings(cache_config, use_graph_mode, device)
+
+    @classmethod
+    def from_pipe(cls, pipeline, *, cache_config=DEFAULT, use_graph_mode=None, device=None, **kwargs):
+        """A pipeline with another one's components, shared, as mindone's from_pipe makes it; from any of its family.
+
+        Its settings are the other one's where that has them, unless they are given here. Other than in mindone's,
+        dtypes stay unless there is a mindspore_dtype: the other pipeline has the same components.
+
+        Raises:
+            TypeError: cache_config is neither a CacheConfig nor None, or an argument is unknown.
+            ValueError: the other pipeline lacks a component, or the device cannot do the dtype.
+        """
+        check_config(None if cache_config is DEFAULT else cache_config)
+        check_dtypes(kwargs.setdefault("mindspore_dtype", None))
+        components = pipeline.components
+        original = {name: part.original for name, part in components.items() if isinstance(part, StandIn)}
+        pipe = super().from_pipe(pipeline, **{**original, **kwargs})
+        if isinstance(pipeline, WholeLoop):
+            pipe._with_settings(pipeline.cache_config, pipeline.use_graph_mode, pipeline.device)
+        elif isinstance(components["transformer"], CachedTransformer):
+            pipe.cache_config = components["transformer"].cache_settings
+        return pipe._with_settings(cache_config, use_graph_mode, device)
+
+    @classmethod
+    def _get_signature_types(cls):
+        """The components' types, which mindone reads from its own __init__."""
+        return cls.MINDONES._get_signature_types()
+
+    def _with_settings(self, cache_config=DEFAULT, use_graph_mode=None, device=None):
+        if cache_config is not DEFAULT:
+            self.cache_config = cache_config
+        if use_graph_mode is not None:
+            self.use_graph_mode = use_graph_mode
+        if device is not None:
+            self.device = device
+        return self
+
+    def to(self, dtype):
+        """mindone's: another dtype for every part, with graphs that are compiled anew."""
+        self._loops.clear()
+        for part in self.components.values():
+            if isinstance(part, nn.Cell):
+                drop_graphs(part)
+        return super().to(dtype)
+
+    @property
+    def cache_context(self):
+        """The last call's CacheContext, within a call its own; None before the first call."""
+        return self._loops.last.cache if self._loops else None
+
+    @property
+    def cache_bytes(self):
+        """Bytes that the last call's CacheContext takes, 0 before the first call."""
+        return self.cache_context.nbytes if self._loops else 0
+
+    def _call(self, args, kwargs, cache_config):
+        """Draws what a call asks for."""
+        call = signature(self.MINDONES.__call__).bind(self, *args, **kwargs)
+        call.apply_defaults()
+        given = SimpleNamespace(**call.arguments)
+        config = self.cache_config if cache_config is DEFAULT else cache_config
+        check_config(config)
+        with turn(self):
+            begin = time.perf_counter()
+            result = self._draw(given, config)
+            self.seconds["total"] = time.perf_counter() - begin
+        return result
+
+    def _draw(self, given, config):
+        """Checks a call and draws it, cached where that can be."""
+        check_call(self, given)
+        reason = self.why_not_cached()
+        # The scale of adapters is set here and not in mindone's methods, so that it is taken back whatever happens.
+        kwargs = dict(getattr(given, self.KWARGS) or {})
+        scale = kwargs.pop("scale", None)
+        setattr(given, self.KWARGS, kwargs)
+        if config is None:
+            # The pipeline's own order, so that switching the cache off compiles nothing.
+            config = (self.cache_config or CacheConfig()).switched_off()
+        elif reason is None:
+            self.check_kwargs(kwargs)
+            check_structure(config, self.transformer)
+            step_actions(config, given.num_inference_steps, ())
+            warn_of_learnt(config, self.transformer)
+            config = for_steps(config, given.num_inference_steps)
+        adapted = self.transformer, *(getattr(self, name) for name in self.ENCODERS)
+        with graph_mode(self.use_graph_mode), adapters_scaled(scale, *adapted):
+            drop_stale_graphs(self.vae)
+            drop_stale_graphs(getattr(self, "image_encoder", None))
+            if reason is None:
+                return self._draw_cached(given, config)
+            logger.warning(f"{reason}: this call runs without the cache, step by step")
+            drop_stale_graphs(self.transformer)
+            self.cache_stats, self.seconds = None, {}
+            names = signature(self.MINDONES.__call__).parameters
+            with self._parts_mode():
+                return super().__call__(**{name: getattr(given, name) for name in names if name != "self"})
+
+    def _parts_mode(self):
+        """The mode that encoders and autoencoder run in."""
+        return graph_mode(self.use_graph_mode and self.COMPILES_PARTS)
+
+    def _draw_cached(self, given, config):
+        """What mindone's __call__ does, by mindone's own parts, but for the denoise loop, which is one graph."""
+        begin = time.perf_counter()
+        self.begin(given)
+        self._current_timestep, self._interrupt = None, False
+        with self._parts_mode():
+            prompts = [self.encode(given, "")]
+            if getattr(given, "true_cfg_scale", 1) > 1 and has_negative_prompt(self, given):
+                prompts.append(self.encode(given, "negative_"))
+            latents, others = self.noise(given, prompts[0]["encoder_hidden_states"].dtype)
+        progress = self._set_timesteps(given, latents.shape[1])
+        inputs = LoopInputs(
+            self.transformer,
+            [{**others, **prompt} for prompt in prompts],
+            true_cfg_scale=getattr(given, "true_cfg_scale", 1),
+            scheduler=self.scheduler,
+            numbers=step_tables(config, self._num_timesteps, self.scheduler.sigmas.asnumpy(), progress),
+        )
+        encoded = time.perf_counter()
+        latents = self._denoise(given, config, latents, inputs)
+        denoised = time.perf_counter()
+        self._current_timestep = None
+        with self._parts_mode():
+            picture = latents if given.output_type == "latent" else self.picture(given, latents)
+        self.seconds.update(encode=encoded - begin, decode=time.perf_counter() - denoised)
+        return self.OUTPUT(images=picture) if given.return_dict else (picture,)
+
+    def encode_prompt(self, *args, lora_scale=None, **kwargs):
+        """mindone's, with graphs that are true to the encoders' layers and adapters, and that the device keeps."""
+        encoders = {name: getattr(self, name) for name in self.ENCODERS}
+        kept = dict(encoders)
+        if self.use_graph_mode and self.COMPILES_PARTS and self.device.compile_cache is not None:
+            kept = {name: each and KeptEncoder(each, device=self.device) for name, each in encoders.items()}
+        with adapters_scaled(lora_scale, *encoders.values()):
+            for encoder in encoders.values():
+                drop_stale_graphs(encoder)
+            self.__dict__.update(kept)
+            try:
+                return super().encode_prompt(*args, **kwargs)
+            finally:
+                self.__dict__.update(encoders)
+
+    def _set_timesteps(self, given, tokens):
+        """Sets the scheduler as mindone does; returns the progress that schedules.step_actions takes."""
+        scheduler, settings, steps = self.scheduler, self.scheduler.config, given.num_inference_steps
+        sigmas = np.linspace(1, 1 / steps, steps) if given.sigmas is None else given.sigmas
+        if settings.get("use_flow_sigmas"):
+            sigmas = None
+        retrieve_timesteps(scheduler, steps, sigmas=sigmas, mu=self.shift(given, tokens))
+        scheduler.set_begin_index(0)
+        self._num_timesteps = len(scheduler.timesteps)
+        return progress_of(sigmas, steps)
+
+    def _denoise(self, given, config, latents, inputs):
+        """The latents after all steps; sets ``cache_stats``, and in ``seconds`` what compiling and denoising took.
+
+        The loop runs in one piece. Where a person watches it runs in pieces of about PIECE_SECONDS, and step by step
+        for a callback: the same graph, and the same bits.
+        """
+        callback, steps = given.callback_on_step_end, self._num_timesteps
+        timesteps, scheduler = self.scheduler.timesteps.asnumpy(), self.scheduler
+        begin = time.perf_counter()
+        loop = self._loop_for(config, latents, inputs)
+        compiled = time.perf_counter()
+        watched, step = callback is not None or is_watched(self), 0
+        with self.progress_bar(total=steps) if watched else nullcontext() as bar:
+            while step < steps and not self.interrupt:
+                self._current_timestep = ms.Tensor(timesteps[step])
+                left = steps - step
+                piece = 1 if callback else loop.piece_of(left, PIECE_SECONDS) if watched else left
+                stop = step + piece
+                latents = loop.run(inputs, latents, step, stop, wait=callback is None)
+                # What scheduler.step would have counted.
+                scheduler._step_index = stop
+                if callback is not None:
+                    loop, latents = self._call_back(given, config, step, loop, latents, inputs)
+                if watched:
+                    for _ in range(step, stop):
+                        bar.update()
+                step = stop
+        latents.asnumpy()
+        self._loops.settle()
+        done = time.perf_counter()
+        tokens = latents.shape[1], inputs.text_len
+        self.cache_stats = loop.cache.stats(costs_of_step(self.transformer, latents.shape[0], *tokens))
+        ran = max(len(self.cache_stats.reused), 1)
+        self.seconds = {"compile": compiled - begin, "denoise": done - compiled, "per_step": (done - compiled) / ran}
+        return latents
+
+    def _call_back(self, given, config, step, loop, latents, inputs):
+        """Hands a finished step to callback_on_step_end; returns the loop and the latents that the next one takes.
+
+        Raises ValueError, naming it, for what the callback has put in place of something that the loop needs.
+        """
+        tensors, scheduler = {"latents": latents, "prompt_embeds": inputs.embeds}, self.scheduler
+        chosen = {name: tensors[name] for name in given.callback_on_step_end_tensor_inputs}
+        returned = given.callback_on_step_end(self, step, self._current_timestep, chosen)
+        if not isinstance(returned, dict):
+            raise ValueError(f"callback_on_step_end must return a dictionary, not {type(returned).__name__}")
+        for name, before in tensors.items():
+            after = returned.get(name, before)
+            check_shape(f"callback_on_step_end's {name}", after, before.shape)
+            tensors[name] = after.to(before.dtype)
+        reason = self.why_not_cached()
+        if reason or self.scheduler is not scheduler:
+            raise ValueError(f"callback_on_step_end changed the pipeline: {reason or 'it has another scheduler'}")
+        inputs.embeds = tensors["prompt_embeds"]
+        inputs.follow(scheduler)
+        # Adapters or weights may be others now, and a compiled graph would not see that.
+        self._loops.settle()
+        other = self._loop_for(config, latents, inputs)
+        if other is not loop:
+            other.cache.go_on(loop.cache.trace())
+        return other, tensors["latents"]
+
+    def why_not_cached(self):
+        """What keeps calls from the cached loop, in words; None if nothing does."""
+        return foreign_scheduler(self.scheduler) or foreign_transformer(self.transformer)
+
+    def _loop_for(self, config, latents, inputs):
+        """The denoise loop for these latents, inputs and structure, compiled."""
+        transformer, branches, steps = self.transformer, inputs.branches, self._num_timesteps
+
+        def make():
+            sigmas = self.scheduler.sigmas.asnumpy()
+            context = context_for(transformer, config, latents, inputs.text_len, branches, steps, sigmas)
+            loop = DenoiseLoop(transformer.cached_model, context)
+            self.device.prepare(loop, transformer)
+            return loop
+
+        key = (*latents.shape[:2], inputs.text_len, branches, latents.dtype, config.structure)
+        loop = self._loops.get(transformer, key, make)
+        if self.use_graph_mode:
+            compiled_before = len(loop.compile_cache)
+            arguments = inputs(latents, 0, steps)
+            self.graphs_from_cache += self.device.compile(loop, arguments, transformer, config.structure)
+            if len(loop.compile_cache) > compiled_before:
+                self.graph_compilations += 1
+                # A graph's first launch allocates its memory: that belongs to the compilation, not to the first image.
+                loop.run(inputs, latents, 0, 1)
+                self._loops.settle()
+        return loop
+
+
+class LoopInputs:
+    """What a generation's denoise loop is called with, but for the latents and the steps.
+
+    Args:
+        transformer: mindone's.
+        branches: for each guidance branch the arguments of the transformer's construct, by name.
+        true_cfg_scale: a number.
+        scheduler: whose noise levels the loop takes.
+        numbers: what gates.step_tables makes of the CacheConfig.
+
+    Raises ValueError if the branches' embeddings are not of one shape, or as the family's graph_inputs does.
+    """
+
+    def __init__(self, transformer, branches, true_cfg_scale, scheduler, numbers):
+        self.transformer, self.file, self.given = transformer, family(transformer), branches
+        self.branches = len(branches)
+        self._constants = ms.Tensor(true_cfg_scale, ms.float32), padded(scheduler.timesteps.asnumpy(), MAX_STEPS)
+        self._numbers = tuple(map(ms.Tensor, numbers))
+        self._inputs = self._gathered()
+        self.text_len = self._inputs["encoder_hidden_states"].shape[-2]
+        self.follow(scheduler)
+
+    @property
+    def embeds(self):
+        """The positive prompt's embeddings (B, T, E), which a callback may replace."""
+        return self.given[0]["encoder_hidden_states"]
+
+    @embeds.setter
+    def embeds(self, embeds):
+        if embeds is not self.embeds:
+            self.given[0] = {**self.given[0], "encoder_hidden_states": embeds}
+            self._inputs = self._gathered()
+
+    def follow(self, scheduler):
+        """Takes over the scheduler's noise levels as they are now."""
+        self._sigmas = padded(scheduler.sigmas.asnumpy(), MAX_STEPS + 1)
+
+    def _gathered(self):
+        """The model's inputs by name, those that each branch has of its own stacked."""
+        absent = {name: None for name in signature(self.file.KIND.construct).parameters}
+        branches = [self.file.graph_inputs(self.transformer, {**absent, **given}) for given in self.given]
+        shapes = [each["encoder_hidden_states"].shape for each in branches]
+        if len(set(shapes)) > 1:
+            raise ValueError(
+                f"negative_prompt's embeddings are {shapes[1]}, the prompt's {shapes[0]}; they have to be of one shape"
+            )
+        inputs = {name: value for name, value in branches[0].items() if value is not None}
+        for name in set(self.file.BY_BRANCH) & set(inputs):
+            inputs[name] = by_branch([each[name] for each in branches])
+        return graph_input(inputs)
+
+    def __call__(self, latents, start, stop):
+        """The loop's arguments for the steps from start to stop - 1."""
+        bounds = ms.Tensor(start, ms.int32), ms.Tensor(stop, ms.int32)
+        return (graph_input(latents), self._inputs, *self._constants, self._sigmas, *bounds, *self._numbers)
+
+
+class KeptEncoder(StandIn):
+    """A text encoder whose graph the compile cache keeps."""
+
+    def __call__(self, *args, **kwargs):
+        encoder = self.original
+        call = signature(encoder.construct).bind(*args, **kwargs)
+        # A call that names its inputs would be another graph than the one that is compiled.
+        call.apply_defaults()
+        self.device.compile(encoder, call.args, encoder)
+        return encoder(*call.args)
+
+
+def is_watched(pipe):
+    """Whether a person sees the progress bar: one of the user's own, else as set_progress_bar_config says; unless told,
+    where stderr is a terminal or the process a notebook."""
+    if replaced(pipe, DiffusionPipeline, ("progress_bar",)):
+        return True
+    disable = getattr(pipe, "_progress_bar_config", {}).get("disable")
+    return sys.stderr.isatty() or issubclass(tqdm, tqdm_notebook) if disable is None else not disable
+
+
+def has_negative_prompt(pipe, given):
+    """Whether a call brings a negative prompt, as text or as embeddings."""
+    embeds = [getattr(given, f"negative_{name}") for name in pipe.embeds_shapes()]
+    return given.negative_prompt is not None or all(each is not None for each in embeds)
+
+
+def spread(tensor, number):
+    """A tensor's rows, each as often as needed for ``number`` of them."""
+    rows = tensor.shape[0]
+    return tensor if rows == number else ops.gather(tensor, ms.Tensor(np.arange(number) * rows // number), 0)
+
+
+def by_branch(values):
+    """Tensors, or tuples or dictionaries of them, one for each branch, stacked on a leading axis."""
+    if isinstance(values[0], dict):
+        return {name: by_branch([value[name] for value in values]) for name in values[0]}
+    return ops.stack(values) if isinstance(values[0], ms.Tensor) else tuple(map(ops.stack, zip(*values)))
+
+
+def shift_settings(scheduler):
+    """A scheduler's settings of its shift, as mindone's calculate_shift names them; those that it has."""
+    names = {
+        "base_seq_len": "base_image_seq_len",
+        "max_seq_len": "max_image_seq_len",
+        "base_shift": "base_shift",
+        "max_shift": "max_shift",
+    }
+    return {name: scheduler.config[key] for name, key in names.items() if key in scheduler.config}
+
+
+def with_cache_config(mindones):
+    """The signature of a pipeline's __call__ that takes a cache_config beside what mindone's takes."""
+    call = signature(mindones.__call__)
+    own = Parameter("cache_config", Parameter.KEYWORD_ONLY, default=DEFAULT)
+    return call.replace(parameters=[*call.parameters.values(), own])
+
+
+def padded(values, length):
+    """A float32 vector, filled with zeros up to ``length``."""
+    return ms.Tensor(np.pad(values, (0, length - len(values))), ms.float32)
