@@ -12,6 +12,7 @@ _HOMES = {
     "FBCache_transformer_construct": "models.transformer_flux_withFBCache",
     "FluxDenoiseLoop": "models.transformer_flux_withFBCache",
     "FluxPipeline": "pipelines.flux",
+    "QwenImagePipeline": "pipelines.qwenimage",
     "TINY_FLUX": "runtime.checkpoint",
     "apply_cache_on_pipe": "pipelines.apply",
     "choose_device": "runtime.device",

@@ -5,7 +5,11 @@ A family is one file, and beside it one that counts, so that programs predict wi
 
 from importlib import import_module
 
-_FILES = {"FluxTransformer2DModel": ("transformer_flux_withFBCache", "flux_costs")}
+_FILES = {
+    "FluxTransformer2DModel": ("transformer_flux_withFBCache", "flux_costs"),
+    "Flux2Transformer2DModel": ("flux2", "flux2_costs"),
+    "QwenImageTransformer2DModel": ("qwenimage", "qwenimage_costs"),
+}
 """Where each of mindone's transformers has its file, and what counts its operations."""
 
 
@@ -16,7 +20,9 @@ def family(transformer):
 
 
 def costs_of(config):
-    """The module that counts what a transformer of this config asks for."""
+    """The module that counts what a transformer of this config asks for. Raises ValueError for an unknown family."""
+    if config._class_name not in _FILES:
+        raise ValueError(f"Unsupported model {config._class_name}; the cache is for mindone's {', '.join(_FILES)}")
     return import_module(f"{__name__}.{_FILES[config._class_name][1]}")
 
 

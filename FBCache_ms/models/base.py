@@ -29,6 +29,10 @@ class Model:
     def __init__(self, transformer, doubles, singles):
         self.transformer, self.stacks, self.width = transformer, (doubles, singles), transformer.inner_dim
 
+    def idle(self):
+        """The weights that no graph reads: those of the text stream behind the last block, where it has its own."""
+        return ()
+
     # Once a generation, and once a call.
 
     def prepare(self, inputs, constants, dtype):

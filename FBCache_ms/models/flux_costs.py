@@ -1,10 +1,30 @@
-"""What a FluxTransformer2DModel's parts ask for, counted from its config and the shapes; read without MindSpore.
+"""What a Flux checkpoint holds, and what its transformer's parts ask for, counted from the config and the shapes.
 
 Operations are floating-point ones, two for each multiply-add of a matrix.
 """
 
+from types import SimpleNamespace
+
 from ..predict.flops import StepCosts
 from ..predict.roofline import Work
+
+PIPELINE = "FluxPipeline"
+COMPONENTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae")
+
+PUBLISHED = SimpleNamespace(
+    _class_name="FluxTransformer2DModel",
+    num_layers=19,
+    num_single_layers=38,
+    num_attention_heads=24,
+    attention_head_dim=128,
+    in_channels=64,
+    out_channels=None,
+    patch_size=1,
+    joint_attention_dim=4096,
+    pooled_projection_dim=768,
+    guidance_embeds=True,
+)
+"""The config of black-forest-labs/FLUX.1-dev."""
 
 # As the loop's exported graph has them, views counted (tests/predict/test_roofline.py). "Passes" are bytes that
 # operators other than matrix products and attention read and write, each on its own, in units of the whole stream.

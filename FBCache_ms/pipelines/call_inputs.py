@@ -98,7 +98,7 @@ def check_prompts(pipe, given):
                 if number not in (1, prompts, given.pictures):
                     allowed = " or ".join(map(str, sorted({1, prompts, given.pictures})))
                     raise ValueError(f"{kind}{name} are for {number} prompts; allowed are {allowed}")
-                check_shape(kind + name, getattr(given, kind + name), (number, *shape))
+                check_shape(kind + name, getattr(given, kind + name), (number, *shape), name.endswith("mask"))
 
 
 def check_noise(pipe, given):
@@ -120,12 +120,16 @@ def rows(name, given):
     return value.shape[0]
 
 
-def check_shape(name, value, shape):
-    """Raises ValueError unless this is a tensor of floating-point numbers of that shape; None stands for any length."""
-    right = isinstance(value, ms.Tensor) and value.is_floating_point() and value.ndim == len(shape)
+def check_shape(name, value, shape, mask=False):
+    """Raises ValueError unless this is a tensor of floating-point numbers of that shape; None stands for any length.
+
+    A mask may be of any numbers.
+    """
+    right = isinstance(value, ms.Tensor) and (mask or value.is_floating_point()) and value.ndim == len(shape)
     if not right or any(want is not None and have != want for have, want in zip(value.shape, shape)):
         wanted = " x ".join("any" if want is None else str(want) for want in shape)
-        raise ValueError(f"{name} must be a floating-point mindspore Tensor of {wanted}, not {described(value)}")
+        kind = "mindspore Tensor" if mask else "floating-point mindspore Tensor"
+        raise ValueError(f"{name} must be a {kind} of {wanted}, not {described(value)}")
 
 
 def described(value):

@@ -9,6 +9,7 @@ from mindone.diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
 
 import mindspore as ms
 
+from ..models import transformer_flux_withFBCache
 from ..models.transformer_flux_withFBCache import attention_inputs, refuse_stg
 from ..runtime.device import prepare_device
 from .whole_loop import DEFAULT, WholeLoop, shift_settings, spread, with_cache_config
@@ -20,7 +21,8 @@ _TEXT_LENGTH = signature(MindoneFluxPipeline.__call__).parameters["max_sequence_
 class FluxPipeline(WholeLoop, MindoneFluxPipeline):
     """mindone's FluxPipeline with the cache, its denoise loop one compiled graph; WholeLoop says what that adds."""
 
-    MINDONES, OUTPUT, KWARGS, COMPILES_PARTS = MindoneFluxPipeline, FluxPipelineOutput, "joint_attention_kwargs", True
+    FILE, MINDONES, OUTPUT = transformer_flux_withFBCache, MindoneFluxPipeline, FluxPipelineOutput
+    KWARGS, COMPILES_PARTS = "joint_attention_kwargs", True
     ENCODERS = ("text_encoder", "text_encoder_2")
     READERS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 

@@ -71,7 +71,7 @@ class WholeLoop:
 
     A family's pipeline is a class of this one and of mindone's, which it names as
 
-    - MINDONES, OUTPUT: mindone's pipeline, and what that returns;
+    - FILE: the family's, in models/; MINDONES, OUTPUT: mindone's pipeline, and what that returns;
     - ENCODERS: its components that may have adapters beside the transformer; READERS: those that read prompts;
     - KWARGS: the argument that goes on to attention;
     - COMPILES_PARTS: whether encoders and autoencoder compile, too;
@@ -155,7 +155,7 @@ class WholeLoop:
         name, tensors = pretrained_model_name_or_path, {}
         if not is_hub_name(name):
             name = str(Path(name).expanduser())
-            tensors = check_checkpoint(name, kwargs, kwargs.get("variant"))
+            tensors = check_checkpoint(name, kwargs, kwargs.get("variant"), cls.FILE.KIND.__name__)
             # Those that the pipeline was saved without; mindone wants to be told.
             kwargs = {**dict.fromkeys(absent_components(name)), **kwargs}
         try:

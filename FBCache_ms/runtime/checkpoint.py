@@ -6,35 +6,22 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
-from ..models import costs_of
+from ..models import costs_of, flux_costs
 
 TINY_FLUX = Path(__file__).parents[1] / "tiny_flux"
 """The embedded checkpoint."""
 
-FLUX_DEV = SimpleNamespace(
-    _class_name="FluxTransformer2DModel",
-    num_layers=19,
-    num_single_layers=38,
-    num_attention_heads=24,
-    attention_head_dim=128,
-    in_channels=64,
-    out_channels=None,
-    patch_size=1,
-    joint_attention_dim=4096,
-    pooled_projection_dim=768,
-    guidance_embeds=True,
-)
+FLUX_DEV = flux_costs.PUBLISHED
 """The transformer's config of black-forest-labs/FLUX.1-dev."""
 
-_REQUIRED = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae")
-_FILES = {
-    "scheduler": ("scheduler_config.json",),
-    "tokenizer": ("tokenizer_config.json", "vocab.json", "merges.txt"),
-    "tokenizer_2": ("tokenizer_config.json",),
-}
-_TOKENIZER_2_MODELS = ("tokenizer.json", "spiece.model")
+_READ = ("scheduler", "tokenizer", "tokenizer_2")
+"""Components without weights."""
+
+_VOCABULARIES = ("vocab.json", "merges.txt"), ("tokenizer.json",), ("spiece.model",)
+"""The files that one tokenizer or another has; it needs those of one line."""
+
 _TORCH_NAMES = {"gamma": "weight", "beta": "bias", "embedding_table": "weight"}
-_HARMLESS = ("position_ids", "embed_tokens.weight")
+_HARMLESS = ("position_ids", "embed_tokens.weight", "inv_freq")
 _REPOSITORY = re.compile(r"[A-Za-z0-9]+(-[A-Za-z0-9]+)*/\w[\w.-]*")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}")
 _SUFFIXES = ("safetensors", "index", "json")
@@ -49,16 +36,17 @@ def is_hub_name(name):
     return isinstance(name, str) and bool(_REPOSITORY.fullmatch(name)) and not Path(name).parent.exists()
 
 
-def check_checkpoint(folder, handed_over=(), variant=None):
-    """The tensors of each component of a Flux pipeline, {component: {tensor name: shape}}, read from file headers.
+def check_checkpoint(folder, handed_over=(), variant=None, kind=None):
+    """The tensors of each component of a pipeline, {component: {tensor name: shape}}, read from file headers.
 
     Args:
         folder: the pipeline's.
         handed_over: the components that need no files here.
         variant: whose weights files are meant, like "fp16", where a component has them; None for those of no variant.
+        kind: the class of transformer that the caller takes, by name; None for any that the cache knows.
 
     Raises OSError, naming what is wrong, if the folder, a component, a config, a weights file or the variant is
-    missing, cannot be read or was cut short.
+    missing, cannot be read or was cut short, or if the transformer is of another kind.
     """
     folder = Path(folder)
     if not folder.exists():
@@ -66,14 +54,16 @@ def check_checkpoint(folder, handed_over=(), variant=None):
     if not folder.is_dir():
         raise OSError(f"checkpoint {folder} is a file, not a folder")
     index = _read_json(folder / "model_index.json")
-    components = [name for name in _REQUIRED if name not in handed_over]
+    family = _family(folder, index, kind)
+    components = [name for name in family.COMPONENTS if name not in handed_over]
     for component in components:
         if not isinstance(index.get(component), list) or len(index[component]) != 2:
-            raise OSError(f"checkpoint {folder}: model_index.json names no {component}; a Flux pipeline needs one")
+            pipeline = family.PIPELINE
+            raise OSError(f"checkpoint {folder}: model_index.json names no {component}; a {pipeline} needs one")
     components = [name for name in components if index[name][0] is not None]
     for component in components:
         _check_files(folder, component)
-    models = [name for name in components if name not in _FILES]
+    models = [name for name in components if name not in _READ]
     variants = {_variant(file) for name in models for file in _visible(folder / name, "*.safetensors")} - {None}
     if variant is not None and models and variant not in variants:
         others = ", ".join(sorted(variants)) or "none"
@@ -81,21 +71,48 @@ def check_checkpoint(folder, handed_over=(), variant=None):
     return {name: _component_tensors(folder / name, variant) for name in models}
 
 
+def _family(folder, index, kind):
+    """What is known of a pipeline's family, by the transformer that its index names; the caller's where it names none.
+
+    Raises OSError unless it names the kind that is asked for, or one that the cache knows.
+    """
+    named = index.get("transformer")
+    name = named[1] if isinstance(named, list) and len(named) == 2 else None
+    if kind is not None and name not in (None, kind):
+        takes, pipeline = costs_of(SimpleNamespace(_class_name=kind)).PIPELINE, index.get("_class_name")
+        raise OSError(f"checkpoint {folder} has a {name}, for {pipeline}; {takes} takes a {kind}")
+    try:
+        return costs_of(SimpleNamespace(_class_name=name or kind or "FluxTransformer2DModel"))
+    except ValueError as error:
+        raise OSError(f"checkpoint {folder}: {error}") from None
+
+
 def absent_components(folder):
     """The components that the pipeline was saved without."""
     index = _read_json(Path(folder) / "model_index.json")
-    return [name for name in _REQUIRED if isinstance(index.get(name), list) and index[name][:1] == [None]]
+    return [name for name, saved in index.items() if isinstance(saved, list) and saved[:1] == [None]]
 
 
 def check_fit(component, cell, tensors):
     """Raises ValueError if a loaded component and the tensors of its files, {name: shape}, are not the same set."""
     wanted = {_torch_name(name) for name, _ in cell.parameters_and_names()}
-    there = set(map(_torch_name, tensors))
+    # transformers' models say so how names in older checkpoints have changed.
+    renamed = getattr(cell, "_checkpoint_conversion_mapping", None) or {}
+    there = {_torch_name(_renamed(name, renamed)) for name in tensors}
     for problem, names in {"lack": wanted - there, "have, but its config does not,": there - wanted}.items():
         names = sorted(name for name in names if not name.endswith(_HARMLESS))
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise ValueError(f"checkpoint component {component}: its weights {problem} {names[0]}{more}")
+
+
+def _renamed(name, patterns):
+    """A tensor's name by the first pattern that it matches, {pattern: replacement}."""
+    for pattern, replacement in patterns.items():
+        name, found = re.subn(pattern, replacement, name)
+        if found:
+            break
+    return name
 
 
 def _torch_name(name):
@@ -110,10 +127,12 @@ def image_unit(folder):
     Raises OSError if the autoencoder's config does not say.
     """
     path = Path(folder) / "vae" / "config.json"
-    widths = _read_json(path).get("block_out_channels")
-    if not isinstance(widths, list) or not widths:
-        raise OSError(f"checkpoint file {path} is damaged: it has no block_out_channels")
-    return 2 ** len(widths)
+    config = _read_json(path)
+    # Each halves the picture but for a list's last; the patch halves it once more. Qwen-Image's has the latter list.
+    for name, more in {"block_out_channels": 0, "temperal_downsample": 1}.items():
+        if isinstance(config.get(name), list) and config[name]:
+            return 2 ** (len(config[name]) + more)
+    raise OSError(f"checkpoint file {path} is damaged: it has no block_out_channels")
 
 
 def block_counts(folder):
@@ -123,9 +142,17 @@ def block_counts(folder):
 
 
 def transformer_config(folder):
-    """The transformer's config, FLUX.1's where the file does not say; without a guidance embedding unless it does."""
-    config = _read_json(Path(folder) / "transformer" / "config.json")
-    return SimpleNamespace(**{**vars(FLUX_DEV), "guidance_embeds": False, **config})
+    """The transformer's config, the published one's where the file does not say; no guidance embedding unless it does.
+
+    Raises OSError for one of a family that the cache does not know.
+    """
+    path = Path(folder) / "transformer" / "config.json"
+    config = _read_json(path)
+    try:
+        published = costs_of(SimpleNamespace(_class_name=config.get("_class_name", FLUX_DEV._class_name))).PUBLISHED
+    except ValueError as error:
+        raise OSError(f"checkpoint file {path}: {error}") from None
+    return SimpleNamespace(**{**vars(published), "guidance_embeds": False, **config})
 
 
 def image_size(folder):
@@ -158,18 +185,19 @@ def fingerprint(folder):
 
 
 def _check_files(folder, component):
-    for name in _FILES.get(component, ("config.json",)):
-        path = folder / component / name
-        if name.endswith(".json"):
-            _read_json(path)
-        elif not path.is_file():
-            raise OSError(f"checkpoint file {path} is missing")
-    if component == "tokenizer_2":
-        there = [name for name in _TOKENIZER_2_MODELS if (folder / component / name).is_file()]
+    config = {"scheduler": "scheduler_config.json"}.get(component, "config.json")
+    _read_json(folder / component / (config if component not in _READ[1:] else "tokenizer_config.json"))
+    if component in _READ[1:]:
+        there = [names for names in _VOCABULARIES if (folder / component / names[0]).is_file()]
         if not there:
-            raise OSError(f"checkpoint {folder / component} has neither of {' and '.join(_TOKENIZER_2_MODELS)}")
-        if "tokenizer.json" in there:
-            _read_json(folder / component / "tokenizer.json")
+            names = ", ".join(names[0] for names in _VOCABULARIES)
+            raise OSError(f"checkpoint {folder / component} has none of {names}")
+        for name in there[0]:
+            path = folder / component / name
+            if name.endswith(".json"):
+                _read_json(path)
+            elif not path.is_file():
+                raise OSError(f"checkpoint file {path} is missing")
 
 
 def _component_tensors(folder, variant):

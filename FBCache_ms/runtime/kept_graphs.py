@@ -68,7 +68,9 @@ class KeptGraphs:
         if key in self._cells and not self._cells[key].is_true():
             self._stale.append(self._cells.pop(key))
         if key not in self._cells:
-            self._cells[key] = _Kept(make(), list(transformer.get_parameters()), objects)
+            idle = set(map(id, transformer.cached_model.idle()))
+            weights = [weight for weight in transformer.get_parameters() if id(weight) not in idle]
+            self._cells[key] = _Kept(make(), weights, objects)
         self._cells.move_to_end(key)
         for _ in range(len(self._cells) - max(self.most, in_use + 1)):
             _, oldest = self._cells.popitem(last=False)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 import warnings
 from importlib import import_module
@@ -10,11 +11,13 @@ from pathlib import Path
 _LINES = {
     "None of PyTorch, TensorFlow >= 2.0, or Flax have been found": "transformers",
     # T5's encoder has no embedding of its own: it is the model's.
-    "newly initialized: ['encoder.embed_tokens.weight']": "mindone.transformers.modeling_utils",
+    r"newly initialized: \['encoder.embed_tokens.weight'\]": "mindone.transformers.modeling_utils",
+    # Tables of rotary frequencies are made with the model; no checkpoint has them.
+    r"newly initialized: \[('[^']*inv_freq'(, )?)+\]": "mindone.transformers.modeling_utils",
     # mindone's own pipelines say it so.
     "`mindspore_dtype` is deprecated": "mindone.transformers.modeling_utils",
 }
-"""What a line has in it, and its logger."""
+"""What a line has in it, a pattern, and its logger."""
 
 _WITHOUT_AN_NPU = ("Backend Ascend is not available", "error when loading plugin for MindSpore package")
 """What MindSpore's logger says when it is asked for an NPU; where there is one, it is what keeps MindSpore from it."""
@@ -44,6 +47,6 @@ def leave_out_noise():
     if not has_npu():
         lines.update(dict.fromkeys(_WITHOUT_AN_NPU, f"ME.mindspore.log.{os.getpid()}"))
     for text, name in lines.items():
-        logging.getLogger(name).addFilter(lambda record, text=text: text not in record.getMessage())
+        logging.getLogger(name).addFilter(lambda record, text=text: not re.search(text, record.getMessage()))
     warnings.filterwarnings("ignore", _WARNING, FutureWarning)
     sys.meta_path.insert(0, _BeforeModels())

@@ -1,0 +1,57 @@
+"""What a FLUX.2 checkpoint holds, and what its transformer asks for, counted from the config and the shapes."""
+
+from types import SimpleNamespace
+
+from ..predict.flops import StepCosts
+
+PIPELINE = "Flux2Pipeline"
+COMPONENTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
+
+PUBLISHED = SimpleNamespace(
+    _class_name="Flux2Transformer2DModel",
+    num_layers=8,
+    num_single_layers=48,
+    num_attention_heads=48,
+    attention_head_dim=128,
+    in_channels=128,
+    out_channels=None,
+    patch_size=1,
+    joint_attention_dim=15360,
+    timestep_guidance_channels=256,
+    mlp_ratio=3.0,
+    axes_dims_rope=(32, 32, 32, 32),
+)
+"""The config of black-forest-labs/FLUX.2-dev."""
+
+
+def stacks(config):
+    """How many double and how many single blocks."""
+    return config.num_layers, config.num_single_layers
+
+
+def width(config):
+    """D."""
+    return config.num_attention_heads * config.attention_head_dim
+
+
+def channels(config):
+    """C, the velocity's."""
+    return (getattr(config, "out_channels", None) or config.in_channels) * config.patch_size**2
+
+
+def step_costs(config, batch, image_tokens, text_tokens):
+    """The StepCosts of a Flux2Transformer2DModel's config at these shapes.
+
+    A block of either kind has 4 D^2 weights for the attention's projections and 3 r D^2 for the gated MLP, r its ratio.
+    """
+    wide, tokens = width(config), image_tokens + text_tokens
+    weights = (4 + 3 * config.mlp_ratio) * wide**2
+    block = round(batch * (2 * weights * tokens + 4 * wide * tokens**2))
+    embedding = 2 * batch * (config.timestep_guidance_channels * wide + wide**2)
+    rest = (
+        2 * batch * image_tokens * wide * (config.in_channels + channels(config))
+        + 2 * batch * text_tokens * wide * config.joint_attention_dim
+        + 2 * embedding
+        + 2 * batch * (6 + 6 + 3 + 2) * wide**2
+    )
+    return StepCosts(*stacks(config), block, block, rest)

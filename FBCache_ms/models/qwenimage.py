@@ -1,0 +1,294 @@
+"""Qwen-Image: mindone's QwenImageTransformer2DModel as the cache sees it.
+
+mindone 0.5.0's own construct does not compile: its rotary embedding is of complex numbers, under ms._no_grad(), and
+reads the pictures' shapes and the texts' lengths from lists. Here the host makes a table of real cosines and sines, and
+the block's equations stand in this file. A block, attention or processor of another class is not run by them: such a
+transformer runs without the cache.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+from mindone.diffusers import QwenImageTransformer2DModel
+from mindone.diffusers.models import attention_dispatch, embeddings
+from mindone.diffusers.models.attention_processor import Attention
+from mindone.diffusers.models.transformers.transformer_qwenimage import (
+    QwenDoubleStreamAttnProcessor2_0,
+    QwenEmbedRope,
+    QwenImageTransformerBlock,
+    QwenTimestepProjEmbeddings,
+)
+
+import mindspore as ms
+from mindspore import mint
+
+from . import qwenimage_costs
+from .base import Model
+from .blocks import behind_double, controlnet_index, finite, input_or_none
+from .mindones import AtParsing, is_mindones, replaced
+
+KIND, COSTS, CONSTANTS = QwenImageTransformer2DModel, qwenimage_costs, ()
+BY_BRANCH = ("encoder_hidden_states", "encoder_hidden_states_mask")
+
+BUCKETS = (64, 128, 256, 512, 1024, 2048)
+"""Texts are padded to the least of these lengths that holds them, so that all of one bucket share a graph."""
+
+
+@ms.jit_class
+class QwenImageModel(Model):
+    """A QwenImageTransformer2DModel.
+
+    ``given`` holds "temb", the modulation vector (B, D); "rotary", two of (T + S, head_dim); "keys", (B, 1, 1, T + S),
+    true where attention sees a token; and "controlnet", a ControlNet's residuals, or None.
+    """
+
+    def __init__(self, transformer):
+        super().__init__(transformer, len(transformer.transformer_blocks), 0)
+
+    def idle(self):
+        """See Model.idle."""
+        last = self.cell(self.stacks[0] - 1)
+        return (*last.txt_mlp.get_parameters(), *last.attn.to_add_out.get_parameters())
+
+    def prepare(self, inputs, constants, dtype):
+        """See Model.prepare."""
+        transformer, text = self.transformer, inputs["encoder_hidden_states"]
+        embedded = transformer.txt_in(transformer.txt_norm(text.reshape((-1,) + text.shape[-2:])))
+        branch = {
+            "text": embedded.reshape(text.shape[:-1] + embedded.shape[-1:]),
+            "mask": inputs["encoder_hidden_states_mask"],
+        }
+        return branch, {"rotary": inputs["rotary"], "controlnet": input_or_none(inputs, "controlnet_block_samples")}
+
+    def times(self, timesteps, dtype):
+        """The sinusoids (N, 256) of timesteps (N,) in [0, 1]."""
+        return self.transformer.time_text_embed.time_proj(timesteps.to(dtype))
+
+    def condition(self, time, branch, common):
+        """See Model.condition."""
+        text, mask, rotary = branch["text"], branch["mask"], common["rotary"]
+        image = mint.ones((text.shape[0], rotary[0].shape[0] - text.shape[1]), dtype=mask.dtype)
+        return text, {
+            "temb": self.transformer.time_text_embed.timestep_embedder(time.to(text.dtype)),
+            "rotary": rotary,
+            "keys": (mint.cat((mask, image), dim=1) > 0).unsqueeze(1).unsqueeze(1),
+            "controlnet": common["controlnet"],
+        }
+
+    def embed(self, latents):
+        """See Model.embed."""
+        return self.transformer.img_in(latents)
+
+    def cell(self, index):
+        """See Model.cell."""
+        return self.transformer.transformer_blocks[index]
+
+    def block(self, index, image, text, given):
+        """See Model.block."""
+        image, unfinished = self.divided_block(index, image, text, given)
+        return image, self.text_behind(index, unfinished)
+
+    def head(self, image, given):
+        """See Model.head."""
+        return self.transformer.proj_out(self.transformer.norm_out(image, given["temb"]))
+
+    def modulated(self, image, given):
+        """See Model.modulated."""
+        cell = self.cell(0)
+        return modulated(cell.img_norm1(image), *six(cell.img_mod(given["temb"]))[:2])
+
+    def pending(self, given):
+        """The modulation vector."""
+        return {"temb": given["temb"]}
+
+    def pending_shapes(self, batch):
+        """See Model.pending_shapes."""
+        return {"temb": (batch, self.width)}
+
+    def resume(self, given, pending):
+        """See Model.resume."""
+        return {
+            "temb": pending["temb"],
+            "rotary": given["rotary"],
+            "keys": given["keys"],
+            "controlnet": given["controlnet"],
+        }
+
+    def divides(self, index):
+        """See Model.divides."""
+        return True
+
+    def divided_block(self, index, image, text, given):
+        """See Model.divided_block; the equations are those of mindone 0.5.0's QwenImageTransformerBlock."""
+        cell = self.cell(index)
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = six(cell.img_mod(given["temb"]))
+        text_shift, text_scale, text_gate, text_mlp_shift, text_mlp_scale, text_mlp_gate = six(
+            cell.txt_mod(given["temb"])
+        )
+        attended, text_attended = attend(
+            cell.attn,
+            modulated(cell.img_norm1(image), shift, scale),
+            modulated(cell.txt_norm1(text), text_shift, text_scale),
+            given["rotary"],
+            given["keys"],
+        )
+        image = finite(
+            behind_double(cell.img_norm2, cell.img_mlp, image, attended, gate, mlp_shift, mlp_scale, mlp_gate)
+        )
+        if given["controlnet"] is not None:
+            residuals = given["controlnet"]
+            image = image + residuals[controlnet_index(index, self.stacks[0], len(residuals), False)]
+        return image, (text, text_attended, text_gate, text_mlp_shift, text_mlp_scale, text_mlp_gate)
+
+    def text_behind(self, index, unfinished):
+        """See Model.text_behind."""
+        cell = self.cell(index)
+        return finite(behind_double(cell.txt_norm2, cell.txt_mlp, *unfinished))
+
+    def unfinished_shapes(self, index, image, text):
+        """See Model.unfinished_shapes."""
+        temb = image[0], image[2]
+        return (text, text) + 4 * (temb,)
+
+    def guide(self, negative, positive, scale):
+        """g |v_pos| / |g|, with g = v_neg + s (v_pos - v_neg), the norms those of each token."""
+        guided = super().guide(negative, positive, scale)
+        return guided * (norm(positive) / norm(guided))
+
+
+def six(modulation):
+    """A block's modulation (B, 6 D) as shift, scale and gate of attention, and then of the MLP, (B, D) each.
+
+    The order of the last three is behind_double's: gate, shift, scale and gate.
+    """
+    shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = mint.chunk(modulation, 6, dim=-1)
+    return shift, scale, gate, mlp_shift, mlp_scale, mlp_gate
+
+
+def modulated(normed, shift, scale):
+    """(1 + scale) x + shift."""
+    return normed * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+def norm(velocity):
+    """|v| of each token, (B, S, 1)."""
+    return mint.sqrt(mint.sum(velocity * velocity, dim=-1, keepdim=True))
+
+
+def attend(attn, image, text, rotary, keys):
+    """Joint attention over [text, image]: what the image and what the text stream gets of it.
+
+    The equations are those of mindone 0.5.0's QwenDoubleStreamAttnProcessor2_0, and padding is no key.
+    """
+    batch, text_len = text.shape[:2]
+    heads = (batch, -1, attn.heads, attn.to_q.weight.shape[0] // attn.heads)
+    query = attn.norm_q(attn.to_q(image).reshape(heads))
+    text_query = attn.norm_added_q(attn.add_q_proj(text).reshape(heads))
+    key = attn.norm_k(attn.to_k(image).reshape(heads))
+    text_key = attn.norm_added_k(attn.add_k_proj(text).reshape(heads))
+    value, text_value = attn.to_v(image).reshape(heads), attn.add_v_proj(text).reshape(heads)
+    query = embeddings.apply_rotary_emb(mint.cat((text_query, query), dim=1), rotary, sequence_dim=1)
+    key = embeddings.apply_rotary_emb(mint.cat((text_key, key), dim=1), rotary, sequence_dim=1)
+    attended = attention_dispatch.dispatch_attention_fn(
+        query,
+        key,
+        mint.cat((text_value, value), dim=1),
+        attn_mask=keys,
+        backend=attn.processor._attention_backend,
+        parallel_config=attn.processor._parallel_config,
+    )
+    attended = attended.reshape(batch, attended.shape[1], -1).to(query.dtype)
+    return attn.to_out[1](attn.to_out[0](attended[:, text_len:])), attn.to_add_out(attended[:, :text_len])
+
+
+def graph_inputs(transformer, arguments):
+    """See base.py; the text is padded to a bucket, and its mask says so.
+
+    Raises ValueError for a guidance, and as check_kwargs and padded_text do.
+    """
+    check_kwargs(arguments["attention_kwargs"])
+    if arguments["guidance"] is not None:
+        raise ValueError("guidance must be None; mindone's QwenImageTransformer2DModel takes it and fails")
+    text, mask = padded_text(arguments["encoder_hidden_states"], arguments["encoder_hidden_states_mask"])
+    rope, shapes = transformer.pos_embed, arguments["img_shapes"]
+    shapes = shapes[0] if isinstance(shapes[0], list) else shapes
+    settings = rope.theta, tuple(rope.axes_dim), rope.scale_rope, tuple(map(tuple, shapes)), text.shape[1]
+    return {
+        "encoder_hidden_states": text,
+        "encoder_hidden_states_mask": mask,
+        "rotary": rotary_table(*settings),
+        "controlnet_block_samples": arguments["controlnet_block_samples"],
+    }
+
+
+def check_kwargs(attention_kwargs):
+    """Raises ValueError for what goes on to attention; nothing can, with the cache."""
+    if attention_kwargs:
+        raise ValueError(f"attention_kwargs {', '.join(attention_kwargs)} are not supported with the cache")
+
+
+def padded_text(text, mask):
+    """A text (B, T, E) and its mask (B, T), or None for all of it, padded to the least bucket, the mask float32.
+
+    Raises ValueError for a mask of another shape, or a text longer than the largest bucket.
+    """
+    batch, length = text.shape[:2]
+    if mask is not None and mask.shape != (batch, length):
+        raise ValueError(f"the text's mask is {tuple(mask.shape)}, its embeddings are {tuple(text.shape)}")
+    bucket = next((bucket for bucket in BUCKETS if bucket >= length), None)
+    if bucket is None:
+        raise ValueError(f"the text is {length} tokens long; the cache takes {BUCKETS[-1]} at most")
+    mask = np.ones((batch, length)) if mask is None else mask.asnumpy()
+    mask = ms.Tensor(np.pad(mask, ((0, 0), (0, bucket - length))), ms.float32)
+    if bucket > length:
+        text = mint.cat((text, mint.zeros((batch, bucket - length, text.shape[2]), dtype=text.dtype)), dim=1)
+    return text, mask
+
+
+@lru_cache(maxsize=8)
+def rotary_table(theta, axes, scale_rope, shapes, text_len):
+    """Cosines and sines (T + S, head_dim) of the text's and then the pictures' tokens, each frequency twice in a row.
+
+    Those of mindone 0.5.0's QwenEmbedRope: a token of a picture has its frame, row and column, the latter two counted
+    from the middle with ``scale_rope``; every picture's first frame is 0. The text's positions follow the largest.
+
+    Args:
+        axes: so many of head_dim are for frame, row and column.
+        shapes: frames, rows and columns of each picture.
+    """
+    positions, largest = [], 0
+    for frames, *sides in shapes:
+        ranges = [np.arange(frames)] + [np.arange(side) - (side - side // 2) * scale_rope for side in sides]
+        positions.append(np.stack(np.meshgrid(*ranges, indexing="ij"), -1).reshape(-1, 3))
+        largest = max(largest, *(side // 2 if scale_rope else side for side in sides))
+    text = np.repeat(largest + np.arange(text_len)[:, None], 3, 1)
+    positions = np.concatenate([text, *positions]).astype(np.float32)
+    frequencies = [
+        np.float32(1) / np.float32(theta) ** (np.arange(0, axis, 2, dtype=np.float32) / axis) for axis in axes
+    ]
+    angles = np.concatenate([np.outer(positions[:, place], each) for place, each in enumerate(frequencies)], 1)
+    angles = np.repeat(angles, 2, 1)
+    return ms.Tensor(np.cos(angles)), ms.Tensor(np.sin(angles))
+
+
+def why_foreign(transformer):
+    """Why this file cannot take a transformer's place, beside what every family asks; in words, None where it can."""
+    for name, kind in {"pos_embed": QwenEmbedRope, "time_text_embed": QwenTimestepProjEmbeddings}.items():
+        if replaced(getattr(transformer, name), kind, ("construct",)):
+            return f"{name} {type(getattr(transformer, name)).__name__} has a construct of its own"
+    for index, block in enumerate(transformer.transformer_blocks):
+        if not is_mindones(block, QwenImageTransformerBlock):
+            return f"block {index} is not mindone's QwenImageTransformerBlock as it is there"
+        if not is_mindones(block.attn, Attention):
+            return f"block {index}'s attention is not mindone's as it is there"
+        if not is_mindones(block.attn.processor, QwenDoubleStreamAttnProcessor2_0):
+            return f"block {index} has the attention processor {type(block.attn.processor).__name__}"
+    return None
+
+
+def why_not_probed(transformer, probe):
+    """What keeps a rule's probe from a transformer, in words; None if nothing does."""
+    return None
+
+
+QwenImageTransformer2DModel.cached_model = AtParsing(QwenImageModel)

@@ -1,0 +1,52 @@
+"""What a Qwen-Image checkpoint holds, and what its transformer asks for, counted from the config and the shapes."""
+
+from types import SimpleNamespace
+
+from ..predict.flops import StepCosts
+
+PIPELINE = "QwenImagePipeline"
+COMPONENTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
+
+PUBLISHED = SimpleNamespace(
+    _class_name="QwenImageTransformer2DModel",
+    num_layers=60,
+    num_attention_heads=24,
+    attention_head_dim=128,
+    in_channels=64,
+    out_channels=16,
+    patch_size=2,
+    joint_attention_dim=3584,
+    guidance_embeds=False,
+    axes_dims_rope=(16, 56, 56),
+)
+"""The config of Qwen/Qwen-Image."""
+
+
+def stacks(config):
+    """How many double and how many single blocks."""
+    return config.num_layers, 0
+
+
+def width(config):
+    """D."""
+    return config.num_attention_heads * config.attention_head_dim
+
+
+def channels(config):
+    """C, the velocity's."""
+    return (getattr(config, "out_channels", None) or config.in_channels) * config.patch_size**2
+
+
+def step_costs(config, batch, image_tokens, text_tokens):
+    """The StepCosts of a QwenImageTransformer2DModel's config at these shapes; its blocks are Flux's double ones."""
+    wide, tokens = width(config), image_tokens + text_tokens
+    vector = 2 * batch * wide**2
+    block = batch * (24 * wide**2 * tokens + 4 * wide * tokens**2) + 12 * vector
+    rest = (
+        2 * batch * image_tokens * wide * (config.in_channels + channels(config))
+        + 2 * batch * text_tokens * wide * config.joint_attention_dim
+        + 2 * batch * 256 * wide
+        + vector
+        + 2 * vector
+    )
+    return StepCosts(config.num_layers, 0, block, 0, rest)
