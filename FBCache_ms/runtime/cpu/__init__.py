@@ -1,9 +1,9 @@
 """What MindSpore's CPU backend lacks, put in its place; nothing here is imported on Ascend."""
 
 from ...models.mindones import by_known_author
-from . import flux, flux2, kernels, qwenimage, stand_ins
+from . import encoders, flux, flux2, kernels, qwenimage, stand_ins
 
-STAND_INS = stand_ins.STAND_INS + flux.STAND_INS + flux2.STAND_INS + qwenimage.STAND_INS
+STAND_INS = stand_ins.STAND_INS + flux.STAND_INS + flux2.STAND_INS + qwenimage.STAND_INS + encoders.STAND_INS
 FUSED_STAND_INS = stand_ins.FUSED_STAND_INS + flux.FUSED_STAND_INS
 
 
