@@ -10,6 +10,7 @@ _HOMES = {
     "CacheStats": "cache.stats",
     "Device": "runtime.device",
     "FBCache_transformer_construct": "models.transformer_flux_withFBCache",
+    "Flux2Pipeline": "pipelines.flux2",
     "FluxDenoiseLoop": "models.transformer_flux_withFBCache",
     "FluxPipeline": "pipelines.flux",
     "QwenImagePipeline": "pipelines.qwenimage",

@@ -124,8 +124,9 @@ class DenoiseLoop(nn.Cell):
 
         With ``wait`` they are there when this returns, and the loop knows how long a step takes.
         """
-        begin = time.perf_counter()
+        begin, tokens = time.perf_counter(), latents.shape[1]
         latents = self(*inputs(latents, start, stop))
+        latents = latents if latents.shape[1] == tokens else latents[:, :tokens]
         if wait:
             latents.asnumpy()
             self.step_seconds = (time.perf_counter() - begin) / (stop - start)

@@ -4,6 +4,8 @@ Its blocks run as they are. mindone 0.5.0 makes the rotary table in float64, whi
 the host makes it. The modulation is one for all blocks of a kind, made once a step.
 """
 
+from functools import lru_cache
+
 import numpy as np
 from mindone.diffusers import Flux2Transformer2DModel
 from mindone.diffusers.models.transformers.transformer_flux2 import (
@@ -126,18 +128,23 @@ class Flux2Model(Model):
 
 
 def graph_inputs(transformer, arguments):
-    """See base.py. Raises ValueError where there is no guidance, and as check_kwargs does."""
+    """See base.py; of ``still`` tokens, last among the image's, the velocity is zero.
+
+    Raises ValueError where there is no guidance, and as check_kwargs does."""
     check_kwargs(arguments["joint_attention_kwargs"])
     if arguments["guidance"] is None:
         raise ValueError("guidance is None; mindone's Flux2Transformer2DModel needs one")
-    ids = [np.asarray(of_one(arguments[name]).asnumpy(), np.float64) for name in ("txt_ids", "img_ids")]
-    rope = transformer.pos_embed
-    return {
+    ids = [of_one(arguments[name]).asnumpy() for name in ("txt_ids", "img_ids")]
+    rope, still = transformer.pos_embed, arguments.get("still")
+    inputs = {
         "encoder_hidden_states": arguments["encoder_hidden_states"],
         "guidance": arguments["guidance"],
-        "rotary": rotary_table(np.concatenate(ids), rope.theta, rope.axes_dim),
-        "moves": arguments.get("moves"),
+        "rotary": rotary_table(np.concatenate(ids).astype(np.float64).tobytes(), rope.theta, tuple(rope.axes_dim)),
     }
+    if still is not None:
+        stays, dtype = np.arange(len(ids[1])) >= len(ids[1]) - still.shape[1], still.dtype
+        inputs["moves"] = ms.Tensor(~stays[:, None], dtype)
+    return inputs
 
 
 def check_kwargs(attention_kwargs):
@@ -151,11 +158,13 @@ def of_one(ids):
     return ids[0] if ids.ndim == 3 else ids
 
 
+@lru_cache(maxsize=8)
 def rotary_table(positions, theta, axes):
-    """Cosines and sines (N, head_dim) of positions (N, 4), float64, each frequency twice in a row.
+    """Cosines and sines (N, head_dim) of positions (N, 4), float64 as bytes, each frequency twice in a row.
 
     Those of mindone 0.5.0's Flux2PosEmbed; ``axes`` says how many of head_dim are for each position.
     """
+    positions = np.frombuffer(positions).reshape(-1, len(axes))
     frequencies = [float(theta) ** (-np.arange(0, axis, 2) / axis) for axis in axes]
     angles = [np.outer(positions[:, place], frequency) for place, frequency in enumerate(frequencies)]
     angles = np.repeat(np.concatenate(angles, 1), 2, 1)

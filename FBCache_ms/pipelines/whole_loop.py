@@ -102,7 +102,10 @@ class WholeLoop:
         raise NotImplementedError
 
     def noise(self, given, dtype):
-        """The latents (B, S, C) that a generation begins with, and the transformer's other arguments."""
+        """The latents (B, S, C) that a generation begins with, and the transformer's other arguments.
+
+        Among these may be ``still``, (B, R, C), tokens behind the latents' that no step moves.
+        """
         raise NotImplementedError
 
     def shift(self, given, tokens):
@@ -354,7 +357,7 @@ class WholeLoop:
         latents.asnumpy()
         self._loops.settle()
         done = time.perf_counter()
-        tokens = latents.shape[1], inputs.text_len
+        tokens = inputs.whole(latents).shape[1], inputs.text_len
         self.cache_stats = loop.cache.stats(costs_of_step(self.transformer, latents.shape[0], *tokens))
         ran = max(len(self.cache_stats.reused), 1)
         self.seconds = {"compile": compiled - begin, "denoise": done - compiled, "per_step": (done - compiled) / ran}
@@ -393,15 +396,16 @@ class WholeLoop:
     def _loop_for(self, config, latents, inputs):
         """The denoise loop for these latents, inputs and structure, compiled."""
         transformer, branches, steps = self.transformer, inputs.branches, self._num_timesteps
+        whole = inputs.whole(latents)
 
         def make():
             sigmas = self.scheduler.sigmas.asnumpy()
-            context = context_for(transformer, config, latents, inputs.text_len, branches, steps, sigmas)
+            context = context_for(transformer, config, whole, inputs.text_len, branches, steps, sigmas)
             loop = DenoiseLoop(transformer.cached_model, context)
             self.device.prepare(loop, transformer)
             return loop
 
-        key = (*latents.shape[:2], inputs.text_len, branches, latents.dtype, config.structure)
+        key = (*whole.shape[:2], inputs.text_len, branches, latents.dtype, config.structure)
         loop = self._loops.get(transformer, key, make)
         if self.use_graph_mode:
             compiled_before = len(loop.compile_cache)
@@ -466,10 +470,15 @@ class LoopInputs:
             inputs[name] = by_branch([each[name] for each in branches])
         return graph_input(inputs)
 
+    def whole(self, latents):
+        """The latents with the tokens behind them that no step moves."""
+        still = self.given[0].get("still")
+        return latents if still is None else ops.concat((latents, still), 1)
+
     def __call__(self, latents, start, stop):
         """The loop's arguments for the steps from start to stop - 1."""
         bounds = ms.Tensor(start, ms.int32), ms.Tensor(stop, ms.int32)
-        return (graph_input(latents), self._inputs, *self._constants, self._sigmas, *bounds, *self._numbers)
+        return (graph_input(self.whole(latents)), self._inputs, *self._constants, self._sigmas, *bounds, *self._numbers)
 
 
 class KeptEncoder(StandIn):
