@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/ascend_graphs.py
 
-mindone's own cells, bfloat16, STRICT syntax, FLUX.1's 19 double and 38 single blocks, narrow; nothing of the CPU
+mindone's own cells, bfloat16, STRICT syntax, as many blocks as the published model, narrow; nothing of the CPU
 backend's stand-ins. Each graph is compiled in a process of its own, all in turn, three times, and written as MINDIR.
 Seconds are those of ms.export, memory is the process's greatest. Ends with status 1 if the plain loop takes more than
 1.2 times what the transformer without a cache takes; with --lazy_inline, where equal blocks share a graph, it does not.
@@ -13,16 +13,20 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
+from unittest.mock import patch
 
 from FBCache_ms.eval.shared.arguments import Parser, add_into_option, add_save_path, check_range, exit_status, quiet
 from FBCache_ms.eval.shared.files import check_folder, check_into
 from FBCache_ms.eval.shared.tables import markdown, publish, spread
 
-DOUBLES, SINGLES = 19, 38
+DEPTHS = {"flux": (19, 38), "flux2": (8, 48), "qwenimage": (60, 0)}
+"""How many double and single blocks the published models have, by family."""
+
 TOKENS, TEXT, STEPS = 64, 32, 28
 LONGEST = 1.2
 
@@ -36,7 +40,8 @@ class Graph:
         tag: of its CacheConfig.
         branches: 2 for true CFG.
         batch: latents per call.
-        guidance: whether the model has a guidance embedding (dev) or not (schnell).
+        guidance: whether the model has a guidance embedding (dev) or not (schnell); Flux's alone.
+        family: of the model, by the name of its file.
     """
 
     kind: str
@@ -44,6 +49,7 @@ class Graph:
     branches: int = 1
     batch: int = 1
     guidance: bool = True
+    family: str = "flux"
 
 
 GRAPHS = {
@@ -69,28 +75,94 @@ GRAPHS = {
     "loop_true_CFG": Graph("loop", "F1B0_W0_T1O1_R0.12", branches=2),
     "step": Graph("step"),
     "step_true_CFG_double_gate": Graph("step", "F1B0_W0_T1O2_R0.12,span=stacks", branches=2),
+    "qwenimage_loop": Graph("loop", family="qwenimage"),
+    "qwenimage_loop_true_CFG_last_blocks": Graph("loop", "F24B24_W2MC1_T1O1_R0.8", branches=2, family="qwenimage"),
+    "qwenimage_loop_TeaCache": Graph("loop", "F0B0_W0_R0.12,gate=teacache", family="qwenimage"),
+    "qwenimage_loop_EasyCache": Graph("loop", "F0B0_W3_R0.12,gate=easycache", branches=2, family="qwenimage"),
+    "qwenimage_step_true_CFG": Graph("step", "F1B0_W0_T1O2_R0.12", branches=2, family="qwenimage"),
+    "flux2_loop": Graph("loop", "F1B0_W0_T1O1_R0.12", family="flux2"),
+    "flux2_loop_last_blocks": Graph("loop", "F3B2_W0_T1O1_R0.12", batch=2, family="flux2"),
+    "flux2_loop_double_gate": Graph("loop", "F1B0_W0_R0.12,span=stacks", family="flux2"),
+    "flux2_loop_EasyCache": Graph("loop", "F0B0_W3_R0.12,gate=easycache", family="flux2"),
+    "flux2_step": Graph("step", family="flux2"),
 }
 """What is compiled, by name."""
 
 
 @lru_cache(maxsize=None)
-def transformer(guidance, doubles, singles):
-    """mindone's FluxTransformer2DModel in bfloat16, with so many blocks of either kind, 32 wide."""
-    from mindone.diffusers import FluxTransformer2DModel
+def transformer(family, guidance, doubles, singles):
+    """mindone's transformer in bfloat16, with so many blocks of either kind, 32 wide, of 16 channels."""
+    import mindone.diffusers as mindones
 
     import mindspore as ms
 
-    return FluxTransformer2DModel(
-        in_channels=16,
-        num_layers=doubles,
-        num_single_layers=singles,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=64,
-        pooled_projection_dim=64,
-        guidance_embeds=guidance,
-        axes_dims_rope=(4, 6, 6),
-    ).to(ms.bfloat16)
+    common = {"attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 64, "num_layers": doubles}
+    with numpy_for_mint():
+        if family == "flux":
+            model = mindones.FluxTransformer2DModel(
+                **common,
+                in_channels=16,
+                num_single_layers=singles,
+                pooled_projection_dim=64,
+                guidance_embeds=guidance,
+                axes_dims_rope=(4, 6, 6),
+            )
+        elif family == "flux2":
+            model = mindones.Flux2Transformer2DModel(
+                **common, in_channels=16, num_single_layers=singles, axes_dims_rope=(4, 4, 4, 4)
+            )
+        else:
+            model = mindones.QwenImageTransformer2DModel(
+                **common, in_channels=16, out_channels=4, axes_dims_rope=(4, 6, 6)
+            )
+    return model.to(ms.bfloat16)
+
+
+@contextmanager
+def numpy_for_mint():
+    """NumPy in the places of those of mint's functions, without a CPU kernel, that mindone's models call when made."""
+    import numpy as np
+
+    import mindspore as ms
+    from mindspore import mint
+
+    def empty(*size, dtype=None):
+        return ms.Tensor(np.zeros(size[0] if isinstance(size[0], tuple) else size), dtype or ms.float32)
+
+    stand_ins = {
+        "arange": lambda *limits: ms.Tensor(np.arange(*limits), ms.int64),
+        "empty": empty,
+        "ones_like": lambda tensor: ms.Tensor(np.ones(tensor.shape), tensor.dtype),
+        "outer": lambda one, other: ms.Tensor(np.outer(one.asnumpy(), other.asnumpy()), other.dtype),
+    }
+    with ExitStack() as stack:
+        for name, stand_in in stand_ins.items():
+            stack.enter_context(patch.object(mint, name, stand_in))
+        yield
+
+
+def model_inputs(graph, leading):
+    """The inputs of a Graph's model by name, those that a branch has of its own with ``leading`` axes before them."""
+    import numpy as np
+
+    import mindspore as ms
+
+    batch, floats = (graph.batch,), {"dtype": ms.float32}
+
+    def zeros(*shape, dtype=ms.bfloat16):
+        return ms.Tensor(np.zeros(shape), dtype)
+
+    inputs = {"encoder_hidden_states": zeros(*leading, *batch, TEXT, 64)}
+    if graph.family == "flux":
+        inputs["pooled_projections"] = zeros(*leading, *batch, 64)
+        inputs.update(img_ids=zeros(TOKENS, 3), txt_ids=zeros(TEXT, 3))
+    else:
+        inputs["rotary"] = zeros(TEXT + TOKENS, 16, **floats), zeros(TEXT + TOKENS, 16, **floats)
+    if graph.family == "qwenimage":
+        inputs["encoder_hidden_states_mask"] = zeros(*leading, *batch, TEXT, **floats)
+    elif graph.guidance:
+        inputs["guidance"] = zeros(*batch, **floats)
+    return inputs
 
 
 def build(graph, model):
@@ -99,22 +171,17 @@ def build(graph, model):
 
     import mindspore as ms
 
-    from FBCache_ms import CacheConfig, CacheContext, FluxDenoiseLoop
+    from FBCache_ms import CacheConfig, CacheContext
     from FBCache_ms.cache.gates import step_tables
-    from FBCache_ms.pipelines.cached_transformer import CachedStep
+    from FBCache_ms.cache.loop import DenoiseLoop
+    from FBCache_ms.pipelines.cached_transformer import CachedStep, graph_input
 
-    def half(*shape):
-        return ms.Tensor(np.zeros(shape), ms.bfloat16)
+    def floats(*shape):
+        return ms.Tensor(np.zeros(shape), ms.float32)
 
-    def whole(number):
-        return ms.Tensor(number, ms.int32)
-
-    batch, ids = graph.batch, (half(TEXT, 3), half(TOKENS, 3))
-    latents, embeds, pooled = half(batch, TOKENS, 16), (batch, TEXT, 64), (batch, 64)
-    guidance = ms.Tensor(np.full(batch, 3.5), ms.float32) if graph.guidance else None
     config, sigmas = CacheConfig.from_tag(graph.tag), np.linspace(1, 0, STEPS)
     context = CacheContext(
-        batch,
+        graph.batch,
         TOKENS,
         model.inner_dim,
         branches=graph.branches,
@@ -125,43 +192,40 @@ def build(graph, model):
         sigmas=sigmas,
         channels=16,
     )
+    latents, timestep = floats(graph.batch, TOKENS, 16).to(ms.bfloat16), floats(graph.batch).to(ms.bfloat16)
     if graph.kind == "loop":
-        cell = FluxDenoiseLoop(model, context)
-        numbers = (
-            ms.Tensor(2.0, ms.float32),
-            ms.Tensor(np.zeros(1000), ms.float32),
-            ms.Tensor(np.zeros(1001), ms.float32),
-        )
-        inputs = (latents, half(graph.branches, *embeds), half(graph.branches, *pooled), *ids, guidance, *numbers)
-        inputs += (whole(0), whole(STEPS), *map(ms.Tensor, step_tables(config, STEPS, sigmas)))
-    else:
-        inputs = {
-            "encoder_hidden_states": half(*embeds),
-            "pooled_projections": half(*pooled),
-            "img_ids": ids[1],
-            "txt_ids": ids[0],
-            **({"guidance": guidance} if graph.guidance else {}),
-        }
-        if graph.kind == "step":
-            constants = {"controlnet_blocks_repeat": False}
-            cell, inputs = CachedStep(model, context), (latents, half(batch), ms.mutable(inputs), constants)
-        else:
-            cell, inputs = model, (latents, *list(inputs.values())[:2], half(batch), *list(inputs.values())[2:])
-    return cell, inputs
+        inputs = graph_input(model_inputs(graph, (graph.branches,)))
+        bounds = ms.Tensor(0, ms.int32), ms.Tensor(STEPS, ms.int32)
+        numbers = map(ms.Tensor, step_tables(config, STEPS, sigmas))
+        cell = DenoiseLoop(model.cached_model, context)
+        return cell, (latents, inputs, ms.Tensor(2.0, ms.float32), floats(1000), floats(1001), *bounds, *numbers)
+    inputs = model_inputs(graph, ())
+    if graph.kind == "step":
+        constants = {"controlnet_blocks_repeat": False} if graph.family == "flux" else {}
+        return CachedStep(model, context), (latents, timestep, graph_input(inputs), constants)
+    text, pooled, image_ids, text_ids, guidance = inputs.values()
+    return model, (latents, text, pooled, timestep, image_ids, text_ids, guidance)
 
 
-def export(names, folder, lazy_inline=False, doubles=DOUBLES, singles=SINGLES):
+def export(names, folder, lazy_inline=False, depth=None):
     """Writes graphs as NAME.mindir; yields for each the seconds and the process's greatest memory so far, in bytes.
 
-    With lazy_inline equal blocks share a graph.
+    With lazy_inline equal blocks share a graph. ``depth`` is how many double and single blocks there are, those of the
+    published model for None.
     """
     import mindspore as ms
 
     from FBCache_ms import Device
+    from FBCache_ms.models import family
 
     ms.set_context(mode=ms.GRAPH_MODE, jit_syntax_level=ms.STRICT)
     # Before the first one is compiled: after that MindSpore runs nothing on a CPU where lazy_inline is in use.
-    models = {name: transformer(GRAPHS[name].guidance, doubles, singles) for name in names}
+    models = {}
+    for name in names:
+        kind = GRAPHS[name].family
+        models[name] = transformer(kind, GRAPHS[name].guidance, *(depth or DEPTHS[kind]))
+        # Its file gives mindone's class a cached_model.
+        family(models[name])
     cells = {name: build(GRAPHS[name], model) for name, model in models.items()}
     for name, (cell, inputs) in cells.items():
         Device("Ascend", "bfloat16", lazy_inline=lazy_inline).prepare(cell, models[name])

@@ -95,7 +95,8 @@ class QwenImageModel(Model):
     def modulated(self, image, given):
         """See Model.modulated."""
         cell = self.cell(0)
-        return modulated(cell.img_norm1(image), *six(cell.img_mod(given["temb"]))[:2])
+        shift, scale, _, _, _, _ = six(cell.img_mod(given["temb"]))
+        return modulate(cell.img_norm1(image), shift, scale)
 
     def pending(self, given):
         """The modulation vector."""
@@ -127,8 +128,8 @@ class QwenImageModel(Model):
         )
         attended, text_attended = attend(
             cell.attn,
-            modulated(cell.img_norm1(image), shift, scale),
-            modulated(cell.txt_norm1(text), text_shift, text_scale),
+            modulate(cell.img_norm1(image), shift, scale),
+            modulate(cell.txt_norm1(text), text_shift, text_scale),
             given["rotary"],
             given["keys"],
         )
@@ -165,7 +166,7 @@ def six(modulation):
     return shift, scale, gate, mlp_shift, mlp_scale, mlp_gate
 
 
-def modulated(normed, shift, scale):
+def modulate(normed, shift, scale):
     """(1 + scale) x + shift."""
     return normed * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 

@@ -35,7 +35,8 @@ def check_call(pipe, given):
         size = getattr(given, name) or pipe.default_sample_size * pipe.vae_scale_factor
         setattr(given, name, whole(name, size))
     for name in ("guidance_scale", "true_cfg_scale"):
-        if getattr(given, name, None) is not None:
+        asked = signature(pipe.MINDONES.__call__).parameters.get(name)
+        if asked is not None and (asked.default is not None or getattr(given, name) is not None):
             finite(name, getattr(given, name))
     images = 1 if given.num_images_per_prompt is None else given.num_images_per_prompt
     given.num_images_per_prompt = whole("num_images_per_prompt", images, 1)
