@@ -15,7 +15,7 @@ def clone(self):
 
 def masked_fill_(self, mask, value):
     """Tensor.masked_fill_, with a number."""
-    return self.assign_value(ops.masked_fill(self, mask, value))
+    return self.assign_value(ops.masked_fill(self, mask, ms.Tensor(value, self.dtype)))
 
 
 def dropout(input, p=0.5, training=True, inplace=False):
