@@ -188,11 +188,11 @@ def make_qwen_encoder(folder, ids, width):
     weights.save(folder / "model.safetensors")
 
 
-def add_timestep_embedder(weights, name, width, smoothest=8.0):
-    """Two layers on 256 cosines and sines of 1000 t, of which the fast ones count little, so that steps are alike."""
-    weights.linear(f"{name}.linear_1", width, 256, scale=3.0)
+def add_timestep_embedder(weights, name, width):
+    """Two layers on 256 cosines and sines of 1000 t; the fast ones count little, so that neighbouring steps agree."""
+    weights.linear(f"{name}.linear_1", width, 256, scale=18.0)
     frequencies = 1000 * 10000 ** (-np.arange(128) / 128)
-    weights[f"{name}.linear_1.weight"] /= (1 + np.tile(frequencies, 2) / smoothest).astype(np.float32)
+    weights[f"{name}.linear_1.weight"] /= (1 + np.tile(frequencies / 2, 2) ** 2).astype(np.float32)
     weights.linear(f"{name}.linear_2", width, width)
 
 
@@ -219,11 +219,12 @@ def make_qwen_transformer(folder, width):
     for layer in range(config["num_layers"]):
         block = f"transformer_blocks.{layer}"
         for stream in ("img", "txt"):
-            weights.linear(f"{block}.{stream}_mod.1", 6 * inner, inner, scale=0.5, bias=0.3)
+            weights.linear(f"{block}.{stream}_mod.1", 6 * inner, inner, bias=0.3)
             weights.linear(f"{block}.{stream}_mlp.net.0.proj", 4 * inner, inner)
             weights.linear(f"{block}.{stream}_mlp.net.2", inner, 4 * inner)
         for part in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out.0", "to_add_out"):
-            weights.linear(f"{block}.attn.{part}", inner, inner)
+            # The text has a loud voice, so that both branches of true CFG decide each in its own way.
+            weights.linear(f"{block}.attn.{part}", inner, inner, scale=4.0 if part == "add_v_proj" else 1.0)
         for part in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
             weights.norm(f"{block}.attn.{part}.weight", config["attention_head_dim"])
     weights.linear("norm_out.linear", 2 * inner, inner, scale=0.5)
