@@ -1,14 +1,19 @@
 """The pages that follow from declarations are as these are now, and what the README shows is there."""
 
 import re
+import shlex
+from importlib import import_module
 from pathlib import Path
 
+import commands
 import pytest
 import reference
 
 from FBCache_ms.eval.fbcache import PROGRAMS
+from FBCache_ms.eval.shared.arguments import Parser
 
 ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "CONTRIBUTING.md", *(str(page.relative_to(ROOT)) for page in (ROOT / "docs").rglob("*.md")))
 OPTION = re.compile(r"(?<![\w-])--[a-z]\w+")
 
 
@@ -28,14 +33,85 @@ def test_every_option_is_in_the_docs(program):
     assert set(OPTION.findall(sections()[program])) == set(OPTION.findall(reference.help_of(program)))
 
 
-def test_a_command_on_a_page_has_options_that_its_program_has():
-    options, unknown, found = {name: set(OPTION.findall(text)) for name, text in sections().items()}, [], 0
-    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))):
-        text = page.read_text(encoding="utf-8").replace("\\\n", " ")
-        for program, rest in re.findall(r"bin/fbcache ([a-z]+)([^`\n]*)", text):
-            found += 1
-            unknown += [(page.name, program, name) for name in set(OPTION.findall(rest)) - options[program]]
-    assert found > 20 and unknown == []
+class Parsed(Exception):
+    """Raised once a command line is parsed, before a program looks at files or does anything."""
+
+
+PROGRAM = re.compile(
+    r"(?:\.venv/bin/)?(?:fbcache (?=[a-z])|python -m FBCache_ms\.eval\.|python (?=benchmarks/|tools/docs/))(.+)"
+)
+
+
+def typed_on_pages():
+    """(page, what follows fbcache, python or its -m) of every command line of a program of ours."""
+    for page in PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        lines = [each.text for each in commands.commands_of(page, text) if each.language == "sh"]
+        # With options, in a sentence: others are names of programs.
+        lines += [line for line in re.findall(r"`([^`]+ --[^`]+)`", re.sub(r"\s+", " ", text)) if "--help" not in line]
+        for line in dict.fromkeys(lines):
+            found = PROGRAM.match(line)
+            if found:
+                yield page, found[1]
+
+
+def module_of(program):
+    """The module of a subcommand, or of a file."""
+    if program in PROGRAMS:
+        return import_module(f"FBCache_ms.eval.{PROGRAMS[program][0]}")
+    return import_module(Path(program).stem if "/" in program else f"FBCache_ms.eval.{program}")
+
+
+def test_a_command_on_a_page_is_one_that_its_program_takes(monkeypatch):
+    parse_args, bad, found = Parser.parse_args, [], 0
+
+    def parse_alone(self, *given):
+        parse_args(self, *given)
+        raise Parsed
+
+    monkeypatch.setattr(Parser, "parse_args", parse_alone)
+    monkeypatch.setattr(Parser, "error", lambda self, message: bad.append((page, typed, message)))
+    for page, typed in typed_on_pages():
+        found += 1
+        program, *options = shlex.split(typed)
+        with pytest.raises(Parsed):
+            module_of(program).main(options)
+    assert found > 40 and bad == []
+
+
+def test_a_block_on_a_page_can_be_run_or_says_why_not():
+    blocks = [each for each in commands.all_commands() if not each.inline]
+    assert len(blocks) > 40 and sum(each.why_not is None for each in blocks) > 25
+    # A block that names something of the reader's own cannot be run.
+    named = [each for each in blocks if each.language == "sh" and commands.PLACEHOLDER.search(each.text)]
+    assert named and [each for each in named if each.why_not is None] == []
+
+
+def test_a_command_on_a_page_is_in_a_block_of_sh_and_a_mark_is_before_a_command():
+    for page in commands.pages():
+        text = (ROOT / page).read_text(encoding="utf-8")
+        found = list(commands.blocks(text))
+        assert {language for language, _, _ in found} <= {None, "sh", "python"}
+        marked = [(language, part) for language, part, mark in found if mark]
+        assert text.count("<!-- not run") == len(marked)
+        assert all(language or commands.INLINE.search(part) for language, part in marked)
+        assert re.findall(r"\n\n    (?:\.venv/|fbcache |python|pip |msrun ).*", text) == []
+
+
+def test_what_a_page_says_is_split_into_commands():
+    text = (
+        "Ask `.venv/bin/fbcache\ndoctor` or `.venv/bin/fbcache SUB --help`, and `.venv/bin/python`.\n\n"
+        "<!-- not run here: why -->\n\n```sh\na \\\n    b\nc\n```\n\n```python\nd\n\ne\n```\n"
+        "    .venv/bin/fbcache says\n"
+    )
+    found = [(each.language, each.text, each.why_not) for each in commands.commands_of("page", text)]
+    assert found == [
+        ("sh", ".venv/bin/fbcache doctor", None),
+        ("sh", ".venv/bin/fbcache SUB --help", "SUB stands for something"),
+        ("sh", "a b", "why"),
+        ("sh", "c", "why"),
+        ("python", "d\n\ne\n", None),
+    ]
 
 
 def test_the_readme_is_two_screens_and_its_links_lead_somewhere():
