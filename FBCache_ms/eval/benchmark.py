@@ -10,6 +10,7 @@ from FBCache_ms.config import CacheConfig
 from FBCache_ms.eval.shared.arguments import (
     Parser,
     add_drawing_options,
+    add_into_option,
     check_cache,
     check_model_and_size,
     check_range,
@@ -18,7 +19,7 @@ from FBCache_ms.eval.shared.arguments import (
 )
 from FBCache_ms.eval.shared.cases import ROWS, UNCACHED
 from FBCache_ms.eval.shared.drawing import Setting, draw_and_finish, named_settings
-from FBCache_ms.eval.shared.files import check_folder
+from FBCache_ms.eval.shared.files import check_folder, check_into
 from FBCache_ms.eval.shared.prompts import choose_prompts
 from FBCache_ms.eval.shared.tables import markdown, publish, spread
 
@@ -38,8 +39,10 @@ def parse_arguments(argv=None):
         default=True,
         help="whether to time the slow baseline, operator by operator",
     )
+    add_into_option(parser)
     args = parser.parse_args(argv)
     try:
+        check_into(args.into)
         check_model_and_size(args)
         check_range("runs", args.runs, 1, 10_000)
         for tag in (*ROWS, *args.cache):
@@ -127,7 +130,7 @@ def main(argv=None):
         ]
         text = text_of(figures)
         rows = [{name: value for name, value in row.items() if name != "times"} for row in figures]
-        publish(args.save_path, "benchmark", text, rows, {"settings": painter.common, "rows": figures})
+        publish(args.save_path, "benchmark", text, rows, {"settings": painter.common, "rows": figures}, args.into)
         # The next benchmark measures anew; a name of its own, so that none goes on with what is half removed.
         done = args.save_path / f".done.{os.getpid()}"
         os.rename(args.save_path / "unfinished", done)

@@ -9,6 +9,7 @@ from FBCache_ms.eval.quality import METRICS_PYTHON, TINY_CLIP, ClipScore, fid, f
 from FBCache_ms.eval.shared.arguments import (
     Parser,
     add_drawing_options,
+    add_into_option,
     check_cache,
     check_model_and_size,
     check_range,
@@ -17,7 +18,7 @@ from FBCache_ms.eval.shared.arguments import (
 )
 from FBCache_ms.eval.shared.cases import ROWS
 from FBCache_ms.eval.shared.drawing import draw_and_finish, named_settings
-from FBCache_ms.eval.shared.files import check_folder
+from FBCache_ms.eval.shared.files import check_folder, check_into
 from FBCache_ms.eval.shared.metrics import open_picture
 from FBCache_ms.eval.shared.prompts import coco_captions
 from FBCache_ms.eval.shared.tables import markdown, publish
@@ -57,8 +58,10 @@ def parse_arguments(argv=None):
         metavar="TAG|PRESET",
         help=f"rows beside the baseline (default: {', '.join(ROWS)})",
     )
+    add_into_option(parser)
     args = parser.parse_args(argv)
     try:
+        check_into(args.into)
         check_model_and_size(args)
         check_range("limit", args.limit, 2)
         for tag in args.cache:
@@ -144,7 +147,7 @@ def main(argv=None):
             ]
         )
         data = {"settings": painter.common, "pictures": len(args.prompts), "rows": rows}
-        publish(args.save_path, "fid_mscoco", text, rows, data, more=["pictures"])
+        publish(args.save_path, "fid_mscoco", text, rows, data, args.into, ["pictures"])
 
     def work():
         draw_and_finish(args, args.prompts, settings.values(), finish, uncached_beside=False)

@@ -3,6 +3,7 @@
 import math
 import random
 import sys
+import textwrap
 from functools import lru_cache
 
 import numpy as np
@@ -12,6 +13,7 @@ from FBCache_ms.eval.shared.arguments import (
     Parser,
     add_clip_option,
     add_drawing_options,
+    add_into_option,
     check_cache,
     check_model_and_size,
     check_range,
@@ -20,7 +22,7 @@ from FBCache_ms.eval.shared.arguments import (
 )
 from FBCache_ms.eval.shared.cases import BASELINE, UNCACHED, Row
 from FBCache_ms.eval.shared.drawing import Setting, draw_missing, session, wait_for_all
-from FBCache_ms.eval.shared.files import check_folder, json_bytes, say_written, write_file
+from FBCache_ms.eval.shared.files import check_folder, check_into, json_bytes, put_into, say_written, write_file
 from FBCache_ms.eval.shared.measure import Judge, cell_of, clip_folder, means, write_sweep
 from FBCache_ms.eval.shared.prompts import choose_prompts
 from FBCache_ms.eval.shared.tables import KINDS
@@ -68,8 +70,10 @@ def parse_arguments(argv=None):
     )
     add_drawing_options(parser, limit=14, save_path="./results/learn_mask")
     add_clip_option(parser)
+    add_into_option(parser)
     args = parser.parse_args(argv)
     try:
+        check_into(args.into)
         check_model_and_size(args)
         for computed in args.computed:
             check_range("computed", computed, 2, args.num_inference_steps - 1)
@@ -341,13 +345,15 @@ def run(args):
             row: cell_of(row, setting, folders[setting], args.save_path, judge) for row, setting in settings.items()
         }
         write_sweep(args.save_path, {**painter.common, "steps": steps}, args.prompts, list(cells.values()))
-        written = [*(f"sweep.{kind}" for kind in KINDS), "pictures"]
+        written, texts = [*(f"sweep.{kind}" for kind in KINDS), "pictures"], []
         for row, search in searches.items():
             preset = preset_of(args, painter, cells[row], search)
             file = args.save_path / f"mask_{sum(CacheConfig.named(row.cache).steps_computation_mask)}_of_{steps}.json"
             write_file(file, lambda stream: stream.write(json_bytes(preset)))
-            print(text_of(args, preset, file), end="")
+            texts.append(text_of(args, preset, file))
+            print(texts[-1], end="")
             written.append(file.name)
+        put_into(args.into, textwrap.indent("".join(texts), "    "))
         say_written(args.save_path, *written)
 
 

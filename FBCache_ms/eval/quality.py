@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from FBCache_ms.eval.shared.arguments import Parser, check_range, exit_status, reason
-from FBCache_ms.eval.shared.files import check_folder, json_bytes, say_written, write_file
+from FBCache_ms.eval.shared.arguments import Parser, add_into_option, check_range, exit_status, reason
+from FBCache_ms.eval.shared.files import check_folder, check_into, json_bytes, put_into, say_written, write_file
 from FBCache_ms.eval.shared.metrics import cosine_similarity, frechet_distance, open_picture, psnr, read_picture, ssim
 from FBCache_ms.eval.shared.tables import markdown, show
 
@@ -310,8 +310,10 @@ def parse_arguments(argv=None):
     add("--metrics_python", type=Path, default=METRICS_PYTHON, metavar="PATH", help="for lpips, image_reward and fid")
     add("--limit", type=int, metavar="N", help="the first N pictures alone; a set to compare with stays whole")
     add("--save_path", type=Path, default=Path("./results/quality.json"), metavar="FILE", help="each picture's numbers")
+    add_into_option(parser)
     args = parser.parse_args(argv)
     try:
+        check_into(args.into)
         if args.limit is not None:
             check_range("limit", args.limit, 1)
         args.pictures = list_pictures(args.folder)[: args.limit]
@@ -486,6 +488,7 @@ def main(argv=None):
     def work():
         report = report_of(args, score(args))
         write_file(args.save_path, lambda stream: stream.write(json_bytes(report)))
+        put_into(args.into, text_of(report))
         show(text_of(report))
         say_written(args.save_path.parent, args.save_path.name)
 

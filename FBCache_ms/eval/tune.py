@@ -1,6 +1,7 @@
 """Finds the best configuration for a model and prompts: the fastest that is good enough, or the best at a speed."""
 
 import sys
+import textwrap
 from dataclasses import dataclass
 
 from FBCache_ms.config import CacheConfig
@@ -8,6 +9,7 @@ from FBCache_ms.eval.shared.arguments import (
     Parser,
     add_clip_option,
     add_drawing_options,
+    add_into_option,
     check_cache,
     check_model_and_size,
     check_range,
@@ -16,7 +18,7 @@ from FBCache_ms.eval.shared.arguments import (
 )
 from FBCache_ms.eval.shared.cases import BASELINE, UNCACHED, Row
 from FBCache_ms.eval.shared.drawing import Setting, draw_missing, session, share, wait_for_all
-from FBCache_ms.eval.shared.files import check_folder, json_bytes, say_written, write_file
+from FBCache_ms.eval.shared.files import check_folder, check_into, json_bytes, put_into, say_written, write_file
 from FBCache_ms.eval.shared.measure import Judge, cell_of, clip_folder, means, write_sweep
 from FBCache_ms.eval.shared.prompts import choose_prompts
 from FBCache_ms.eval.shared.tables import KINDS
@@ -108,8 +110,10 @@ def parse_arguments(argv=None):
     add("--min_speedup", type=float, metavar="X", help="be so many times as fast as uncached; 2, say")
     add_drawing_options(parser, limit=10, save_path="./results/tune")
     add_clip_option(parser)
+    add_into_option(parser)
     args = parser.parse_args(argv)
     try:
+        check_into(args.into)
         check_model_and_size(args)
         check_range("limit", args.limit, 2)
         if (args.min_psnr, args.max_clip_score_loss, args.min_speedup) == (None, None, None):
@@ -314,6 +318,7 @@ def run(args):
             "settings": {**painter.common, "steps": steps},
         }
         write_file(args.save_path / "best.json", lambda stream: stream.write(json_bytes(preset)))
+        put_into(args.into, textwrap.indent(text, "    "))
         print(text, end="")
         say_written(args.save_path, "best.json", *written)
 

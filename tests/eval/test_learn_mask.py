@@ -79,12 +79,24 @@ def test_a_mask_keeps_the_forecast_and_the_span_alone():
 
 
 def test_learnt_masks_are_preset_files_that_cache_takes(tmp_path, capsys):
-    prompts = tmp_path / "prompts.txt"
+    prompts, page = tmp_path / "prompts.txt", tmp_path / "page.md"
     prompts.write_text("a cat\ntwo dogs\nthree birds")
     options = ["--ckpt", str(make_narrow(tmp_path / "narrow")), "--image_size", "32", "32", "--prompts", str(prompts)]
-    options += ["--num_inference_steps", "5", "--learn_from", "2", "--evaluations", "3", "--cache", "hicache"]
+    options += [
+        "--num_inference_steps",
+        "5",
+        "--learn_from",
+        "2",
+        "--evaluations",
+        "3",
+        "--cache",
+        "hicache",
+        "--into",
+        str(page),
+    ]
     assert learn_mask.main([*options, "--computed", "2", "2", "3", "--save_path", str(tmp_path / "out")]) == 0
     text = capsys.readouterr().out
+    assert page.read_text().split("\n\n", 2)[2] == "".join(f"    {line}\n" for line in text.splitlines())
     for computed in (2, 3):
         file = tmp_path / "out" / f"mask_{computed}_of_5.json"
         assert f"use it: --cache {file}" in text

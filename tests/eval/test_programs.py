@@ -169,7 +169,6 @@ def test_into_writes_the_table_anew_with_how_it_was_made(tmp_path, monkeypatch):
     here = {"cores": 2, "processor": "A Chip", "mindspore": "2.7.0", "mindone": "0.5.0", "python": "3.11.7"}
     monkeypatch.setattr(machine, "machine", lambda: here)
     page, text = tmp_path / "page.md", "| é |\n"
-    page.write_text("old")
     parser = Parser("here", "cost_model")
     add_into_option(parser)
     assert parser.parse_args([]).into is None
@@ -178,6 +177,12 @@ def test_into_writes_the_table_anew_with_how_it_was_made(tmp_path, monkeypatch):
         f"# Cost model\n\nMade by `cost_model --into {page}`, on {date.today().isoformat()}, on 2 cores of A Chip, "
         "MindSpore 2.7.0, mindone 0.5.0, Python 3.11.7.\n\n| é |\n"
     )
+    page.write_text("# A heading\n\nold\n")
+    files.put_into(parser.parse_args(["--into", str(page)]).into, text)
+    assert page.read_text(encoding="utf-8").startswith(f"# A heading\n\nMade by `cost_model --into {page}`, on ")
+    page.write_text("")
+    files.put_into(parser.parse_args(["--into", str(page)]).into, text)
+    assert page.read_text(encoding="utf-8").startswith("# Cost model\n\nMade by ")
     here["cores"] = 1
     assert machine.machine_text().startswith("1 core of A Chip, ")
 

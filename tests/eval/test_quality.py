@@ -164,7 +164,8 @@ def test_a_clip_that_is_not_whole_is_named(spoil, named, tmp_path):
 
 
 def test_pictures_are_compared_with_their_references(folders, capsys):
-    report = run(folders, str(folders / "b"), "--reference", str(folders / "a"))
+    page = folders / "page.md"
+    report = run(folders, str(folders / "b"), "--reference", str(folders / "a"), "--into", str(page))
     assert list(report["metrics"]) == ["psnr", "ssim"]
     rows = report["per_picture"]
     assert [row["picture"] for row in rows] == ["00000.png", "00001.png", "00002.png"]
@@ -172,7 +173,9 @@ def test_pictures_are_compared_with_their_references(folders, capsys):
         pair = [read_picture(folders / name / row["picture"]) for name in "ab"]
         assert row["psnr"] == psnr(*pair) and 33 - 10 * index < row["psnr"] < 40 - 5 * index
     assert report["metrics"]["psnr"]["mean"] == pytest.approx(np.mean([row["psnr"] for row in rows]))
-    table = capsys.readouterr().out.splitlines()
+    text = capsys.readouterr().out
+    assert page.read_text().split("\n\n", 2)[2] == text
+    table = text.splitlines()
     assert table[0] == "| metric | mean | std | min | max | pictures |"
     assert table[2].startswith(f"| psnr | {report['metrics']['psnr']['mean']:.4f} |") and table[2].endswith(" 3 |")
 
@@ -229,6 +232,7 @@ def test_other_pictures_are_compared_as_a_set(folders):
         (["a", "--reference", "a", "--limit", "1", "--metrics", "clip_frechet"], "2 pictures or more"),
         (["a", "--limit", "0"], "--limit"),
         (["a", "--save_path", "b"], "b is a folder"),
+        (["a", "--into", "nowhere/page.md"], "--into nowhere/page.md: there is no folder nowhere"),
         (["none"], "none is not a folder"),
         (["empty"], "empty holds no picture"),
         (["damaged"], "00001.png cannot be read"),

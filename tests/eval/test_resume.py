@@ -70,9 +70,11 @@ def undisturbed(tmp_path_factory):
     options += ["--num_inference_steps", "2", "--cache", "F1B0_W1_R1", "--limit", str(PICTURES)]
     # Later starts take their graphs from there; a kill may meet one that is being written, too.
     options += ["--compile_cache", str(folder / "graphs")]
-    (process,) = start([*options, "--save_path", str(folder / "out")], 1)
+    page = folder / "page.md"
+    (process,) = start([*options, "--save_path", str(folder / "out"), "--into", str(page)], 1)
     process.join()
     assert process.exitcode == 0
+    assert page.read_text(encoding="utf-8").split("\n\n", 2)[2] == (folder / "out" / "fid_mscoco.md").read_text("utf-8")
     return options, folder / "out"
 
 

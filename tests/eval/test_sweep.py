@@ -108,9 +108,12 @@ def test_a_sweep_compiles_and_warms_up_once_a_structure(options, tmp_path, stric
 
 
 def test_the_speed_table_has_the_fields_of_the_field(options, tmp_path, capsys):
-    arguments = [*options, "--save_path", str(tmp_path), "--runs", "2", "--num_inference_steps", "1"]
-    assert benchmark.main([*arguments, "--cache", "F1B0_W0_R1"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    page, folder = tmp_path / "page.md", tmp_path / "out"
+    arguments = [*options, "--save_path", str(folder), "--runs", "2", "--num_inference_steps", "1"]
+    assert benchmark.main([*arguments, "--cache", "F1B0_W0_R1", "--into", str(page)]) == 0
+    text = capsys.readouterr().out
+    assert page.read_text().split("\n\n", 2)[2] == text
+    lines = text.splitlines()
     assert lines[0] == "| Configuration | Image Size | Steps | Time per Step (s) | Total Time (s) | Speedup |"
     names = ["Baseline (PyNative Mode)", "Baseline (Graph Mode)"]
     names += ["FBCache(0.08) + Graph Mode", "FBCache(0.12) + Graph Mode", "FBCache(1) + Graph Mode"]
@@ -121,18 +124,15 @@ def test_the_speed_table_has_the_fields_of_the_field(options, tmp_path, capsys):
         assert len(ratios) == 2 and {own for _, _, own in ratios} == {total}
         assert [ratios[0][1], ratios[1][1]] == [lines[row].strip("| ").split(" | ")[-2] for row in (3, 2)]
     assert "| Total Time, Median of 2 Runs (s) |" in lines[8]
-    rows = json.loads((tmp_path / "benchmark.json").read_text())["rows"]
+    rows = json.loads((folder / "benchmark.json").read_text())["rows"]
     for row in rows:
         assert len(row["times"]) == 2 and row["least_seconds"] <= row["seconds"] <= row["greatest_seconds"]
         assert row["speedup"] == pytest.approx(rows[1]["seconds"] / row["seconds"])
         assert row["speedup_over_pynative"] == pytest.approx(rows[0]["seconds"] / row["seconds"])
     assert [row["cache_bytes"] > 0 for row in rows] == [False, False, True, True, True]
     assert all(row["peak_bytes"] > 1e7 for row in rows)
-    assert sorted(path.name for path in tmp_path.iterdir() if path.name[0] != ".") == [
-        "benchmark.csv",
-        "benchmark.json",
-        "benchmark.md",
-    ]
+    written = ["benchmark.csv", "benchmark.json", "benchmark.md"]
+    assert sorted(path.name for path in folder.iterdir() if path.name[0] != ".") == written
 
 
 def bad(program, *options):
@@ -147,6 +147,9 @@ def bad(program, *options):
         bad(sweep, "--cases", "everything", "everything"),
         bad(sweep, "--cases", "rules", "--thresholds", "0.1", "--thresholds"),
         bad(sweep, "--into", "nowhere/page.md", "nowhere"),
+        bad(benchmark, "--into", "nowhere/page.md", "nowhere"),
+        bad(fid_mscoco, "--coco_root", "no/such/coco", "--into", "nowhere/page.md", "nowhere"),
+        bad(tune, "--min_psnr", "35", "--into", "nowhere/page.md", "nowhere"),
         bad(sweep, "--prompts", "no/such/file", "no/such/file"),
         bad(sweep, "--limit", "0", "limit"),
         bad(sweep, "--seed", "-1", "seed"),

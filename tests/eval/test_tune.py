@@ -75,18 +75,21 @@ def test_a_recommendation_is_a_preset_file_that_cache_takes(tmp_path, capsys, mo
     monkeypatch.setattr(tune, "FAMILIES", {"FBCache": ("F1B0_W0_R{:g}", (0.1, 1))})
     ckpt = make_narrow(tmp_path / "narrow")
     options = ["--ckpt", str(ckpt), "--image_size", "32", "32", "--num_inference_steps", "3", "--limit", "2"]
-    prompts = tmp_path / "prompts.txt"
+    prompts, page = tmp_path / "prompts.txt", tmp_path / "page.md"
     prompts.write_text("a cat\ntwo dogs")
-    options += ["--prompts", str(prompts), "--save_path", str(tmp_path / "out")]
+    options += ["--prompts", str(prompts), "--save_path", str(tmp_path / "out"), "--into", str(page)]
     assert tune.main([*options, "--min_psnr", "5"]) == 0
-    preset = tmp_path / "out" / "best.json"
-    assert f"use it: --cache {preset}" in capsys.readouterr().out
+    preset, text = tmp_path / "out" / "best.json", capsys.readouterr().out
+    assert f"use it: --cache {preset}" in text
+    made = page.read_text()
+    assert made.split("\n\n", 2)[2] == "".join(f"    {line}\n" for line in text.splitlines())
     assert json.loads(preset.read_text())["left_one_out"]["prompts"] == 2
     assert CacheConfig.named(str(preset)) in (CacheConfig(0.1), CacheConfig(1))
     assert (tmp_path / "out" / "sweep.json").is_file()
 
     assert tune.main([*options, "--min_psnr", "500", "--min_speedup", "100"]) == 2
     assert "none of 1 configurations keeps PSNR at least 500 dB" in capsys.readouterr().err
+    assert page.read_text() == made
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"config": 3}', '{"config": "fastest"}'])

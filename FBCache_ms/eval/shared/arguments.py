@@ -184,7 +184,7 @@ def add_into_option(parser):
         "--into",
         type=into,
         metavar="FILE",
-        help="also write the table into this Markdown file, with the command, the date and the machine",
+        help="also write what it found into this Markdown file, with the command, the date and the machine",
     )
 
 

@@ -131,7 +131,7 @@ class Into:
 
     Args:
         file: is written anew.
-        title: its heading.
+        title: the heading of a new one; another's heading stays.
         command: what was typed.
     """
 
@@ -152,4 +152,8 @@ def put_into(into, text):
     """Writes a text into an Into's file, below how, when and on what it was made; None is nowhere."""
     if into is not None:
         made = f"Made by `{into.command}`, on {date.today()}, on {machine_text()}."
-        write_text(into.file, f"# {into.title}\n\n{made}\n\n{text}")
+        heading = f"# {into.title}"
+        if into.file.is_file():
+            first = into.file.read_text(encoding="utf-8").partition("\n")[0]
+            heading = first if first.startswith("# ") else heading
+        write_text(into.file, f"{heading}\n\n{made}\n\n{text}")
