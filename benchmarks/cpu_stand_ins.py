@@ -24,9 +24,8 @@ from FBCache_ms.eval.shared.files import check_folder, check_into
 from FBCache_ms.eval.shared.machine import machine
 from FBCache_ms.eval.shared.tables import markdown, publish, spread
 from FBCache_ms.runtime.checkpoint import TINY_FLUX
-from FBCache_ms.runtime.cpu import install
+from FBCache_ms.runtime.cpu import install, stand_ins
 from FBCache_ms.runtime.cpu import kernels as cpu_kernels
-from FBCache_ms.runtime.cpu import stand_ins
 
 STEPS = 28
 IN_USE = "as it is"

@@ -417,7 +417,7 @@ class CacheContext:
         """
         if name not in BRANCHES[: self.branches]:
             raise ValueError(
-                f"cache_context {name!r} must be one of {', '.join(BRANCHES[:self.branches])}; for true CFG make the "
+                f"cache_context {name!r} must be one of {', '.join(BRANCHES[: self.branches])}; for true CFG make the "
                 "CacheContext with branches=2"
             )
         self.select(ms.Tensor(BRANCHES.index(name), ms.int32))

@@ -4,9 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cases import BFLOAT16
+from cases import BFLOAT16, walk
 from cases import DISTANCES as GOLDEN_DISTANCES
-from cases import walk
 from narrow import make_narrow
 from replay import Streams as Replayed
 from replay import replay

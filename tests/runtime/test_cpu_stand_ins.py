@@ -15,9 +15,8 @@ from FBCache_ms.models import blocks, transformer_flux_withFBCache
 from FBCache_ms.pipelines.cached_transformer import CachedStep
 from FBCache_ms.rules.arithmetic import finite_differences, relative_difference, weighted_sum
 from FBCache_ms.runtime import cpu
-from FBCache_ms.runtime.cpu import flux
+from FBCache_ms.runtime.cpu import flux, stand_ins
 from FBCache_ms.runtime.cpu import kernels as cpu_kernels
-from FBCache_ms.runtime.cpu import stand_ins
 from FBCache_ms.runtime.device import prepare_device
 
 FLOATS = (np.float32, np.float16)

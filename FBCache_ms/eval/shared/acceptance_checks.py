@@ -134,8 +134,9 @@ def check_decisions(run):
         return [text for name, value in names.items() for text in (f"--{name}", str(value))]
 
     run_program(fbcache_flux, options("CPU"))
-    reports = json.loads((run.args.save_path / "decisions" / "run.json").read_text()), fbcache_flux.run(
-        fbcache_flux.parse_arguments(options(run.args.device))
+    reports = (
+        json.loads((run.args.save_path / "decisions" / "run.json").read_text()),
+        fbcache_flux.run(fbcache_flux.parse_arguments(options(run.args.device))),
     )
     cpu, here = (
         {
