@@ -45,6 +45,7 @@ def locked(path, rank=0):
 
 def _held(lock, path):
     """The open file of a lock that this process holds; its own name still leads to it."""
+    # Not filelock's: it leaves its file behind, and takes a file system that cannot lock for another run.
     while True:
         stream = open(lock, "w")
         try:
