@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -119,3 +121,31 @@ def test_the_readme_is_two_screens_and_its_links_lead_somewhere():
     assert text.count("\n") <= 150
     files = {link.partition("#")[0] or "README.md" for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link}
     assert len(files) > 10 and [file for file in files if not (ROOT / file).is_file()] == []
+
+
+def test_commands_run_in_a_clone_and_a_page_begins_without_results(tmp_path, monkeypatch, capsys):
+    root, out = tmp_path / "root", tmp_path / "out"
+    (root / "docs").mkdir(parents=True)
+    (root / "mkdocs.yml").write_text("nav:\n  - Home: one.md\n")
+    (root / "README.md").write_text(
+        "```sh\npython3 -m venv .venv && false\nmkdir results\necho new > README.md\nfalse | true\nsleep 60\n```\n\n"
+        "<!-- not run here: why -->\n\n```sh\nfalse\n```\n"
+    )
+    (root / "docs" / "one.md").write_text(
+        "```sh\n! test -e results\ngit diff --exit-code\n```\n\n```python\nimport FBCache_ms.config\n```\n"
+    )
+    for command in (["init", "-q"], ["add", "."], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "a"]):
+        subprocess.run(["git", *command], cwd=root, check=True)
+    monkeypatch.setattr(commands, "ROOT", root)
+    options = ["--python", sys.executable, "--timeout", "2", "--save_path", str(out)]
+    assert commands.main([*options, "--list"]) == 0
+    assert "| README.md | `false` | why |" in capsys.readouterr().out and not out.exists()
+    assert commands.main(options) == 1
+    said = capsys.readouterr().out
+    ends = [line.split(" | ")[2:] for line in said.splitlines() if ".md |" in line]
+    assert [status for status, _, _ in ends] == ["-", "0", "0", "1", "stopped", "-", "0", "0", "0"]
+    assert [why[:-2] for _, _, why in ends if why != "- |"] == ["installs; --python gives the environment", "why"]
+    assert "7 of 9 were run, and 2 of these failed." in said
+    with pytest.raises(SystemExit):
+        commands.main([*options, "--pages", "docs/two.md"])
+    assert "docs/two.md is none of README.md, docs/one.md" in capsys.readouterr().err

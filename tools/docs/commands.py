@@ -101,17 +101,17 @@ def commands_of(page, text):
     return found
 
 
-def pages(root=ROOT):
+def pages():
     """The pages, from the repository's root: README.md, then the site's in its order, without docs/results/."""
-    nav = re.findall(r": (\w+\.md)$", (root / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    nav = re.findall(r": (\w+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
     return ["README.md", *(f"docs/{page}" for page in nav)]
 
 
-def all_commands(root=ROOT, chosen=None):
+def all_commands(chosen=None):
     """The Commands of some pages, or of all."""
     found = []
-    for page in chosen or pages(root):
-        found += commands_of(page, (root / page).read_text(encoding="utf-8"))
+    for page in chosen or pages():
+        found += commands_of(page, (ROOT / page).read_text(encoding="utf-8"))
     return found
 
 
@@ -175,7 +175,9 @@ class Clone:
         """(status, seconds, what it said); the status is None for one that was stopped after so many seconds."""
         started = ["bash", "-euo", "pipefail", "-c", command.text]
         if command.language == "python":
-            script = self.folder / "script.py"
+            # Python looks for modules beside a script first, and the clone is no module.
+            script = self.folder / "script" / "script.py"
+            script.parent.mkdir(exist_ok=True)
             script.write_text(command.text, encoding="utf-8")
             started = [".venv/bin/python", str(script)]
         begin = time.monotonic()
@@ -223,7 +225,7 @@ def run_all(commands, args):
 
 def chosen_commands(args):
     """What the command line asks for; without an environment to reuse it begins with what makes one."""
-    commands = all_commands(chosen=args.pages)
+    commands = all_commands(args.pages)
     begin = all_commands()[0]
     return commands if args.python is not None or begin in commands else [begin, *commands]
 
