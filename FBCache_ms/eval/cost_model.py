@@ -26,6 +26,7 @@ from FBCache_ms.eval.shared.published import (
     with_fusion,
 )
 from FBCache_ms.eval.shared.tables import markdown, publish
+from FBCache_ms.models import costs_of
 from FBCache_ms.predict.roofline import PYNATIVE, WHOLE_LOOP, Accelerator, Shapes, seconds, step, work_seconds
 from FBCache_ms.rules.schedules import MAX_STEPS
 from FBCache_ms.runtime.checkpoint import FLUX_DEV, image_unit, transformer_config
@@ -378,7 +379,7 @@ def run_of(args):
     if min(size) < 1 or any(side % unit for side in size):
         raise ValueError(f"--image_size must be positive multiples of {unit}, not {' '.join(map(str, size))}")
     config = ATLAS.configs[-1] if cache is None else CacheConfig.named(cache)
-    config.check_blocks(transformer.num_layers, transformer.num_single_layers)
+    config.check_blocks(*costs_of(transformer).stacks(transformer))
     if cache is None and given is None:
         given = [max(round(steps * (1 - best(ATLAS).reused[-1] / ATLAS.steps)), 1)]
     tokens = size[0] // unit * (size[1] // unit)

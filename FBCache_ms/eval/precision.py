@@ -17,6 +17,7 @@ from FBCache_ms.eval.shared.arguments import (
     check_model_and_size,
     check_range,
     exit_status,
+    guidance_of,
     reason,
 )
 from FBCache_ms.eval.shared.drawing import session
@@ -150,11 +151,11 @@ def record(painter, index, prompt):
             return {}
 
         painter.pipe(
-            prompt,
+            prompt=prompt,
             height=painter.image_size[0],
             width=painter.image_size[1],
             num_inference_steps=painter.args.num_inference_steps,
-            guidance_scale=painter.args.guidance_scale,
+            **guidance_of(painter.args),
             generator=np.random.default_rng((painter.args.seed, index)),
             output_type="latent",
             cache_config=CacheConfig(0, probe=probe),

@@ -19,12 +19,15 @@ from FBCache_ms.eval.shared.arguments import (
     add_save_path,
     cache_config,
     check_cache,
+    check_guidance,
     check_model_and_size,
     check_range,
     device_of,
     exit_status,
+    guidance_of,
 )
 from FBCache_ms.eval.shared.files import check_folder, json_bytes, locked, write_file
+from FBCache_ms.runtime.checkpoint import family_of
 
 SSIM_WINDOW = 11
 """Pixels that SSIM looks at in each direction."""
@@ -56,7 +59,12 @@ def parse_arguments(argv=None):
     add("--prompt", default="a big red circle in the center, blue background", metavar="TEXT", help="what to show")
     add("--negative_prompt", metavar="TEXT", help="what not to show; takes effect with --true_cfg_scale above 1")
     add_picture_options(add)
-    add("--true_cfg_scale", type=float, default=1.0, metavar="G", help="of true classifier-free guidance; 1: none")
+    add(
+        "--true_cfg_scale",
+        type=float,
+        metavar="G",
+        help="of true classifier-free guidance; 1: none (default: 1, Qwen-Image 4 with a negative prompt)",
+    )
     add("--num_images_per_prompt", type=int, default=1, metavar="N", help="how many pictures")
     add_cache_options(parser)
     add = parser.add_argument_group("output").add_argument
@@ -78,13 +86,16 @@ def parse_arguments(argv=None):
 def check_arguments(args):
     """Raises ValueError or OSError, naming the option, for a value that cannot work."""
     check_range("num_images_per_prompt", args.num_images_per_prompt, 1)
-    if not math.isfinite(args.true_cfg_scale):
-        raise ValueError(f"--true_cfg_scale must be a finite number, not {args.true_cfg_scale}")
-    if args.true_cfg_scale > 1 and args.negative_prompt is None:
+    if args.true_cfg_scale is not None and args.true_cfg_scale > 1 and args.negative_prompt is None:
         raise ValueError("--true_cfg_scale above 1 needs a --negative_prompt")
     if args.compare and importlib.util.find_spec("skimage") is None:
         raise ValueError("--compare needs scikit-image; install FBCache_ms[eval]")
     check_model_and_size(args)
+    check_guidance(args, "true_cfg_scale")
+    if args.negative_prompt is None and args.true_cfg_scale is not None:
+        args.true_cfg_scale = 1.0
+    elif args.negative_prompt is not None and args.true_cfg_scale is None:
+        raise ValueError(f"--negative_prompt is not for this checkpoint: a {family_of(args.ckpt).PIPELINE} takes none")
     if args.compare and args.image_size is not None and min(args.image_size) < SSIM_WINDOW:
         raise ValueError(f"--compare needs an --image_size of {SSIM_WINDOW} pixels or more, for SSIM")
     check_cache(args.config, args.ckpt, args.num_inference_steps)
@@ -96,14 +107,14 @@ def generate(pipe, args, cache_config):
     import numpy as np
 
     height, width = args.image_size or (None, None)
+    negative = {} if args.negative_prompt is None else {"negative_prompt": args.negative_prompt}
     return pipe(
-        args.prompt,
-        negative_prompt=args.negative_prompt,
+        prompt=args.prompt,
+        **negative,
+        **guidance_of(args),
         height=height,
         width=width,
         num_inference_steps=args.num_inference_steps,
-        guidance_scale=args.guidance_scale,
-        true_cfg_scale=args.true_cfg_scale,
         num_images_per_prompt=args.num_images_per_prompt,
         generator=np.random.default_rng(args.seed),
         output_type="np",
@@ -180,10 +191,11 @@ def run(args):
 
         import mindspore as ms
 
-        from FBCache_ms import FluxPipeline
+        import FBCache_ms
 
+    kind = getattr(FBCache_ms, family_of(args.ckpt).PIPELINE)
     imported = time.perf_counter()
-    pipe = FluxPipeline.from_pretrained(
+    pipe = kind.from_pretrained(
         str(args.ckpt), cache_config=args.config, use_graph_mode=args.use_graph_mode, device=device
     )
     loaded = time.perf_counter()

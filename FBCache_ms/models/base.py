@@ -6,7 +6,9 @@ beside it
 
 - KIND, mindone's class, which gets an attribute ``cached_model``: the one of this form around a transformer;
 - CONSTANTS, the arguments of mindone's construct that shape its graph;
-- COSTS, the module that counts operations and bytes: stacks, width, channels, step_costs, block, condition, ends;
+- COSTS, the module of what is known without MindSpore: the pipeline's name, its components and guidance, the published
+  config, and what counts operations and bytes: stacks, width, channels, step_costs, block, condition, ends;
+- BY_BRANCH, those of its inputs that each guidance branch has of its own;
 - graph_inputs(transformer, arguments): the other arguments of a call as the graph takes them, or what is refused;
 - why_foreign(transformer), why_not_probed(transformer, probe): what stands in the way, in words, or None.
 

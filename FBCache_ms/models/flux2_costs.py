@@ -6,6 +6,8 @@ from ..predict.flops import StepCosts
 
 PIPELINE = "Flux2Pipeline"
 COMPONENTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
+GUIDANCE = {"guidance_scale": 4.0}
+"""The scales that the pipeline takes, and those of a command line that gives none."""
 
 PUBLISHED = SimpleNamespace(
     _class_name="Flux2Transformer2DModel",

@@ -10,6 +10,8 @@ from ..predict.roofline import Work
 
 PIPELINE = "FluxPipeline"
 COMPONENTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae")
+GUIDANCE = {"guidance_scale": 3.5, "true_cfg_scale": 1.0}
+"""The scales that the pipeline takes, and those of a command line that gives none."""
 
 PUBLISHED = SimpleNamespace(
     _class_name="FluxTransformer2DModel",

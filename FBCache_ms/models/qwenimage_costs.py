@@ -6,6 +6,8 @@ from ..predict.flops import StepCosts
 
 PIPELINE = "QwenImagePipeline"
 COMPONENTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
+GUIDANCE = {"true_cfg_scale": 4.0}
+"""The scales that the pipeline takes, and those of a command line that gives none."""
 
 PUBLISHED = SimpleNamespace(
     _class_name="QwenImageTransformer2DModel",

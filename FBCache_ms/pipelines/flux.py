@@ -1,7 +1,5 @@
 """FluxPipeline: mindone's, with the denoise loop as one cached graph."""
 
-from inspect import signature
-
 import numpy as np
 from mindone.diffusers import FluxPipeline as MindoneFluxPipeline
 from mindone.diffusers.pipelines.flux.pipeline_flux import calculate_shift
@@ -15,7 +13,6 @@ from ..runtime.device import prepare_device
 from .whole_loop import DEFAULT, WholeLoop, shift_settings, spread, with_cache_config
 
 _PROMPT = ("prompt", "prompt_2", "prompt_embeds", "pooled_prompt_embeds")
-_TEXT_LENGTH = signature(MindoneFluxPipeline.__call__).parameters["max_sequence_length"].default
 
 
 class FluxPipeline(WholeLoop, MindoneFluxPipeline):
@@ -68,9 +65,15 @@ class FluxPipeline(WholeLoop, MindoneFluxPipeline):
 
     __call__.__signature__ = with_cache_config(MindoneFluxPipeline)
 
+    @property
+    def text_length(self):
+        """See WholeLoop; what the T5 tokenizer names, at most mindone's."""
+        most = super().text_length
+        return most if self.tokenizer_2 is None else min(most, self.tokenizer_2.model_max_length)
+
     def _draw(self, given, config):
-        if given.max_sequence_length == _TEXT_LENGTH and self.tokenizer_2 is not None:
-            given.max_sequence_length = min(_TEXT_LENGTH, self.tokenizer_2.model_max_length)
+        if given.max_sequence_length == super().text_length:
+            given.max_sequence_length = self.text_length
         return super()._draw(given, config)
 
     def embeds_shapes(self):

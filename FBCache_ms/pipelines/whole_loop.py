@@ -116,6 +116,17 @@ class WholeLoop:
         """What the latents (B, S, C) show, as output_type says."""
         raise NotImplementedError
 
+    @property
+    def text_length(self):
+        """What a prompt is padded or cut to where a call does not say."""
+        return signature(self.MINDONES.__call__).parameters["max_sequence_length"].default
+
+    def embeddings(self, prompt):
+        """A prompt's embeddings, {the argument of a call that takes them: tensor}, made operator by operator."""
+        with graph_mode(False):
+            found = self.encode_prompt(prompt, max_sequence_length=self.text_length)
+        return dict(zip(self.embeds_shapes(), found))
+
     def _set_up(self):
         """What __init__ sets beside mindone's."""
         self.cache_config = CacheConfig()

@@ -141,6 +141,14 @@ def block_counts(folder):
     return costs_of(config).stacks(config)
 
 
+def family_of(folder):
+    """What is known of a checkpoint's family without MindSpore: models/flux_costs.py or one like it.
+
+    Raises OSError for a folder that has none of a family that the cache knows.
+    """
+    return costs_of(transformer_config(folder))
+
+
 def transformer_config(folder):
     """The transformer's config, the published one's where the file does not say; no guidance embedding unless it does.
 

@@ -15,7 +15,7 @@ from FBCache_ms.config import OPTIONS, PRESETS, CacheConfig
 from FBCache_ms.eval.shared.files import Into, check_folder
 from FBCache_ms.rules.options import did_you_mean, value_text
 from FBCache_ms.rules.schedules import MAX_STEPS, step_actions
-from FBCache_ms.runtime.checkpoint import TINY_FLUX, block_counts, check_checkpoint, image_unit
+from FBCache_ms.runtime.checkpoint import TINY_FLUX, block_counts, check_checkpoint, family_of, image_unit
 
 AUTO = object()
 """Stands for the user's own folder of compiled graphs."""
@@ -149,7 +149,7 @@ def add_picture_options(add):
     """--image_size, --num_inference_steps, --guidance_scale and --seed."""
     add("--image_size", type=int, nargs=2, metavar=("H", "W"), help="pixels (default: the model's own size)")
     add("--num_inference_steps", type=int, default=28, metavar="N", help="steps of the denoise loop")
-    add("--guidance_scale", type=float, default=3.5, metavar="G", help="of the guidance embedding (Flux dev)")
+    add("--guidance_scale", type=float, metavar="G", help="of the guidance embedding (default: 3.5, FLUX.2 4)")
     add("--seed", type=int, default=0, metavar="N", help="of the noise that a picture begins as")
 
 
@@ -203,15 +203,34 @@ def check_model_and_size(args):
     """Raises ValueError or OSError for a checkpoint, a seed or a size that cannot work."""
     check_range("num_inference_steps", args.num_inference_steps, 1, MAX_STEPS)
     check_range("seed", args.seed, 0)
-    if not math.isfinite(args.guidance_scale):
-        raise ValueError(f"--guidance_scale must be a finite number, not {args.guidance_scale}")
     check_checkpoint(args.ckpt)
+    check_guidance(args, "guidance_scale")
     if args.image_size is not None:
         unit = image_unit(args.ckpt)
         if min(args.image_size) < 1 or any(size % unit for size in args.image_size):
             raise ValueError(
                 f"--image_size must be positive multiples of {unit}, not {' '.join(map(str, args.image_size))}"
             )
+
+
+def check_guidance(args, name):
+    """Sets a scale that the command line does not give, None where the pipeline takes none.
+
+    Raises ValueError for what is no finite number, or is not taken.
+    """
+    family, given = family_of(args.ckpt), getattr(args, name)
+    if given is None:
+        setattr(args, name, family.GUIDANCE.get(name))
+    elif name not in family.GUIDANCE:
+        raise ValueError(f"--{name} is not for this checkpoint: a {family.PIPELINE} takes {', '.join(family.GUIDANCE)}")
+    elif not math.isfinite(given):
+        raise ValueError(f"--{name} must be a finite number, not {given}")
+
+
+def guidance_of(args):
+    """The scales that a pipeline's call takes, by name; without true CFG where the program has no option for it."""
+    given = {name: getattr(args, name, 1.0) for name in family_of(args.ckpt).GUIDANCE}
+    return {name: scale for name, scale in given.items() if scale is not None}
 
 
 def check_range(name, value, low, high=None):

@@ -8,13 +8,13 @@ from importlib.metadata import version
 from zlib import crc32
 
 from FBCache_ms.config import CacheConfig
-from FBCache_ms.eval.shared.arguments import device_of
+from FBCache_ms.eval.shared.arguments import device_of, guidance_of
 from FBCache_ms.eval.shared.cases import UNCACHED
 from FBCache_ms.eval.shared.files import locked
 from FBCache_ms.eval.shared.pictures import PictureFolder
 from FBCache_ms.eval.shared.ranks import rank_and_world, wait_until_empty
 from FBCache_ms.predict.flops import step_costs
-from FBCache_ms.runtime.checkpoint import fingerprint, image_size, image_unit
+from FBCache_ms.runtime.checkpoint import family_of, fingerprint, image_size, image_unit
 
 UNCACHED_EVERY = 4
 """The uncached run is timed beside every so many-th picture that a rank draws under another setting."""
@@ -87,7 +87,7 @@ class Painter:
             "FBCache_ms": version("FBCache_ms"),
         }
         self._pipe, self._warm = None, set()
-        self._embeds = lru_cache(KEPT_PROMPTS)(self._encode)
+        self._embeds = lru_cache(KEPT_PROMPTS)(lambda prompt: self.pipe.embeddings(prompt))
 
     def resized(self, image_size):
         """A Painter of pictures of another height and width, with the same model in memory."""
@@ -108,19 +108,16 @@ class Painter:
         if self._pipe is None:
             from mindone.diffusers.utils import logging
 
-            from FBCache_ms import FluxPipeline
+            import FBCache_ms
 
             logging.disable_progress_bar()
-            self._pipe = FluxPipeline.from_pretrained(str(self.args.ckpt), device=self.device)
+            kind = getattr(FBCache_ms, family_of(self.args.ckpt).PIPELINE)
+            self._pipe = kind.from_pretrained(str(self.args.ckpt), device=self.device)
             self._pipe.set_progress_bar_config(disable=True)
             reason = self._pipe.why_not_cached()
             if reason:
                 raise ValueError(f"checkpoint {self.args.ckpt} cannot run with the cache: {reason}")
         return self._pipe
-
-    def _encode(self, prompt):
-        length = min(self.pipe.tokenizer_2.model_max_length, 512)
-        return self.pipe.encode_prompt(prompt, max_sequence_length=length)[:2]
 
     @property
     def image_tokens(self):
@@ -132,17 +129,15 @@ class Painter:
         return step_costs(self.pipe.transformer.config, 1, self.image_tokens, text_tokens).total
 
     def arguments(self, index, prompt, steps):
-        """What any Flux pipeline with these modules is to be called with to draw prompt number ``index``."""
+        """What any pipeline with these modules is to be called with to draw prompt number ``index``."""
         import numpy as np
 
-        embeds, pooled = self._embeds(prompt)
         return {
-            "prompt_embeds": embeds,
-            "pooled_prompt_embeds": pooled,
+            **self._embeds(prompt),
+            **guidance_of(self.args),
             "height": self.image_size[0],
             "width": self.image_size[1],
             "num_inference_steps": steps,
-            "guidance_scale": self.args.guidance_scale,
             "generator": np.random.default_rng((self.args.seed, index)),
             "output_type": "np",
         }
