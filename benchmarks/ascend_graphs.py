@@ -27,7 +27,7 @@ from FBCache_ms.eval.shared.tables import markdown, publish, spread
 DEPTHS = {"flux": (19, 38), "flux2": (8, 48), "qwenimage": (60, 0)}
 """How many double and single blocks the published models have, by family."""
 
-TOKENS, TEXT, STEPS = 64, 32, 28
+TOKENS, TEXT, STEPS, HEAD = 64, 32, 28, 16
 LONGEST = 1.2
 
 
@@ -91,12 +91,12 @@ GRAPHS = {
 
 @lru_cache(maxsize=None)
 def transformer(family, guidance, doubles, singles):
-    """mindone's transformer in bfloat16, with so many blocks of either kind, 32 wide, of 16 channels."""
+    """mindone's transformer in bfloat16, with so many blocks of either kind, of two heads and 16 channels."""
     import mindone.diffusers as mindones
 
     import mindspore as ms
 
-    common = {"attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 64, "num_layers": doubles}
+    common = {"attention_head_dim": HEAD, "num_attention_heads": 2, "joint_attention_dim": 64, "num_layers": doubles}
     with numpy_for_mint():
         if family == "flux":
             model = mindones.FluxTransformer2DModel(
@@ -105,15 +105,15 @@ def transformer(family, guidance, doubles, singles):
                 num_single_layers=singles,
                 pooled_projection_dim=64,
                 guidance_embeds=guidance,
-                axes_dims_rope=(4, 6, 6),
+                axes_dims_rope=(HEAD // 4, HEAD * 3 // 8, HEAD * 3 // 8),
             )
         elif family == "flux2":
             model = mindones.Flux2Transformer2DModel(
-                **common, in_channels=16, num_single_layers=singles, axes_dims_rope=(4, 4, 4, 4)
+                **common, in_channels=16, num_single_layers=singles, axes_dims_rope=4 * (HEAD // 4,)
             )
         else:
             model = mindones.QwenImageTransformer2DModel(
-                **common, in_channels=16, out_channels=4, axes_dims_rope=(4, 6, 6)
+                **common, in_channels=16, out_channels=4, axes_dims_rope=(HEAD // 4, HEAD * 3 // 8, HEAD * 3 // 8)
             )
     return model.to(ms.bfloat16)
 
@@ -157,7 +157,7 @@ def model_inputs(graph, leading):
         inputs["pooled_projections"] = zeros(*leading, *batch, 64)
         inputs.update(img_ids=zeros(TOKENS, 3), txt_ids=zeros(TEXT, 3))
     else:
-        inputs["rotary"] = zeros(TEXT + TOKENS, 16, **floats), zeros(TEXT + TOKENS, 16, **floats)
+        inputs["rotary"] = zeros(TEXT + TOKENS, HEAD, **floats), zeros(TEXT + TOKENS, HEAD, **floats)
     if graph.family == "qwenimage":
         inputs["encoder_hidden_states_mask"] = zeros(*leading, *batch, TEXT, **floats)
     elif graph.guidance:

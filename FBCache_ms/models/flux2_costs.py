@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 from ..predict.flops import StepCosts
+from .block_costs import BlockCosts, condition_works, ends_works
 
 PIPELINE = "Flux2Pipeline"
 COMPONENTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
@@ -24,6 +25,11 @@ PUBLISHED = SimpleNamespace(
     axes_dims_rope=(32, 32, 32, 32),
 )
 """The config of black-forest-labs/FLUX.2-dev."""
+
+# For an MLP of ratio 3: its first layer makes what gates, too.
+DOUBLE = BlockCosts(weights=26, operands=19, passes=145, operators=108)
+SINGLE = BlockCosts(weights=13, operands=15, passes=156, operators=63)
+STEP_OPERATORS, CONDITION_OPERATORS = 43, (25, 24)
 
 
 def stacks(config):
@@ -57,3 +63,24 @@ def step_costs(config, batch, image_tokens, text_tokens):
         + 2 * batch * (6 + 6 + 3 + 2) * wide**2
     )
     return StepCosts(*stacks(config), block, block, rest)
+
+
+def block(shapes, index, text=True):
+    """Block number ``index``'s Works; it is not divided, so that the text stream behind it is always there."""
+    double = index < shapes.config.num_layers
+    kind, operations = (DOUBLE, shapes.costs.double) if double else (SINGLE, shapes.costs.single)
+    return kind.works(shapes, operations, True)
+
+
+def condition(shapes):
+    """What does not depend on the step: the embedded text and guidance."""
+    width, sinusoids = shapes.width, shapes.config.timestep_guidance_channels
+    return condition_works(shapes, CONDITION_OPERATORS, (sinusoids + width) * width)
+
+
+def ends(shapes):
+    """What every step computes around the blocks, the modulation of all of them included."""
+    config, width = shapes.config, shapes.width
+    modulations = (6 + 6 + 3 + 2) * width
+    weights = (modulations + width + config.timestep_guidance_channels + config.in_channels + shapes.channels) * width
+    return ends_works(shapes, condition(shapes), weights, STEP_OPERATORS)

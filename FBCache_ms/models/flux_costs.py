@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 from ..predict.flops import StepCosts
 from ..predict.roofline import Work
+from .block_costs import BlockCosts, condition_works, ends_works
 
 PIPELINE = "FluxPipeline"
 COMPONENTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae")
@@ -28,12 +29,22 @@ PUBLISHED = SimpleNamespace(
 )
 """The config of black-forest-labs/FLUX.1-dev."""
 
-# As the loop's exported graph has them, views counted (tests/predict/test_roofline.py). "Passes" are bytes that
-# operators other than matrix products and attention read and write, each on its own, in units of the whole stream.
-DOUBLE_OPERATORS, DOUBLE_PASSES = 128, 140
-SINGLE_OPERATORS, SINGLE_PASSES = 70, 136
-STEP_OPERATORS, CONDITION_OPERATORS, TERMS_OPERATORS = 28, 37, 42
-TEXT_HALF_OPERATORS, TEXT_HALF_PASSES = 11, 24
+DOUBLE = BlockCosts(
+    weights=36,
+    operands=18,
+    passes=140,
+    operators=128,
+    text_products=8,
+    text_weights=8,
+    text_operands=10,
+    text_passes=24,
+    text_operators=11,
+)
+# Its text's MLP is projected together with attention's output.
+SINGLE = BlockCosts(
+    weights=15, operands=17, passes=136, operators=70, text_products=9, text_operands=11, text_passes=24
+)
+STEP_OPERATORS, CONDITION_OPERATORS = 28, (37, 42)
 ROTARY_BYTES = 40
 
 
@@ -76,46 +87,21 @@ def step_costs(config, batch, image_tokens, text_tokens):
 
 def block(shapes, index, text=True):
     """Block number ``index``'s Works; without ``text`` what only the text stream behind it needs is left out."""
-    costs, width, tokens = shapes.costs, shapes.width, shapes.tokens
     double = index < shapes.config.num_layers
-    stream, texts = shapes.stream(tokens), shapes.stream(shapes.text_tokens)
-    attention = 4 * shapes.batch * width * tokens**2
-    products = (costs.double if double else costs.single) - attention
-    weights, operands = (36, 18 * stream) if double else (15, 17 * stream)
-    passes, operators = (DOUBLE_PASSES, DOUBLE_OPERATORS) if double else (SINGLE_PASSES, SINGLE_OPERATORS)
-    others = passes * stream
-    if not text:
-        # The text's MLP; a single block's is projected together with attention's output.
-        products -= 2 * shapes.batch * shapes.text_tokens * (8 if double else 9) * width**2
-        operands -= (10 if double else 11) * texts
-        others -= TEXT_HALF_PASSES * texts
-        if double:
-            weights, operators = weights - 8, operators - TEXT_HALF_OPERATORS
-    return [
-        Work("blocks: products", products, shapes.weights(weights) + operands, operators),
-        Work("blocks: attention", attention, 4 * stream),
-        Work("blocks: the rest", 0, others),
-    ]
+    kind, operations = (DOUBLE, shapes.costs.double) if double else (SINGLE, shapes.costs.single)
+    return kind.works(shapes, operations, text)
 
 
 def condition(shapes):
     """What does not depend on the step: the embedded text, guidance and pooled prompt, sinusoids, rotary tables."""
-    width, batch, inputs = shapes.width, shapes.batch, shapes.config.joint_attention_dim
-    embedded = batch * shapes.text_tokens * (inputs + width) + inputs * width
+    width = shapes.width
+    guidance = (256 + width) * width if shapes.config.guidance_embeds else 0
+    pooled = (shapes.config.pooled_projection_dim + width) * width
     rotary = ROTARY_BYTES * shapes.tokens * shapes.config.attention_head_dim
-    operations = 2 * batch * shapes.text_tokens * inputs * width
-    guidance = 256 + width if shapes.config.guidance_embeds else 0
-    terms = (guidance + shapes.config.pooled_projection_dim + width) * width
-    return [
-        Work("text embedding", operations, embedded * shapes.itemsize, CONDITION_OPERATORS),
-        Work("guidance, prompt and times", 2 * batch * terms, terms * shapes.itemsize, TERMS_OPERATORS),
-        Work("rotary tables", 0, rotary),
-    ]
+    return condition_works(shapes, CONDITION_OPERATORS, guidance, pooled) + [Work("rotary tables", 0, rotary)]
 
 
 def ends(shapes):
-    """What every step computes around the blocks: the embedded latents and time, the output, the scheduler's update."""
-    config, width, image = shapes.config, shapes.width, shapes.stream(shapes.image_tokens)
-    operations = shapes.costs.rest - sum(work.operations for work in condition(shapes))
-    weights = shapes.weights(3) + (config.in_channels + shapes.channels + 256) * width * shapes.itemsize
-    return [Work("around the blocks", operations, weights + 8 * image, STEP_OPERATORS)]
+    """What every step computes around the blocks."""
+    weights = (3 * shapes.width + shapes.config.in_channels + shapes.channels + 256) * shapes.width
+    return ends_works(shapes, condition(shapes), weights, STEP_OPERATORS)

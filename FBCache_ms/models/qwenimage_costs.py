@@ -3,6 +3,8 @@
 from types import SimpleNamespace
 
 from ..predict.flops import StepCosts
+from ..predict.roofline import Work
+from .block_costs import BlockCosts, condition_works, ends_works
 
 PIPELINE = "QwenImagePipeline"
 COMPONENTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
@@ -22,6 +24,19 @@ PUBLISHED = SimpleNamespace(
     axes_dims_rope=(16, 56, 56),
 )
 """The config of Qwen/Qwen-Image."""
+
+DOUBLE = BlockCosts(
+    weights=36,
+    operands=18,
+    passes=144,
+    operators=129,
+    text_products=9,
+    text_weights=9,
+    text_operands=12,
+    text_passes=17,
+    text_operators=12,
+)
+STEP_OPERATORS, CONDITION_OPERATORS = 28, (45, 0)
 
 
 def stacks(config):
@@ -52,3 +67,20 @@ def step_costs(config, batch, image_tokens, text_tokens):
         + 2 * vector
     )
     return StepCosts(config.num_layers, 0, block, 0, rest)
+
+
+def block(shapes, index, text=True):
+    """Block number ``index``'s Works; without ``text``, and in the last one, what its text stream needs is left out."""
+    return DOUBLE.works(shapes, shapes.costs.double, text and index < shapes.config.num_layers - 1)
+
+
+def condition(shapes):
+    """What does not depend on the step: the embedded text."""
+    return condition_works(shapes, CONDITION_OPERATORS)
+
+
+def ends(shapes):
+    """What every step computes around the blocks, and attention's mask, which is of a byte each and made thrice."""
+    weights = (3 * shapes.width + shapes.config.in_channels + shapes.channels + 256) * shapes.width
+    mask = Work("attention's mask", 0, 3 * shapes.batch * shapes.tokens**2)
+    return ends_works(shapes, condition(shapes), weights, STEP_OPERATORS) + [mask]

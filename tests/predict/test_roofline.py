@@ -2,6 +2,7 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ import mindspore as ms
 
 from FBCache_ms.cache.gates import plan
 from FBCache_ms.config import CacheConfig
+from FBCache_ms.models import flux2_costs, qwenimage_costs
 from FBCache_ms.models.flux_costs import block, condition
 from FBCache_ms.predict.flops import step_costs
 from FBCache_ms.predict.roofline import (
@@ -82,14 +84,19 @@ def size(shapes):
 
 @pytest.fixture(scope="module")
 def graphs(tmp_path_factory):
-    """The graphs of the exported loop, [[(operator's name, node)]], and the shapes of all that they pass around."""
-    from mindspore.train.mind_ir_pb2 import ModelProto
-
+    """What read() gives of the exported loop."""
     folder = tmp_path_factory.mktemp("mindir")
     done = subprocess.run([sys.executable, "-c", EXPORT, TAG], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+    return read(folder / "loop.mindir")
+
+
+def read(file):
+    """The graphs in a file, [[(operator's name, node)]], and the shapes of all that they pass around."""
+    from mindspore.train.mind_ir_pb2 import ModelProto
+
     model = ModelProto()
-    model.ParseFromString((folder / "loop.mindir").read_bytes())
+    model.ParseFromString(file.read_bytes())
     names = {f"REF::{primitive.name}": primitive.op_type for primitive in model.primitives}
     graphs = [model.graph, *model.functions]
     shapes = {parameter.name: [(tuple(parameter.dims), parameter.data_type)] for parameter in model.graph.parameter}
@@ -150,6 +157,39 @@ def test_operators_and_bytes_are_those_of_the_exported_loop(graphs, reuses):
         works = step(narrow, config, WHOLE_LOOP) + condition(narrow)
     operators, moved = counted(path, shapes)
     # MindSpore 2.10.0 assigns mindone's x += y in place, in operators of its own.
+    assert total(works, "operators") == pytest.approx(operators, rel=0.02 if ms.__version__ == "2.7.0" else 0.04)
+    assert sum(work.bytes for work in works if not work.operations) == pytest.approx(moved, rel=0.05)
+
+
+FAMILIES = {
+    "qwenimage_loop": (qwenimage_costs, (4, 0), {"num_layers": 4, "out_channels": 4}),
+    "flux2_loop": (flux2_costs, (2, 3), {"num_layers": 2, "num_single_layers": 3}),
+}
+EXPORT_FAMILY = """
+import ast, sys
+from dataclasses import replace
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import ascend_graphs
+
+name, depth, tag = ast.literal_eval(sys.argv[2])
+ascend_graphs.TOKENS, ascend_graphs.TEXT, ascend_graphs.HEAD = 1024, 512, 128
+ascend_graphs.GRAPHS[name] = replace(ascend_graphs.GRAPHS[name], tag=tag)
+list(ascend_graphs.export([name], Path(), False, depth))
+"""
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_another_familys_operators_and_bytes_are_those_of_its_exported_loop(tmp_path, name):
+    costs, depth, config = FAMILIES[name]
+    benchmarks, given = Path(__file__).parents[2] / "benchmarks", (name, depth, str(PLAIN))
+    command = [sys.executable, "-c", EXPORT_FAMILY, str(benchmarks), repr(given)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    operators, moved = counted(*read(tmp_path / f"{name}.mindir"))
+    narrow = {**vars(costs.PUBLISHED), **config, "num_attention_heads": 2, "in_channels": 16, "joint_attention_dim": 64}
+    shapes = Shapes(SimpleNamespace(**narrow), 1, 1024, 512)
+    works = step(shapes, PLAIN, WHOLE_LOOP) + costs.condition(shapes)
     assert total(works, "operators") == pytest.approx(operators, rel=0.02 if ms.__version__ == "2.7.0" else 0.04)
     assert sum(work.bytes for work in works if not work.operations) == pytest.approx(moved, rel=0.05)
 
