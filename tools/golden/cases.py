@@ -80,6 +80,47 @@ PUBLISHED = [
 TAYLORSEER = [{"steps": 50, "interval": interval, "order": order} for interval in (4, 5, 6, 7, 8) for order in (1, 2)]
 
 
+NEGATIVE = "blurry, noisy, dark picture with an umbrella"
+WITH_NEGATIVE = {"negative_prompt": NEGATIVE, "true_cfg_scale": 4.0}
+
+QWENIMAGE_IMAGES = [
+    {"prompt": CIRCLE, "seed": 0, "num_inference_steps": 8},
+    {"prompt": SQUARE, **WITH_NEGATIVE, "seed": 5, "num_inference_steps": 10},
+    {"prompt": CIRCLE, "seed": 8, "num_inference_steps": 12, "height": 64, "width": 96},
+    {
+        "prompt": [CIRCLE, DIAMOND],
+        "negative_prompt": [NEGATIVE, NEGATIVE],
+        "true_cfg_scale": 2.0,
+        "seed": 3,
+        "num_inference_steps": 8,
+        "height": 32,
+        "width": 48,
+    },
+    {"prompt": SQUARE, "seed": 4, "num_images_per_prompt": 2, "num_inference_steps": 8, "height": 48, "width": 32},
+]
+
+QWENIMAGE_CACHED = [
+    {"prompt": CIRCLE, **WITH_NEGATIVE, "seed": 0, "output_type": "latent", "config": tag}
+    for tag in (
+        "F1B0_W0M0MC0_T0O0_R0.13",
+        "F1B0_W0M0MC0_T0O0_R0.27",
+        "F1B0_W4M0MC3_T0O0_R0.24",
+        "F3B2_W2M0MC3_T0O0_R0.13",
+        "F1B0_W4M0MC0_T1O1_R0.2",
+        "F1B0_W5M0MC3_T1O2_R0.3",
+        "F1B0_W8I2M0MC8_T0O0_R0.8",
+        "F1B0_W2M5MC0_T0O0_R0.3",
+        "F1B0_W0M0MC0_T0O0_R0.3,max_accumulated_residual_diff=1.5",
+        "F1B0_W0M0MC0_T0O0_R0.12,gate=static,steps_computation_mask=1111110110001100011000110001",
+    )
+]
+QWENIMAGE_CACHED += [
+    {"prompt": CIRCLE, **WITH_NEGATIVE, "seed": 2, "output_type": "latent", "num_inference_steps": 4, "config": tag}
+    for tag in ("F1B0_W2M0MC1_T0O0_R0.8", "F2B2_W2M0MC1_T0O0_R0.8")
+]
+QWENIMAGE_CACHED.append({"prompt": SQUARE, "seed": 1, "output_type": "latent", "config": "F1B0_W0M0MC0_T0O0_R0.15"})
+
+
 BFLOAT16 = [
     {"seed": seed, "change": change, "apart": apart} for seed, change in ((0, 0.1), (1, 0.3)) for apart in (1, 3)
 ]
@@ -92,15 +133,24 @@ def walk(case):
     return (rng.normal(size=(64, 48)) + np.cumsum(rng.normal(size=(5, 64, 48)) * case["change"], 0)).astype(np.float32)
 
 
-def call_arguments(case, tensor):
+LATENTS = {
+    "flux": lambda batch, height, width: (batch, height * width // 8**2, 16),
+    "qwenimage": lambda batch, height, width: (batch, height * width // 16**2, 64),
+}
+"""The shape of the latents of a batch of pictures of so many pixels, by family."""
+
+
+def call_arguments(case, tensor, family="flux"):
     """A case's keyword arguments for a pipeline; ``tensor`` makes the framework's tensor of a NumPy array."""
-    arguments = {"height": 64, "width": 64, "num_inference_steps": 28, "max_sequence_length": 32, **case}
+    arguments = {"height": 64, "width": 64, "num_inference_steps": 28, "max_sequence_length": 32, "output_type": "np"}
+    arguments.update(case)
     for name in ("residual_diff_threshold", "taylorseer_derivative", "warmup_steps", "config", "code"):
         arguments.pop(name, None)
     batch = len(case["prompt"]) if isinstance(case["prompt"], list) else 1
-    tokens = arguments["height"] * arguments["width"] // 64
-    noise = np.random.default_rng(arguments.pop("seed")).standard_normal((batch, tokens, 16))
-    return {**arguments, "latents": tensor(noise.astype(np.float32)), "output_type": "np"}
+    batch *= arguments.get("num_images_per_prompt", 1)
+    shape = LATENTS[family](batch, arguments["height"], arguments["width"])
+    noise = np.random.default_rng(arguments.pop("seed")).standard_normal(shape)
+    return {**arguments, "latents": tensor(noise.astype(np.float32))}
 
 
 def save(path, cases, results, versions):

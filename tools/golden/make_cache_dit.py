@@ -13,28 +13,9 @@ import numpy as np
 import torch
 from cache_dit.caching.cache_contexts.cache_manager import CachedContextManager
 from cases import DBCACHE, LEAK, call_arguments, save
+from dbcache import branches, settings
 
 from FBCache_ms.config import CacheConfig
-
-
-def settings(config):
-    """A CacheConfig in cache-dit's words."""
-    limit = config.max_accumulated_residual_diff
-    mask = config.steps_computation_mask
-    cache = cache_dit.DBCacheConfig(
-        Fn_compute_blocks=config.Fn_compute_blocks,
-        Bn_compute_blocks=config.Bn_compute_blocks,
-        residual_diff_threshold=config.residual_diff_threshold,
-        max_accumulated_residual_diff_threshold=limit or None,
-        max_warmup_steps=config.warmup_steps,
-        warmup_interval=config.warmup_interval,
-        max_cached_steps=config.max_cached_steps,
-        max_continuous_cached_steps=config.max_consecutive_cache_hits,
-        steps_computation_mask=None if mask is None else list(mask),
-        steps_computation_policy="static" if config.gate == "static" else "dynamic",
-    )
-    order = config.taylorseer_derivative
-    return cache, cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=order) if order else None
 
 
 def leak():
@@ -66,8 +47,7 @@ for case in DBCACHE:
     images = pipe(**call_arguments(case, torch.from_numpy)).images
     (stats,) = cache_dit.summary(pipe, logging=False)
     steps = case.get("num_inference_steps", 28)
-    reused = np.isin(np.arange(steps), stats.cached_steps)
-    diffs = np.array([stats.residual_diffs.get(str(step), np.nan) for step in range(steps)], float)
+    (reused,), (diffs,) = branches(stats, steps, separate_cfg=False)
     results.append({"images": images, "reused": reused, "diffs": diffs})
     print(case["config"], np.flatnonzero(~reused).tolist())
 versions = {name: version(name) for name in ("torch", "diffusers", "cache-dit")}

@@ -189,7 +189,7 @@ def make_qwen_encoder(folder, ids, width):
 
 
 def add_timestep_embedder(weights, name, width):
-    """Two layers on 256 cosines and sines of 1000 t; the fast ones count little, so that neighbouring steps agree."""
+    """Two layers on 256 cosines and sines of 1000 t; the fast ones count little, so that steps are like the next."""
     weights.linear(f"{name}.linear_1", width, 256, scale=18.0)
     frequencies = 1000 * 10000 ** (-np.arange(128) / 128)
     weights[f"{name}.linear_1.weight"] /= (1 + np.tile(frequencies / 2, 2) ** 2).astype(np.float32)
