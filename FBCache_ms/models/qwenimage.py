@@ -211,15 +211,20 @@ def graph_inputs(transformer, arguments):
     if arguments["guidance"] is not None:
         raise ValueError("guidance must be None; mindone's QwenImageTransformer2DModel takes it and fails")
     text, mask = padded_text(arguments["encoder_hidden_states"], arguments["encoder_hidden_states_mask"])
-    rope, shapes = transformer.pos_embed, arguments["img_shapes"]
-    shapes = shapes[0] if isinstance(shapes[0], list) else shapes
-    settings = rope.theta, tuple(rope.axes_dim), rope.scale_rope, tuple(map(tuple, shapes)), text.shape[1]
+    rope, shapes = transformer.pos_embed, of_one(arguments["img_shapes"])
+    settings = rope.theta, tuple(rope.axes_dim), rope.scale_rope, shapes, text.shape[1]
     return {
         "encoder_hidden_states": text,
         "encoder_hidden_states_mask": mask,
         "rotary": rotary_table(*settings),
         "controlnet_block_samples": arguments["controlnet_block_samples"],
     }
+
+
+def of_one(shapes):
+    """The shapes of one generation's pictures, of a batch's: each is a list of them, or a shape."""
+    shapes = shapes[0] if isinstance(shapes, list) else shapes
+    return tuple(map(tuple, shapes if isinstance(shapes, list) else [shapes]))
 
 
 def check_kwargs(attention_kwargs):
