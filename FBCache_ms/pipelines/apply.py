@@ -5,19 +5,20 @@ from ..models import foreign_transformer
 from ..runtime.device import prepare_device
 from ..runtime.kept_graphs import KEPT_GRAPHS
 from .cached_transformer import CachedScheduler, CachedTransformer, check_config, check_structure
-from .flux import FluxPipeline
+from .whole_loop import WholeLoop
 
 
 def apply_cache_on_pipe(pipe, config=None, kept_shapes=KEPT_GRAPHS):
-    """Puts the cache into any mindone Flux pipeline (ControlNet, Fill, Kontext, ...), step by step, and returns it.
+    """Puts the cache into any mindone pipeline of a known family (ControlNet, Edit, ...), step by step, and returns it.
 
     Each call of the transformer is one compiled graph, the same for every prompt, seed and step count at one shape;
     ``pipe.transformer.cache_stats`` tells what the last generation did. Pipelines with true CFG may name the branch
-    as mindone's FluxPipeline does, or call for the positive prompt first. Our own FluxPipeline just takes the config:
-    its loop has the cache already.
+    as mindone's FluxPipeline does, or call for the positive prompt first. Our own pipelines just take the config:
+    their loops have the cache already.
 
     Args:
-        pipe: a pipeline whose ``transformer`` is mindone's FluxTransformer2DModel.
+        pipe: a pipeline whose ``transformer`` is mindone's FluxTransformer2DModel, Flux2Transformer2DModel or
+            QwenImageTransformer2DModel.
         config: a CacheConfig; None for the default. Applying again replaces it, and compiles only what is another
             structure.
         kept_shapes: for how many shapes (batch, size, text length, dtype) graph and buffers are kept, 1 or more; the
@@ -29,7 +30,7 @@ def apply_cache_on_pipe(pipe, config=None, kept_shapes=KEPT_GRAPHS):
     config = config or CacheConfig()
     if kept_shapes < 1:
         raise ValueError(f"kept_shapes must be 1 or more, not {kept_shapes}")
-    if isinstance(pipe, FluxPipeline):
+    if isinstance(pipe, WholeLoop):
         pipe.cache_config, pipe._loops.most = config, kept_shapes
         return pipe
     transformer = given = getattr(pipe, "transformer", pipe)
@@ -53,7 +54,7 @@ def apply_cache_on_pipe(pipe, config=None, kept_shapes=KEPT_GRAPHS):
 
 def remove_cache_from_pipe(pipe):
     """Takes the cache out of a pipeline again, which is then what it was; one that has none stays as it is."""
-    if isinstance(pipe, FluxPipeline):
+    if isinstance(pipe, WholeLoop):
         pipe.cache_config = None
     for name, kind in {"transformer": CachedTransformer, "scheduler": CachedScheduler}.items():
         if type(getattr(pipe, name, None)) is kind:
