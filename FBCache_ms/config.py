@@ -29,6 +29,9 @@ PRESETS = {
     "ultra": "F1B0_W8I4M0MC10_T1O1_R0.8",
     "double_gate": "F1B0_W0M0MC0_T0O0_R0.09,span=stacks,residual_diff_threshold_single=0.12",
     "teacache": "F0B0_W0M0MC0_T0O0_R0.12,gate=teacache",
+    "teacache_qwenimage": (
+        "F0B0_W0M0MC0_T0O0_R0.12,gate=teacache,teacache_threshold=0.2,teacache_coefficients=-450/280/-45/3.2/-0.02"
+    ),
     "easycache": "F0B0_W3M0MC0_T0O0_R0.12,gate=easycache",
     "cg_taylor": "F1B0_W0M0MC0_T1O1_R0.12,gate=cg_taylor",
     "dicache": "F1B0_W6M0MC0_T1O1_R0.4,gate=dicache,probe=hidden,forecast=dicache,end=0.95",
@@ -47,6 +50,8 @@ PRESETS = {
     "learnt_12": "F0B0_W0M0MC0_T1O1_R0.12,gate=static,schedule=learnt_12",
 }
 """Tags by name. slow to ultra and the four masks are cache-dit 1.5.3's, double_gate has Nunchaku's defaults.
+
+teacache_qwenimage has the coefficients and the threshold that vLLM-Omni publishes for Qwen-Image.
 
 learnt_6 to learnt_12 are learnt on the embedded checkpoint, at 28 and at 50 steps; what they gain over plain
 First-Block Cache on prompts that they were not learnt from, benchmarks/frontier.py measures (docs/benchmarks.md).
@@ -365,6 +370,16 @@ class CacheConfig(_Fields):
     def structure(self):
         """What makes a graph of its own; every other field is a number that goes into it."""
         return tuple(getattr(self, name) for name in _STRUCTURE)
+
+    @property
+    def fitted_defaults(self):
+        """{field: transformer} of what has its default here, in use, and was fitted to one model."""
+        return {
+            name: option.fitted_to
+            for name, option in OPTIONS.items()
+            if option.fitted_to and getattr(self, name) == option.default
+            if getattr(self, option.used_with[0]) in option.used_with[1]
+        }
 
     def switched_off(self):
         """A configuration of the same structure that computes every step."""

@@ -264,15 +264,18 @@ def check_structure(config, transformer):
 
 
 def warn_of_learnt(config, transformer):
-    """Warns, once for each, of a schedule that was learnt on the embedded checkpoint where this is another one."""
-    schedule = SCHEDULES.get(config.schedule)
+    """Warns, once for each, of a schedule learnt on, or of numbers fitted to, another model than this one."""
+    schedule, kinds = SCHEDULES.get(config.schedule), [kind.__name__ for kind in type(transformer).__mro__]
     if schedule is not None and schedule.learnt and not is_embedded(transformer):
-        _warn_of_learnt(schedule.name)
+        _warn(f"schedule {schedule.name} was learnt on the embedded checkpoint; fbcache learn makes one for another")
+    for name, kind in config.fitted_defaults.items():
+        if kind not in kinds:
+            _warn(f"{name} are those that were fitted to a {kind}; this is a {kinds[0]}")
 
 
 @lru_cache(maxsize=None)
-def _warn_of_learnt(name):
-    logger.warning(f"schedule {name} was learnt on the embedded checkpoint; fbcache learn makes one for another")
+def _warn(line):
+    logger.warning(line)
 
 
 def is_embedded(transformer):

@@ -20,6 +20,7 @@ class Option:
         used_with: a field and its values without which this one would have no effect; None: it always has.
         digits: whether a tuple's entries are 0 and 1, in text with nothing between them.
         shapes_graph: whether another value is another graph; else it is a number that goes into the graph.
+        fitted_to: mindone's transformer that the default was fitted to, where it says little of any other.
     """
 
     default: Any
@@ -30,6 +31,7 @@ class Option:
     used_with: Optional[Tuple[str, Tuple[str, ...]]] = None
     digits: bool = False
     shapes_graph: bool = False
+    fitted_to: Optional[str] = None
 
     def used(self, used_with):
         """The same option, used with another field's values alone."""

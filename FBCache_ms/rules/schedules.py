@@ -200,6 +200,7 @@ SCHEDULE_OPTIONS = {
         (1, None),
         "schedule",
         "each step's residual norm over the one before; default: FLUX.1-dev's (MagCache)",
+        fitted_to="FluxTransformer2DModel",
     ),
 }
 """Fields of CacheConfig."""

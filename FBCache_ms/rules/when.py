@@ -157,6 +157,7 @@ TEACACHE = Rule(
             (1, 5),
             "gate",
             "TeaCache's polynomial, 1 to 5 coefficients, highest power first; the default is FLUX.1-dev's",
+            fitted_to="FluxTransformer2DModel",
         ),
     },
     numbers=("teacache_coefficients",),

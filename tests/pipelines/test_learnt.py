@@ -17,10 +17,10 @@ from FBCache_ms.runtime.checkpoint import TINY_FLUX
 def said(monkeypatch):
     """What is said in a process that has said nothing yet."""
     said = []
-    cached_transformer._warn_of_learnt.cache_clear()
+    cached_transformer._warn.cache_clear()
     monkeypatch.setattr(cached_transformer.logger, "warning", said.append)
     yield said
-    cached_transformer._warn_of_learnt.cache_clear()
+    cached_transformer._warn.cache_clear()
 
 
 def loaded_from(path):
@@ -59,6 +59,19 @@ def test_another_checkpoint_is_told_once(preset, said):
 def test_nobody_else_is_told(preset, path, said):
     warn_of_learnt(CacheConfig.preset(preset), loaded_from(path))
     assert said == []
+
+
+@pytest.mark.parametrize(
+    "preset, field",
+    [("teacache", "teacache_coefficients"), ("magcache", "magcache_ratios"), ("teacache_qwenimage", None)],
+)
+def test_what_was_fitted_to_one_model_is_said_of_another(preset, field, said, pipe):
+    for _ in range(2):
+        warn_of_learnt(CacheConfig.preset(preset), loaded_from("elsewhere"))
+    assert len(said) == (field is not None)
+    assert all(field in line and "FluxTransformer2DModel" in line for line in said)
+    warn_of_learnt(CacheConfig.preset(preset), pipe.transformer)
+    assert len(said) == (field is not None)
 
 
 def test_a_pipeline_tells_when_it_draws(pipe, said, tmp_path, monkeypatch):
