@@ -196,15 +196,15 @@ def add_timestep_embedder(weights, name, width):
     weights.linear(f"{name}.linear_2", width, width)
 
 
-def make_qwen_transformer(folder, width):
-    """Writes a QwenImageTransformer2DModel of six blocks for hidden states so wide."""
+def make_qwen_transformer(folder, width, blocks=6):
+    """Writes a QwenImageTransformer2DModel of so many blocks for hidden states so wide."""
     config = {
         "_class_name": "QwenImageTransformer2DModel",
         "_diffusers_version": "0.35.2",
         "patch_size": 2,
         "in_channels": 64,
         "out_channels": 16,
-        "num_layers": 6,
+        "num_layers": blocks,
         "attention_head_dim": 32,
         "num_attention_heads": 2,
         "joint_attention_dim": width,
