@@ -1,4 +1,4 @@
-"""Makes a small checkpoint of another family than FLUX.1, in diffusers layout: qwenimage.
+"""Makes a small checkpoint of another family than FLUX.1, in diffusers layout: qwenimage or flux2.
 
 .venv/bin/python tools/tiny_models/make_models.py results/tiny_qwenimage qwenimage
 
@@ -17,11 +17,15 @@ from safetensors.numpy import save_file
 WORDS = """Describe image by detailing the color shape size texture quantity text spatial relationships of objects and
 background a an big small huge tiny red green blue yellow white black purple orange circle square triangle diamond star
 in on at with over under beside above below center left right top bottom behind before no blurry dark bright noisy
-picture cat dog house tree river photo painting drawing"""
-"""What follows a space and is one token, among it what Qwen-Image's template says."""
+picture cat dog house tree river photo painting drawing are AI that reasons about descriptions You give structured
+responses focusing object actions without speculation"""
+"""What follows a space and is one token, among it what Qwen-Image's template and FLUX.2's system message say."""
 
-FIRST_WORDS = "system user assistant Describe"
+FIRST_WORDS = "system user assistant Describe You attribution"
 """What begins a line and is one token."""
+
+FLUX2_LAYERS = [1, 2, 3]
+"""The tiny FLUX.2's text_encoder_out_layers, which a call has to name: its text encoder has four layers."""
 
 
 class Weights(dict):
@@ -188,12 +192,12 @@ def make_qwen_encoder(folder, ids, width):
     weights.save(folder / "model.safetensors")
 
 
-def add_timestep_embedder(weights, name, width):
+def add_timestep_embedder(weights, name, width, bias=0.1):
     """Two layers on 256 cosines and sines of 1000 t; the fast ones count little, so that steps are like the next."""
-    weights.linear(f"{name}.linear_1", width, 256, scale=18.0)
+    weights.linear(f"{name}.linear_1", width, 256, scale=18.0, bias=bias)
     frequencies = 1000 * 10000 ** (-np.arange(128) / 128)
     weights[f"{name}.linear_1.weight"] /= (1 + np.tile(frequencies / 2, 2) ** 2).astype(np.float32)
-    weights.linear(f"{name}.linear_2", width, width)
+    weights.linear(f"{name}.linear_2", width, width, bias=bias)
 
 
 def make_qwen_transformer(folder, width, blocks=6):
@@ -310,6 +314,256 @@ def make_qwen_vae(folder):
     weights.save(folder / "diffusion_pytorch_model.safetensors")
 
 
+class PictureWeights(Weights):
+    """Those of FLUX.2's autoencoder."""
+
+    def residual(self, name, inputs, outputs):
+        """A residual block."""
+        for index, channels in (("1", inputs), ("2", outputs)):
+            self.norm(f"{name}.norm{index}.weight", (channels,))
+            self.add(f"{name}.norm{index}.bias", (channels,), 0.1)
+            self.linear(f"{name}.conv{index}", outputs, channels, kernel=(3, 3))
+        if inputs != outputs:
+            self.linear(f"{name}.conv_shortcut", outputs, inputs, kernel=(1, 1))
+
+    def middle(self, name, channels):
+        """Two residual blocks and the attention between them."""
+        for index in range(2):
+            self.residual(f"{name}.resnets.{index}", channels, channels)
+        self.norm(f"{name}.attentions.0.group_norm.weight", (channels,))
+        self.add(f"{name}.attentions.0.group_norm.bias", (channels,), 0.1)
+        for part in ("to_q", "to_k", "to_v", "to_out.0"):
+            self.linear(f"{name}.attentions.0.{part}", channels, channels)
+
+    def ends(self, name, first, last):
+        """The convolutions at both ends, (outputs, inputs), and the norm before the last."""
+        self.linear(f"{name}.conv_in", *first, kernel=(3, 3))
+        self.norm(f"{name}.conv_norm_out.weight", (last[1],))
+        self.add(f"{name}.conv_norm_out.bias", (last[1],), 0.1)
+        self.linear(f"{name}.conv_out", *last, scale=0.5, kernel=(3, 3))
+
+    def level(self, name, inputs, outputs, blocks, change):
+        """Residual blocks, and a change of size where one has a name."""
+        for index in range(blocks):
+            self.residual(f"{name}.resnets.{index}", inputs if index == 0 else outputs, outputs)
+        if change is not None:
+            self.linear(f"{name}.{change}.0.conv", outputs, outputs, kernel=(3, 3))
+
+
+def make_flux2_vae(folder):
+    """Writes an AutoencoderKLFlux2 with 8 latent channels and a factor of 8; returns the number of channels."""
+    widths = [8, 16, 16, 32]
+    config = {
+        "_class_name": "AutoencoderKLFlux2",
+        "_diffusers_version": "0.36.0",
+        "in_channels": 3,
+        "out_channels": 3,
+        "down_block_types": ["DownEncoderBlock2D"] * len(widths),
+        "up_block_types": ["UpDecoderBlock2D"] * len(widths),
+        "block_out_channels": widths,
+        "layers_per_block": 1,
+        "act_fn": "silu",
+        "latent_channels": 8,
+        "norm_num_groups": 4,
+        "sample_size": 64,
+        "force_upcast": True,
+        "use_quant_conv": True,
+        "use_post_quant_conv": True,
+        "mid_block_add_attention": True,
+        "batch_norm_eps": 1e-4,
+        "batch_norm_momentum": 0.1,
+        "patch_size": [2, 2],
+    }
+    latent, weights, last = config["latent_channels"], PictureWeights(3), len(widths) - 1
+    weights.ends("encoder", (widths[0], 3), (2 * latent, widths[-1]))
+    weights.middle("encoder.mid_block", widths[-1])
+    weights.ends("decoder", (widths[-1], latent), (3, widths[0]))
+    weights.middle("decoder.mid_block", widths[-1])
+    for index, outputs in enumerate(widths):
+        change = "downsamplers" if index < last else None
+        weights.level(f"encoder.down_blocks.{index}", widths[max(index - 1, 0)], outputs, 1, change)
+    for index, outputs in enumerate(widths[::-1]):
+        change = "upsamplers" if index < last else None
+        weights.level(f"decoder.up_blocks.{index}", widths[::-1][max(index - 1, 0)], outputs, 2, change)
+    weights.linear("quant_conv", 2 * latent, 2 * latent, kernel=(1, 1))
+    weights.linear("post_quant_conv", latent, latent, kernel=(1, 1))
+    weights.add("bn.running_mean", (4 * latent,), 0.3)
+    weights["bn.running_var"] = np.linspace(0.6, 1.8, 4 * latent).astype(np.float32)
+    weights["bn.num_batches_tracked"] = np.array(1)
+    write(folder / "config.json", config)
+    weights.save(folder / "diffusion_pytorch_model.safetensors")
+    return latent
+
+
+CHAT_TEMPLATE = """{{ bos_token }}{% for message in messages %}
+{%- set kind = "SYSTEM_PROMPT" if message.role == "system" else "INST" %}[{{ kind }}]
+{%- for part in message.content %}{{ part.text if part.type == "text" else "[IMG]" }}{% endfor %}[/{{ kind }}]
+{%- endfor %}"""
+"""Each message between tokens that say whose it is."""
+
+
+def make_flux2_tokenizer(folder):
+    """Writes a PixtralProcessor; returns {token: id}."""
+    tokens, merges = byte_pairs()
+    specials = ["<unk>", "<s>", "</s>", "<pad>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"]
+    specials += ["[IMG]", "[IMG_BREAK]", "[IMG_END]"]
+    ids = {token: index for index, token in enumerate([*specials, *tokens])}
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    bytes_of_words = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    tokenizer = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": ids[token], "content": token, **flags} for token in specials],
+        "normalizer": None,
+        "pre_tokenizer": bytes_of_words,
+        "post_processor": None,
+        "decoder": bytes_of_words,
+        "model": {"type": "BPE", "vocab": ids, "merges": merges},
+    }
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "processor_class": "PixtralProcessor",
+        "added_tokens_decoder": {str(ids[token]): {"content": token, **flags} for token in specials},
+        "unk_token": "<unk>",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "pad_token": "<pad>",
+        "padding_side": "left",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 2048,
+    }
+    pictures = {"image_processor_type": "PixtralImageProcessor", "patch_size": 4, "size": {"longest_edge": 64}}
+    write(folder / "tokenizer.json", tokenizer)
+    write(folder / "tokenizer_config.json", settings)
+    write(folder / "preprocessor_config.json", {"processor_class": "PixtralProcessor", **pictures})
+    write(
+        folder / "processor_config.json",
+        {"processor_class": "PixtralProcessor", "patch_size": 4, "spatial_merge_size": 2},
+    )
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    return ids
+
+
+def make_mistral_encoder(folder, ids, width):
+    """Writes a Mistral3ForConditionalGeneration whose hidden states are so wide, with a vision tower for form."""
+    text = {
+        "model_type": "mistral",
+        "vocab_size": len(ids),
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": max(FLUX2_LAYERS) + 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": width // 2,
+        "hidden_act": "silu",
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "sliding_window": None,
+        "attention_dropout": 0.0,
+        "bos_token_id": ids["<s>"],
+        "eos_token_id": ids["</s>"],
+        "pad_token_id": ids["<pad>"],
+        "tie_word_embeddings": False,
+    }
+    vision = {
+        "model_type": "pixtral",
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "head_dim": 16,
+        "num_channels": 3,
+        "image_size": 64,
+        "patch_size": 4,
+        "hidden_act": "silu",
+        "attention_dropout": 0.0,
+        "rope_theta": 10000.0,
+    }
+    config = {
+        "architectures": ["Mistral3ForConditionalGeneration"],
+        "model_type": "mistral3",
+        "text_config": text,
+        "vision_config": vision,
+        "image_token_index": ids["[IMG]"],
+        "projector_hidden_act": "gelu",
+        "vision_feature_layer": -1,
+        "multimodal_projector_bias": False,
+        "spatial_merge_size": 2,
+        "dtype": "float32",
+    }
+    weights = Weights(1)
+    weights.add("language_model.model.embed_tokens.weight", (len(ids), width), 1.0)
+    add_decoder_layers(weights, "language_model.model", text, bias=None)
+    weights.linear("language_model.lm_head", len(ids), width, bias=None)
+    inner, patch = vision["hidden_size"], (vision["patch_size"], vision["patch_size"])
+    weights.linear("vision_tower.patch_conv", inner, vision["num_channels"], bias=None, kernel=patch)
+    layer = "vision_tower.transformer.layers.0"
+    for part in ("q", "k", "v", "o"):
+        weights.linear(f"{layer}.attention.{part}_proj", inner, inner, bias=None)
+    for part in ("gate", "up", "down"):
+        weights.linear(f"{layer}.feed_forward.{part}_proj", inner, inner, bias=None)
+    merged = inner * config["spatial_merge_size"] ** 2
+    weights.linear("multi_modal_projector.patch_merger.merging_layer", inner, merged, bias=None)
+    weights.linear("multi_modal_projector.linear_1", width, inner, bias=None)
+    weights.linear("multi_modal_projector.linear_2", width, width, bias=None)
+    norms = "vision_tower.ln_pre", f"{layer}.attention_norm", f"{layer}.ffn_norm", "multi_modal_projector.norm"
+    for name in norms:
+        weights.norm(f"{name}.weight", inner)
+    write(folder / "config.json", config)
+    weights.save(folder / "model.safetensors")
+
+
+def make_flux2_transformer(folder, channels, width):
+    """Writes a Flux2Transformer2DModel of 3 + 5 blocks for so many channels of latents and hidden states so wide."""
+    config = {
+        "_class_name": "Flux2Transformer2DModel",
+        "_diffusers_version": "0.36.0",
+        "patch_size": 1,
+        "in_channels": channels,
+        "out_channels": None,
+        "num_layers": 3,
+        "num_single_layers": 5,
+        "attention_head_dim": 32,
+        "num_attention_heads": 2,
+        "joint_attention_dim": width,
+        "timestep_guidance_channels": 256,
+        "mlp_ratio": 3.0,
+        "axes_dims_rope": [8, 8, 8, 8],
+        "rope_theta": 2000,
+        "eps": 1e-6,
+    }
+    inner, head, weights = config["num_attention_heads"] * config["attention_head_dim"], 32, Weights(2)
+    hidden = int(inner * config["mlp_ratio"])
+    weights.linear("x_embedder", inner, channels, bias=None)
+    weights.linear("context_embedder", inner, width, bias=None)
+    for part in ("timestep", "guidance"):
+        add_timestep_embedder(weights, f"time_guidance_embed.{part}_embedder", inner, bias=None)
+    for name, sets in {"double_stream_modulation_img": 2, "double_stream_modulation_txt": 2}.items():
+        weights.linear(f"{name}.linear", 3 * sets * inner, inner, bias=None)
+    weights.linear("single_stream_modulation.linear", 3 * inner, inner, bias=None)
+    for layer in range(config["num_layers"]):
+        block = f"transformer_blocks.{layer}"
+        for part in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_out.0", "to_add_out"):
+            weights.linear(f"{block}.attn.{part}", inner, inner, scale=4.0 if part == "add_v_proj" else 1.0, bias=None)
+        for part in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
+            weights.norm(f"{block}.attn.{part}.weight", head)
+        for part in ("ff", "ff_context"):
+            weights.linear(f"{block}.{part}.linear_in", 2 * hidden, inner, bias=None)
+            weights.linear(f"{block}.{part}.linear_out", inner, hidden, bias=None)
+    for layer in range(config["num_single_layers"]):
+        block = f"single_transformer_blocks.{layer}"
+        weights.linear(f"{block}.attn.to_qkv_mlp_proj", 3 * inner + 2 * hidden, inner, bias=None)
+        weights.linear(f"{block}.attn.to_out", inner, inner + hidden, bias=None)
+        for part in ("norm_q", "norm_k"):
+            weights.norm(f"{block}.attn.{part}.weight", head)
+    weights.linear("norm_out.linear", 2 * inner, inner, scale=0.5, bias=None)
+    weights.linear("proj_out", channels, inner, bias=None)
+    write(folder / "config.json", config)
+    weights.save(folder / "diffusion_pytorch_model.safetensors")
+
+
 def make_scheduler(folder, **settings):
     """Writes a FlowMatchEulerDiscreteScheduler."""
     config = {
@@ -349,7 +603,24 @@ def make_qwenimage(folder):
     )
 
 
-FAMILIES = {"qwenimage": make_qwenimage}
+def make_flux2(folder):
+    """Writes a checkpoint of FLUX.2's kind."""
+    ids, width = make_flux2_tokenizer(folder / "tokenizer"), 32
+    make_mistral_encoder(folder / "text_encoder", ids, width)
+    latent = make_flux2_vae(folder / "vae")
+    make_flux2_transformer(folder / "transformer", 4 * latent, len(FLUX2_LAYERS) * width)
+    make_scheduler(folder / "scheduler", max_image_seq_len=4096, max_shift=1.15, shift=3.0, shift_terminal=None)
+    components = {
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "Mistral3ForConditionalGeneration"],
+        "tokenizer": ["transformers", "PixtralProcessor"],
+        "transformer": ["diffusers", "Flux2Transformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKLFlux2"],
+    }
+    write(folder / "model_index.json", {"_class_name": "Flux2Pipeline", "_diffusers_version": "0.36.0", **components})
+
+
+FAMILIES = {"qwenimage": make_qwenimage, "flux2": make_flux2}
 
 
 def make(folder, family):
