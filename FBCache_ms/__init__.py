@@ -1,4 +1,4 @@
-"""Flux text-to-image on MindSpore with First-Block Cache and TaylorSeer, the whole denoise loop as one graph."""
+"""FLUX.1, FLUX.2 and Qwen-Image on MindSpore with First-Block Cache, the whole denoise loop as one graph."""
 
 from importlib import import_module
 
