@@ -28,8 +28,9 @@ class Model:
     ``width`` is D.
     """
 
-    def __init__(self, transformer, doubles, singles):
-        self.transformer, self.stacks, self.width = transformer, (doubles, singles), transformer.inner_dim
+    def __init__(self, transformer):
+        stacks = [getattr(transformer, name, ()) for name in ("transformer_blocks", "single_transformer_blocks")]
+        self.transformer, self.stacks, self.width = transformer, tuple(map(len, stacks)), transformer.inner_dim
 
     def idle(self):
         """The weights that no graph reads: those of the text stream behind the last block, where it has its own."""
@@ -65,7 +66,10 @@ class Model:
 
     def cell(self, index):
         """The block number ``index``, mindone's."""
-        raise NotImplementedError
+        doubles = self.stacks[0]
+        if index < doubles:
+            return self.transformer.transformer_blocks[index]
+        return self.transformer.single_transformer_blocks[index - doubles]
 
     def block(self, index, image, text, given):
         """The image and the text stream behind block number ``index``."""
@@ -82,16 +86,16 @@ class Model:
     # What of ``given`` depends on the step: a step that computes has it from the loop of reuses before.
 
     def pending(self, given):
-        """That part of it."""
-        raise NotImplementedError
+        """That part of it, the modulation vector "temb" unless a family says otherwise."""
+        return {"temb": given["temb"]}
 
     def pending_shapes(self, batch):
         """Its tensors' shapes."""
-        raise NotImplementedError
+        return {"temb": (batch, self.width)}
 
     def resume(self, given, pending):
         """``given`` with that part in it."""
-        raise NotImplementedError
+        return {name: pending[name] if name in pending else value for name, value in given.items()}
 
     # A block in two: first without what only the text stream behind it needs, and that later, if at all.
 

@@ -1,6 +1,10 @@
 """What the blocks of several families have in common."""
 
+import numpy as np
+from mindone.diffusers.models import attention_dispatch, embeddings
+
 import mindspore as ms
+from mindspore import mint
 
 from . import kernels
 
@@ -35,3 +39,49 @@ def behind_double_equations(norm, feed_forward, stream, attended, gate, shift, s
 def finite(stream):
     """A stream of float16 within what that can hold."""
     return stream.clip(-65504, 65504) if stream.dtype == ms.float16 else stream
+
+
+def modulate(normed, shift, scale):
+    """(1 + scale) x + shift."""
+    return normed * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+def joint_attention(attn, image, text, rotary, keys):
+    """Joint attention over [text, image]: what the image and what the text stream gets of it.
+
+    The equations are those of mindone 0.5.0's QwenDoubleStreamAttnProcessor2_0, and padding is no key.
+    """
+    batch, text_len = text.shape[:2]
+    heads = (batch, -1, attn.heads, attn.to_q.weight.shape[0] // attn.heads)
+    query = attn.norm_q(attn.to_q(image).reshape(heads))
+    text_query = attn.norm_added_q(attn.add_q_proj(text).reshape(heads))
+    key = attn.norm_k(attn.to_k(image).reshape(heads))
+    text_key = attn.norm_added_k(attn.add_k_proj(text).reshape(heads))
+    value, text_value = attn.to_v(image).reshape(heads), attn.add_v_proj(text).reshape(heads)
+    query = embeddings.apply_rotary_emb(mint.cat((text_query, query), dim=1), rotary, sequence_dim=1)
+    key = embeddings.apply_rotary_emb(mint.cat((text_key, key), dim=1), rotary, sequence_dim=1)
+    attended = attention_dispatch.dispatch_attention_fn(
+        query,
+        key,
+        mint.cat((text_value, value), dim=1),
+        attn_mask=keys,
+        backend=attn.processor._attention_backend,
+        parallel_config=attn.processor._parallel_config,
+    )
+    attended = attended.reshape(batch, attended.shape[1], -1).to(query.dtype)
+    return attn.to_out[1](attn.to_out[0](attended[:, text_len:])), attn.to_add_out(attended[:, :text_len])
+
+
+def rotary_of(positions, theta, axes):
+    """Cosines and sines (N, head_dim) of positions (N, P), float32, each frequency twice in a row.
+
+    By the host, in float64, since mindone's tables are of numbers that a graph or an NPU does not take.
+
+    Args:
+        theta: the base of the frequencies.
+        axes: so many of head_dim are for each of the P positions.
+    """
+    frequencies = [float(theta) ** (-np.arange(0, axis, 2) / axis) for axis in axes]
+    angles = [np.outer(positions[:, place], frequency) for place, frequency in enumerate(frequencies)]
+    angles = np.repeat(np.concatenate(angles, 1), 2, 1)
+    return ms.Tensor(np.cos(angles), ms.float32), ms.Tensor(np.sin(angles), ms.float32)

@@ -19,7 +19,7 @@ import mindspore as ms
 
 from . import flux2_costs
 from .base import Model
-from .blocks import input_or_none
+from .blocks import input_or_none, rotary_of
 from .mindones import AtParsing, is_mindones, replaced
 
 KIND, COSTS, CONSTANTS = Flux2Transformer2DModel, flux2_costs, ()
@@ -34,10 +34,6 @@ class Flux2Model(Model):
     streams; "rotary", two of (T + S, head_dim); and "moves", (S, 1), zero for a token of a picture that the latents are
     drawn after, or None.
     """
-
-    def __init__(self, transformer):
-        doubles, singles = len(transformer.transformer_blocks), len(transformer.single_transformer_blocks)
-        super().__init__(transformer, doubles, singles)
 
     def prepare(self, inputs, constants, dtype):
         """See Model.prepare."""
@@ -77,13 +73,6 @@ class Flux2Model(Model):
         """See Model.embed."""
         return self.transformer.x_embedder(latents)
 
-    def cell(self, index):
-        """See Model.cell."""
-        doubles = self.stacks[0]
-        if index < doubles:
-            return self.transformer.transformer_blocks[index]
-        return self.transformer.single_transformer_blocks[index - doubles]
-
     def block(self, index, image, text, given):
         """See Model.block."""
         if index < self.stacks[0]:
@@ -113,14 +102,6 @@ class Flux2Model(Model):
         """See Model.modulated."""
         shift, scale, _ = given["image"][0]
         return (1 + scale) * self.transformer.transformer_blocks[0].norm1(image) + shift
-
-    def pending(self, given):
-        """The modulation vector; what follows from it is made anew."""
-        return {"temb": given["temb"]}
-
-    def pending_shapes(self, batch):
-        """See Model.pending_shapes."""
-        return {"temb": (batch, self.width)}
 
     def resume(self, given, pending):
         """See Model.resume."""
@@ -164,11 +145,7 @@ def rotary_table(positions, theta, axes):
 
     Those of mindone 0.5.0's Flux2PosEmbed; ``axes`` says how many of head_dim are for each position.
     """
-    positions = np.frombuffer(positions).reshape(-1, len(axes))
-    frequencies = [float(theta) ** (-np.arange(0, axis, 2) / axis) for axis in axes]
-    angles = [np.outer(positions[:, place], frequency) for place, frequency in enumerate(frequencies)]
-    angles = np.repeat(np.concatenate(angles, 1), 2, 1)
-    return ms.Tensor(np.cos(angles), ms.float32), ms.Tensor(np.sin(angles), ms.float32)
+    return rotary_of(np.frombuffer(positions).reshape(-1, len(axes)), theta, axes)
 
 
 def why_foreign(transformer):

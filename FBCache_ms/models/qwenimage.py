@@ -1,16 +1,14 @@
 """Qwen-Image: mindone's QwenImageTransformer2DModel as the cache sees it.
 
 mindone 0.5.0's own construct does not compile: its rotary embedding is of complex numbers, under ms._no_grad(), and
-reads the pictures' shapes and the texts' lengths from lists. Here the host makes a table of real cosines and sines, and
-the block's equations stand in this file. A block, attention or processor of another class is not run by them: such a
-transformer runs without the cache.
+reads shapes and lengths from lists. Here the host makes a table of real cosines and sines, and the block's equations
+stand in this file. A transformer with a block, attention or processor of another class runs without the cache.
 """
 
 from functools import lru_cache
 
 import numpy as np
 from mindone.diffusers import QwenImageTransformer2DModel
-from mindone.diffusers.models import attention_dispatch, embeddings
 from mindone.diffusers.models.attention_processor import Attention
 from mindone.diffusers.models.transformers.transformer_qwenimage import (
     QwenDoubleStreamAttnProcessor2_0,
@@ -24,14 +22,12 @@ from mindspore import mint
 
 from . import qwenimage_costs
 from .base import Model
-from .blocks import behind_double, controlnet_index, finite, input_or_none
+from .blocks import behind_double, controlnet_index, finite, input_or_none, joint_attention, modulate, rotary_of
 from .mindones import AtParsing, is_mindones, replaced
+from .padding import padded_text
 
 KIND, COSTS, CONSTANTS = QwenImageTransformer2DModel, qwenimage_costs, ()
 BY_BRANCH = ("encoder_hidden_states", "encoder_hidden_states_mask")
-
-BUCKETS = (64, 128, 256, 512, 1024, 2048)
-"""Texts are padded to the least of these lengths that holds them, so that all of one bucket share a graph."""
 
 
 @ms.jit_class
@@ -41,9 +37,6 @@ class QwenImageModel(Model):
     ``given`` holds "temb", the modulation vector (B, D); "rotary", two of (T + S, head_dim); "keys", (B, 1, 1, T + S),
     true where attention sees a token; and "controlnet", a ControlNet's residuals, or None.
     """
-
-    def __init__(self, transformer):
-        super().__init__(transformer, len(transformer.transformer_blocks), 0)
 
     def idle(self):
         """See Model.idle."""
@@ -79,10 +72,6 @@ class QwenImageModel(Model):
         """See Model.embed."""
         return self.transformer.img_in(latents)
 
-    def cell(self, index):
-        """See Model.cell."""
-        return self.transformer.transformer_blocks[index]
-
     def block(self, index, image, text, given):
         """See Model.block."""
         image, unfinished = self.divided_block(index, image, text, given)
@@ -94,26 +83,8 @@ class QwenImageModel(Model):
 
     def modulated(self, image, given):
         """See Model.modulated."""
-        cell = self.cell(0)
-        shift, scale, _, _, _, _ = six(cell.img_mod(given["temb"]))
-        return modulate(cell.img_norm1(image), shift, scale)
-
-    def pending(self, given):
-        """The modulation vector."""
-        return {"temb": given["temb"]}
-
-    def pending_shapes(self, batch):
-        """See Model.pending_shapes."""
-        return {"temb": (batch, self.width)}
-
-    def resume(self, given, pending):
-        """See Model.resume."""
-        return {
-            "temb": pending["temb"],
-            "rotary": given["rotary"],
-            "keys": given["keys"],
-            "controlnet": given["controlnet"],
-        }
+        before, _ = modulation(self.cell(0).img_mod(given["temb"]))
+        return modulate(self.cell(0).img_norm1(image), *before)
 
     def divides(self, index):
         """See Model.divides."""
@@ -122,24 +93,20 @@ class QwenImageModel(Model):
     def divided_block(self, index, image, text, given):
         """See Model.divided_block; the equations are those of mindone 0.5.0's QwenImageTransformerBlock."""
         cell = self.cell(index)
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = six(cell.img_mod(given["temb"]))
-        text_shift, text_scale, text_gate, text_mlp_shift, text_mlp_scale, text_mlp_gate = six(
-            cell.txt_mod(given["temb"])
-        )
-        attended, text_attended = attend(
+        before, behind = modulation(cell.img_mod(given["temb"]))
+        text_before, text_behind = modulation(cell.txt_mod(given["temb"]))
+        attended, text_attended = joint_attention(
             cell.attn,
-            modulate(cell.img_norm1(image), shift, scale),
-            modulate(cell.txt_norm1(text), text_shift, text_scale),
+            modulate(cell.img_norm1(image), *before),
+            modulate(cell.txt_norm1(text), *text_before),
             given["rotary"],
             given["keys"],
         )
-        image = finite(
-            behind_double(cell.img_norm2, cell.img_mlp, image, attended, gate, mlp_shift, mlp_scale, mlp_gate)
-        )
+        image = finite(behind_double(cell.img_norm2, cell.img_mlp, image, attended, *behind))
         if given["controlnet"] is not None:
             residuals = given["controlnet"]
             image = image + residuals[controlnet_index(index, self.stacks[0], len(residuals), False)]
-        return image, (text, text_attended, text_gate, text_mlp_shift, text_mlp_scale, text_mlp_gate)
+        return image, (text, text_attended) + text_behind
 
     def text_behind(self, index, unfinished):
         """See Model.text_behind."""
@@ -157,49 +124,15 @@ class QwenImageModel(Model):
         return guided * (norm(positive) / norm(guided))
 
 
-def six(modulation):
-    """A block's modulation (B, 6 D) as shift, scale and gate of attention, and then of the MLP, (B, D) each.
-
-    The order of the last three is behind_double's: gate, shift, scale and gate.
-    """
-    shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = mint.chunk(modulation, 6, dim=-1)
-    return shift, scale, gate, mlp_shift, mlp_scale, mlp_gate
-
-
-def modulate(normed, shift, scale):
-    """(1 + scale) x + shift."""
-    return normed * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+def modulation(vector):
+    """A block's modulation (B, 6 D): shift and scale before attention; its gate, the MLP's shift, scale and gate."""
+    shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = mint.chunk(vector, 6, dim=-1)
+    return (shift, scale), (gate, mlp_shift, mlp_scale, mlp_gate)
 
 
 def norm(velocity):
     """|v| of each token, (B, S, 1)."""
     return mint.sqrt(mint.sum(velocity * velocity, dim=-1, keepdim=True))
-
-
-def attend(attn, image, text, rotary, keys):
-    """Joint attention over [text, image]: what the image and what the text stream gets of it.
-
-    The equations are those of mindone 0.5.0's QwenDoubleStreamAttnProcessor2_0, and padding is no key.
-    """
-    batch, text_len = text.shape[:2]
-    heads = (batch, -1, attn.heads, attn.to_q.weight.shape[0] // attn.heads)
-    query = attn.norm_q(attn.to_q(image).reshape(heads))
-    text_query = attn.norm_added_q(attn.add_q_proj(text).reshape(heads))
-    key = attn.norm_k(attn.to_k(image).reshape(heads))
-    text_key = attn.norm_added_k(attn.add_k_proj(text).reshape(heads))
-    value, text_value = attn.to_v(image).reshape(heads), attn.add_v_proj(text).reshape(heads)
-    query = embeddings.apply_rotary_emb(mint.cat((text_query, query), dim=1), rotary, sequence_dim=1)
-    key = embeddings.apply_rotary_emb(mint.cat((text_key, key), dim=1), rotary, sequence_dim=1)
-    attended = attention_dispatch.dispatch_attention_fn(
-        query,
-        key,
-        mint.cat((text_value, value), dim=1),
-        attn_mask=keys,
-        backend=attn.processor._attention_backend,
-        parallel_config=attn.processor._parallel_config,
-    )
-    attended = attended.reshape(batch, attended.shape[1], -1).to(query.dtype)
-    return attn.to_out[1](attn.to_out[0](attended[:, text_len:])), attn.to_add_out(attended[:, :text_len])
 
 
 def graph_inputs(transformer, arguments):
@@ -233,24 +166,6 @@ def check_kwargs(attention_kwargs):
         raise ValueError(f"attention_kwargs {', '.join(attention_kwargs)} are not supported with the cache")
 
 
-def padded_text(text, mask):
-    """A text (B, T, E) and its mask (B, T), or None for all of it, padded to the least bucket, the mask float32.
-
-    Raises ValueError for a mask of another shape, or a text longer than the largest bucket.
-    """
-    batch, length = text.shape[:2]
-    if mask is not None and mask.shape != (batch, length):
-        raise ValueError(f"the text's mask is {tuple(mask.shape)}, its embeddings are {tuple(text.shape)}")
-    bucket = next((bucket for bucket in BUCKETS if bucket >= length), None)
-    if bucket is None:
-        raise ValueError(f"the text is {length} tokens long; the cache takes {BUCKETS[-1]} at most")
-    mask = np.ones((batch, length)) if mask is None else mask.asnumpy()
-    mask = ms.Tensor(np.pad(mask, ((0, 0), (0, bucket - length))), ms.float32)
-    if bucket > length:
-        text = mint.cat((text, mint.zeros((batch, bucket - length, text.shape[2]), dtype=text.dtype)), dim=1)
-    return text, mask
-
-
 @lru_cache(maxsize=8)
 def rotary_table(theta, axes, scale_rope, shapes, text_len):
     """Cosines and sines (T + S, head_dim) of the text's and then the pictures' tokens, each frequency twice in a row.
@@ -268,13 +183,7 @@ def rotary_table(theta, axes, scale_rope, shapes, text_len):
         positions.append(np.stack(np.meshgrid(*ranges, indexing="ij"), -1).reshape(-1, 3))
         largest = max(largest, *(side // 2 if scale_rope else side for side in sides))
     text = np.repeat(largest + np.arange(text_len)[:, None], 3, 1)
-    positions = np.concatenate([text, *positions]).astype(np.float32)
-    frequencies = [
-        np.float32(1) / np.float32(theta) ** (np.arange(0, axis, 2, dtype=np.float32) / axis) for axis in axes
-    ]
-    angles = np.concatenate([np.outer(positions[:, place], each) for place, each in enumerate(frequencies)], 1)
-    angles = np.repeat(angles, 2, 1)
-    return ms.Tensor(np.cos(angles)), ms.Tensor(np.sin(angles))
+    return rotary_of(np.concatenate([text, *positions]), theta, axes)
 
 
 def why_foreign(transformer):

@@ -42,10 +42,6 @@ class FluxModel(Model):
     stack, or None, with "in_turn", whether the former are taken in turn.
     """
 
-    def __init__(self, transformer):
-        doubles, singles = len(transformer.transformer_blocks), len(transformer.single_transformer_blocks)
-        super().__init__(transformer, doubles, singles)
-
     def prepare(self, inputs, constants, dtype):
         """See Model.prepare."""
         transformer, text_ids, image_ids = self.transformer, inputs["txt_ids"], inputs["img_ids"]
@@ -95,13 +91,6 @@ class FluxModel(Model):
         """See Model.embed."""
         return self.transformer.x_embedder(latents)
 
-    def cell(self, index):
-        """See Model.cell."""
-        doubles = self.stacks[0]
-        if index < doubles:
-            return self.transformer.transformer_blocks[index]
-        return self.transformer.single_transformer_blocks[index - doubles]
-
     def block(self, index, image, text, given):
         """See Model.block."""
         text, image = self.cell(index)(
@@ -130,25 +119,6 @@ class FluxModel(Model):
     def modulated(self, image, given):
         """See Model.modulated."""
         return self.transformer.transformer_blocks[0].norm1(image, emb=given["temb"])[0]
-
-    def pending(self, given):
-        """The modulation vector."""
-        return {"temb": given["temb"]}
-
-    def pending_shapes(self, batch):
-        """See Model.pending_shapes."""
-        return {"temb": (batch, self.transformer.inner_dim)}
-
-    def resume(self, given, pending):
-        """See Model.resume."""
-        return {
-            "temb": pending["temb"],
-            "rotary": given["rotary"],
-            "attention": given["attention"],
-            "controlnet": given["controlnet"],
-            "controlnet_single": given["controlnet_single"],
-            "in_turn": given["in_turn"],
-        }
 
     def divides(self, index):
         """See Model.divides; a block of the user's own is run as it is."""

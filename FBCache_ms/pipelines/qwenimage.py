@@ -17,7 +17,7 @@ logger = logging.get_logger(__name__)
 class QwenImagePipeline(WholeLoop, MindoneQwenImagePipeline):
     """mindone's QwenImagePipeline with the cache, its denoise loop one compiled graph; WholeLoop says what that adds.
 
-    Prompts of any length share a graph, up to each length in models.qwenimage.BUCKETS. Encoder and autoencoder run
+    Prompts of any length share a graph, up to each length in models.padding.BUCKETS. Encoder and autoencoder run
     operator by operator: mindone's do not compile.
     """
 

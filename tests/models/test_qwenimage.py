@@ -7,7 +7,7 @@ from small_models import TEXT_WIDTH, CachedCalls, graph_inputs, mindones, qwen_t
 
 import mindspore as ms
 
-from FBCache_ms.models import foreign_transformer, qwenimage
+from FBCache_ms.models import foreign_transformer, padding, qwenimage
 
 BLOCKS, ROWS, COLUMNS, CHANNELS = 3, 3, 4, 64
 LENGTHS = 7, 4
@@ -57,7 +57,7 @@ def test_padding_to_a_bucket_changes_nothing(transformer, cached, monkeypatch):
     mask = np.tile(np.arange(30) < LENGTHS[0], (2, 1))
     others = {"encoder_hidden_states": ms.Tensor(text), "encoder_hidden_states_mask": ms.Tensor(mask)}
     np.testing.assert_array_equal(cached(**{**given, **others}), padded)
-    monkeypatch.setattr(qwenimage, "BUCKETS", LENGTHS[:1])
+    monkeypatch.setattr(padding, "BUCKETS", LENGTHS[:1])
     unpadded = CachedCalls(transformer, compiled=False)
     np.testing.assert_allclose(unpadded(**given), padded, atol=2e-6)
     assert [key[3] for key in (*cached.steps, *unpadded.steps)] == [64, LENGTHS[0]]

@@ -1,0 +1,27 @@
+"""Texts of any length in one graph."""
+
+import numpy as np
+
+import mindspore as ms
+from mindspore import mint
+
+BUCKETS = (64, 128, 256, 512, 1024, 2048)
+"""Texts are padded to the least of these lengths that holds them, so that all of one bucket share a graph."""
+
+
+def padded_text(text, mask):
+    """A text (B, T, E) and its mask (B, T), or None for all of it, padded to the least bucket, the mask float32.
+
+    Raises ValueError for a mask of another shape, or a text longer than the largest bucket.
+    """
+    batch, length = text.shape[:2]
+    if mask is not None and mask.shape != (batch, length):
+        raise ValueError(f"the text's mask is {tuple(mask.shape)}, its embeddings are {tuple(text.shape)}")
+    bucket = next((bucket for bucket in BUCKETS if bucket >= length), None)
+    if bucket is None:
+        raise ValueError(f"the text is {length} tokens long; the cache takes {BUCKETS[-1]} at most")
+    mask = np.ones((batch, length)) if mask is None else mask.asnumpy()
+    mask = ms.Tensor(np.pad(mask, ((0, 0), (0, bucket - length))), ms.float32)
+    if bucket > length:
+        text = mint.cat((text, mint.zeros((batch, bucket - length, text.shape[2]), dtype=text.dtype)), dim=1)
+    return text, mask
