@@ -25,7 +25,7 @@ from FBCache_ms.models.qwenimage import of_one, rotary_table
 from FBCache_ms.pipelines.cached_transformer import CachedStep, context_for, graph_input
 from FBCache_ms.runtime.device import graph_mode
 
-TEXT_WIDTH = 48
+TEXT_WIDTH = 64
 SIZES = {"attention_head_dim": 32, "num_attention_heads": 2, "joint_attention_dim": TEXT_WIDTH}
 
 
