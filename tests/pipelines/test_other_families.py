@@ -88,7 +88,7 @@ def qwen(checkpoint):
 
 
 def placed(latents, ids):
-    """Tokens (B, S, C) as pictures (B, C, H, W). mindone 0.5.0's own asks mint.zeros for a size of tensors, and fails."""
+    """Tokens (B, S, C) as pictures (B, C, H, W). mindone 0.5.0's own fails: mint.zeros gets a size of tensors."""
     latents, ids = latents.asnumpy(), ids.asnumpy()
     pictures = np.zeros((len(latents), latents.shape[2], *ids[0, :, 1:3].max(0) + 1), np.float32)
     for picture, tokens, place in zip(pictures, latents, ids):
