@@ -1,5 +1,7 @@
 """Flux2Pipeline: mindone's, with the denoise loop as one cached graph."""
 
+from importlib.util import find_spec
+
 import numpy as np
 from mindone.diffusers import Flux2Pipeline as MindoneFlux2Pipeline
 from mindone.diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
@@ -96,6 +98,12 @@ class Flux2Pipeline(WholeLoop, MindoneFlux2Pipeline):
             given.height, given.width = given.height or height, given.width or width
             after.append(processor.preprocess(image, height=height, width=width, resize_mode="crop"))
         return after
+
+    def encode_prompt(self, prompt, *args, **kwargs):
+        """mindone's. Raises ValueError for a text where there is no jinja2, by which transformers fills its template."""
+        if prompt is not None and find_spec("jinja2") is None:
+            raise ValueError("a prompt of FLUX.2 needs jinja2; install FBCache_ms[flux2]")
+        return super().encode_prompt(prompt, *args, **kwargs)
 
     def noise(self, given, dtype):
         """See WholeLoop."""

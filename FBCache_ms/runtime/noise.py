@@ -14,6 +14,8 @@ _LINES = {
     r"newly initialized: \['encoder.embed_tokens.weight'\]": "mindone.transformers.modeling_utils",
     # Tables of rotary frequencies are made with the model; no checkpoint has them.
     r"newly initialized: \[('[^']*inv_freq'(, )?)+\]": "mindone.transformers.modeling_utils",
+    # What counts a normalization's training steps says nothing of a trained one.
+    r"newly initialized: \['bn.num_batches_tracked'\]": "mindone.diffusers.models.modeling_utils",
     # mindone's own pipelines say it so.
     "`mindspore_dtype` is deprecated": "mindone.transformers.modeling_utils",
 }

@@ -1,9 +1,11 @@
 import json
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from make_models import make
 from PIL import Image
 
 from FBCache_ms.eval import run_flux_withFBCache_pipeline as cli
@@ -152,6 +154,58 @@ def test_bad_arguments_end_with_2_and_one_line_that_names_them(options, named, c
     assert status == 2 and len(lines) == 1
     assert lines[0].startswith("fbcache-flux: error: ") and named in lines[0]
     assert not list(tmp_path.glob("new/[!.]*"))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Small checkpoints of other families, by the family's name."""
+    return {each: make(tmp_path_factory.mktemp(each) / "model", each) for each in ("qwenimage", "flux2")}
+
+
+@pytest.mark.parametrize(
+    "family, options, scales",
+    [
+        ("qwenimage", [], {"true_cfg_scale": 1.0}),
+        ("qwenimage", ["--negative_prompt", "dark"], {"true_cfg_scale": 4.0}),
+        ("flux2", [], {"guidance_scale": 4.0}),
+        ("flux2", ["--guidance_scale", "2"], {"guidance_scale": 2.0}),
+    ],
+)
+def test_a_family_has_scales_of_its_own(small, family, options, scales):
+    args = cli.parse_arguments(["--ckpt", str(small[family]), *options])
+    assert cli.guidance_of(args) == scales
+
+
+@pytest.mark.parametrize(
+    "family, options, named",
+    [
+        ("qwenimage", ["--guidance_scale", "3"], "a QwenImagePipeline takes true_cfg_scale"),
+        ("flux2", ["--true_cfg_scale", "3", "--negative_prompt", "dark"], "a Flux2Pipeline takes guidance_scale"),
+        ("flux2", ["--negative_prompt", "dark"], "--negative_prompt is not for this checkpoint"),
+        ("qwenimage", ["--cache", "double_gate"], "0 single blocks"),
+    ],
+)
+def test_what_a_family_does_not_take_is_told_in_one_line(small, family, options, named, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.parse_arguments(["--ckpt", str(small[family]), *options])
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert named in line
+
+
+def test_a_model_of_an_unknown_family_is_told_in_one_line(small, tmp_path, capsys):
+    shutil.copytree(small["qwenimage"], tmp_path / "other")
+    index = tmp_path / "other" / "model_index.json"
+    index.write_text(index.read_text().replace("QwenImageTransformer2DModel", "WanTransformer3DModel"))
+    with pytest.raises(SystemExit, match="2"):
+        cli.parse_arguments(["--ckpt", str(tmp_path / "other")])
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "Unsupported model WanTransformer3DModel" in line
+
+
+def test_a_checkpoint_says_which_pipeline_draws(small, tmp_path):
+    options = ["--ckpt", str(small["flux2"]), "--image_size", "32", "32", "--num_inference_steps", "8"]
+    report = run(tmp_path, *options, "--cache", "F1B0_W0_R1")
+    assert report["computed_steps"] == [0] and report["image_size"] == [32, 32]
 
 
 def test_a_file_that_cannot_be_written_whole_is_not_written(tmp_path):
