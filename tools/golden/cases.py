@@ -120,6 +120,52 @@ QWENIMAGE_CACHED += [
 ]
 QWENIMAGE_CACHED.append({"prompt": SQUARE, "seed": 1, "output_type": "latent", "config": "F1B0_W0M0MC0_T0O0_R0.15"})
 
+FLUX2_CALL = {"max_sequence_length": 42, "text_encoder_out_layers": [1, 2, 3]}
+"""So long is each of these prompts behind the system message: diffusers and mindone differ in what padding says."""
+
+FLUX2_IMAGES = [
+    {"prompt": CIRCLE, **FLUX2_CALL, "seed": 0, "num_inference_steps": 8},
+    {
+        "prompt": SQUARE,
+        **FLUX2_CALL,
+        "seed": 5,
+        "num_inference_steps": 10,
+        "guidance_scale": 2.5,
+        "height": 64,
+        "width": 96,
+    },
+    {"prompt": [CIRCLE, DIAMOND], **FLUX2_CALL, "seed": 3, "num_inference_steps": 8, "height": 32, "width": 48},
+    {
+        "prompt": SQUARE,
+        **FLUX2_CALL,
+        "seed": 4,
+        "num_images_per_prompt": 2,
+        "num_inference_steps": 8,
+        "height": 48,
+        "width": 32,
+    },
+]
+
+FLUX2_CACHED = [
+    {"prompt": CIRCLE, **FLUX2_CALL, "seed": 0, "output_type": "latent", "config": tag}
+    for tag in (
+        "F1B0_W0M0MC0_T0O0_R0.1",
+        "F1B0_W0M0MC0_T0O0_R0.25",
+        "F1B0_W4M0MC3_T0O0_R0.24",
+        "F2B2_W2M0MC3_T0O0_R0.16",
+        "F4B1_W2M0MC3_T0O0_R0.15",
+        "F1B0_W4M0MC0_T1O1_R0.2",
+        "F1B0_W5M0MC3_T1O2_R0.3",
+        "F1B0_W0M0MC0_T0O0_R0.12,gate=static,steps_computation_mask=1111110110001100011000110001",
+        "F1B0_W0M0MC0_T0O0_R0.1,span=stacks,residual_diff_threshold_single=0.2",
+        "F1B0_W2M0MC3_T0O0_R0.2,span=stacks,residual_diff_threshold_single=0.08",
+        "F1B0_W4M0MC0_T1O1_R0.2,span=stacks,residual_diff_threshold_single=0.15",
+    )
+]
+FLUX2_CACHED += [
+    {"prompt": SQUARE, **FLUX2_CALL, "seed": 2, "output_type": "latent", "num_inference_steps": 4, "config": tag}
+    for tag in ("F1B0_W2M0MC1_T0O0_R0.8", "F4B2_W2M0MC1_T0O0_R0.8")
+]
 
 BFLOAT16 = [
     {"seed": seed, "change": change, "apart": apart} for seed, change in ((0, 0.1), (1, 0.3)) for apart in (1, 3)
@@ -136,6 +182,7 @@ def walk(case):
 LATENTS = {
     "flux": lambda batch, height, width: (batch, height * width // 8**2, 16),
     "qwenimage": lambda batch, height, width: (batch, height * width // 16**2, 64),
+    "flux2": lambda batch, height, width: (batch, 32, height // 16, width // 16),
 }
 """The shape of the latents of a batch of pictures of so many pixels, by family."""
 

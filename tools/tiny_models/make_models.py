@@ -340,7 +340,7 @@ class PictureWeights(Weights):
         self.linear(f"{name}.conv_in", *first, kernel=(3, 3))
         self.norm(f"{name}.conv_norm_out.weight", (last[1],))
         self.add(f"{name}.conv_norm_out.bias", (last[1],), 0.1)
-        self.linear(f"{name}.conv_out", *last, scale=0.5, kernel=(3, 3))
+        self.linear(f"{name}.conv_out", *last, scale=0.3, kernel=(3, 3))
 
     def level(self, name, inputs, outputs, blocks, change):
         """Residual blocks, and a change of size where one has a name."""
