@@ -203,7 +203,7 @@ def test_a_model_of_an_unknown_family_is_told_in_one_line(small, tmp_path, capsy
 
 
 def test_a_checkpoint_says_which_pipeline_draws(small, tmp_path):
-    options = ["--ckpt", str(small["flux2"]), "--image_size", "32", "32", "--num_inference_steps", "8"]
+    options = ["--ckpt", str(small["qwenimage"]), "--image_size", "32", "32", "--num_inference_steps", "8"]
     report = run(tmp_path, *options, "--cache", "F1B0_W0_R1")
     assert report["computed_steps"] == [0] and report["image_size"] == [32, 32]
 

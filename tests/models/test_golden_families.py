@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cases import QWENIMAGE_CACHED, QWENIMAGE_IMAGES, call_arguments
+from cases import FLUX2_CACHED, FLUX2_IMAGES, QWENIMAGE_CACHED, QWENIMAGE_IMAGES, call_arguments
 from make_models import make
 
 import mindspore as ms
@@ -14,7 +14,10 @@ import FBCache_ms
 from FBCache_ms import CacheConfig
 
 FOLDER = Path(__file__).parents[1] / "golden"
-FAMILIES = {"qwenimage": ("QwenImagePipeline", QWENIMAGE_IMAGES, QWENIMAGE_CACHED)}
+FAMILIES = {
+    "qwenimage": ("QwenImagePipeline", QWENIMAGE_IMAGES, QWENIMAGE_CACHED),
+    "flux2": ("Flux2Pipeline", FLUX2_IMAGES, FLUX2_CACHED),
+}
 IMAGES = [(family, index) for family, (_, images, _) in FAMILIES.items() for index in range(len(images))]
 CACHED = [(family, index) for family, (_, _, cached) in FAMILIES.items() for index in range(len(cached))]
 
@@ -54,16 +57,18 @@ def test_uncached_pictures_are_those_of_diffusers(pipeline, family, index):
 
 @pytest.mark.parametrize("family, index", CACHED, ids=[f"{f}-{FAMILIES[f][2][i]['config']}-{i}" for f, i in CACHED])
 def test_decisions_differences_and_latents_are_those_of_cache_dit(pipeline, family, index):
-    """In both guidance branches; TaylorSeer after a warm-up of n + 3: it forms no difference before."""
+    """In both branches, and by each gate; TaylorSeer after a warm-up of n + 3: it forms no difference before."""
     _, images, cached = FAMILIES[family]
     arrays, place, pipe = golden(family), index + len(images), pipeline(family)
     config = CacheConfig.from_tag(cached[index]["config"])
     latents = pipe(**call_arguments(cached[index], ms.Tensor, family), cache_config=config)[0].asnumpy()
-    stats = [pipe.cache_stats, pipe.cache_stats.uncond]
-    for branch, (reused, theirs) in enumerate(zip(arrays[f"reused_{place}"], arrays[f"diffs_{place}"])):
-        assert list(stats[branch].reused) == reused.tolist()
+    branches = [each for each in (pipe.cache_stats, pipe.cache_stats.uncond) if each is not None]
+    gates = [gate for branch in branches for gate in branch.gates]
+    assert len(gates) == len(arrays[f"reused_{place}"])
+    for gate, reused, theirs in zip(gates, arrays[f"reused_{place}"], arrays[f"diffs_{place}"]):
+        assert list(gate.reused) == reused.tolist()
         compared = theirs > 0
-        ours = np.array(stats[branch].residual_diffs, float)
+        ours = np.array(gate.residual_diffs, float)
         assert not np.isnan(ours[compared]).any()
         np.testing.assert_allclose(ours[compared], theirs[compared], rtol=2e-3)
     assert np.abs(latents - arrays[f"latents_{place}"]).max() < 1e-4
