@@ -100,7 +100,7 @@ class Flux2Pipeline(WholeLoop, MindoneFlux2Pipeline):
         return after
 
     def encode_prompt(self, prompt, *args, **kwargs):
-        """mindone's. Raises ValueError for a text where there is no jinja2, by which transformers fills its template."""
+        """mindone's. Raises ValueError for a text where there is no jinja2, which fills transformers' templates."""
         if prompt is not None and find_spec("jinja2") is None:
             raise ValueError("a prompt of FLUX.2 needs jinja2; install FBCache_ms[flux2]")
         return super().encode_prompt(prompt, *args, **kwargs)
