@@ -93,13 +93,17 @@ def check_prompts(pipe, given):
             allowed = "one" if prompts == 1 else f"one, or {prompts} as in prompt"
             raise ValueError(f"{name} lists {len(texts)} prompts; give {allowed}")
     for kind in ("", "negative_"):
+        length = None
         for name, shape in pipe.embeds_shapes().items():
             if getattr(given, kind + name, None) is not None:
                 number = rows(kind + name, given)
                 if number not in (1, prompts, given.pictures):
                     allowed = " or ".join(map(str, sorted({1, prompts, given.pictures})))
                     raise ValueError(f"{kind}{name} are for {number} prompts; allowed are {allowed}")
-                check_shape(kind + name, getattr(given, kind + name), (number, *shape), name.endswith("mask"))
+                wanted = (number, *(length if axis is None else axis for axis in shape))
+                check_shape(kind + name, getattr(given, kind + name), wanted, name.endswith("mask"))
+                # Those of any length are of the same, the first one's.
+                length = getattr(given, kind + name).shape[1] if None in shape else length
 
 
 def check_noise(pipe, given):
