@@ -1,6 +1,8 @@
 """QwenImagePipeline and Flux2Pipeline draw as mindone's do, and their caches decide as Flux's does."""
 
-from dataclasses import dataclass
+import json
+import shutil
+from dataclasses import dataclass, replace
 from typing import Any, Dict
 
 import mindone.diffusers
@@ -21,8 +23,17 @@ from small_models import (
 
 import mindspore as ms
 
-from FBCache_ms import CacheConfig, Flux2Pipeline, QwenImagePipeline, apply_cache_on_pipe, remove_cache_from_pipe
+from FBCache_ms import (
+    TINY_FLUX,
+    CacheConfig,
+    Flux2Pipeline,
+    FluxPipeline,
+    QwenImagePipeline,
+    apply_cache_on_pipe,
+    remove_cache_from_pipe,
+)
 from FBCache_ms.pipelines.whole_loop import WholeLoop
+from FBCache_ms.runtime.checkpoint import check_checkpoint
 from FBCache_ms.runtime.device import graph_mode
 
 STEPS, TEXT = 10, 7
@@ -446,3 +457,168 @@ def test_what_is_the_users_own_runs_uncached_with_a_warning(qwen, monkeypatch, c
     assert "block 1 has the attention processor Doubled: this call runs without the cache" in caplog.text
     with pytest.raises(ValueError, match="attention processor Doubled"):
         apply_cache_on_pipe(qwen.mindones)
+
+
+def lora(*layers):
+    """A random LoRA's state dict for layers of 64 outputs, {name: inputs}."""
+    rng, tensors = np.random.default_rng(0), {}
+    for layer, inputs in layers:
+        for part, shape in {"lora_A": (4, inputs), "lora_B": (64, 4)}.items():
+            name = f"transformer.{layer}.{part}.weight"
+            tensors[name] = ms.Parameter(ms.Tensor(rng.normal(0, 0.3, shape), ms.float32), name=name)
+    return tensors
+
+
+LORAS = {
+    "qwen": lora(("transformer_blocks.0.attn.to_q", 64), ("transformer_blocks.1.img_mlp.net.2", 256)),
+    "flux2": lora(("transformer_blocks.0.attn.to_q", 64), ("single_transformer_blocks.0.attn.to_out", 256)),
+}
+
+
+@pytest.mark.parametrize("name", LORAS)
+def test_a_lora_acts_at_its_scale_until_it_is_unloaded(name, request):
+    family = request.getfixturevalue(name)
+    transformer = qwen_transformer(2) if name == "qwen" else flux2_transformer(1, 1)
+    pipes = [
+        quiet(type(pipe)(**{**pipe.components, "transformer": transformer})) for pipe in (family.ours, family.mindones)
+    ]
+    small = replace(family, ours=pipes[0], mindones=pipes[1])
+
+    def draw(**settings):
+        return small.draw(num_inference_steps=3, **settings)
+
+    plain = draw()
+    pipes[0].load_lora_weights(dict(LORAS[name]), adapter_name="one")
+    whole = draw()
+    np.testing.assert_allclose(whole, drawn_by_mindone(small), atol=1e-4)
+    half = draw(attention_kwargs={"scale": 0.5})
+    np.testing.assert_array_equal(draw(), whole)
+    pipes[0].set_adapters("one", 0.5)
+    np.testing.assert_allclose(half, drawn_by_mindone(small), atol=1e-4)
+    assert min(np.abs(half - other).max() for other in (plain, whole)) > 0.05
+    pipes[0].unload_lora_weights()
+    np.testing.assert_array_equal(draw(), plain)
+    assert pipes[0].graph_compilations == 4
+
+
+def one_line(error):
+    return "\n" not in str(error.value) and str(error.value)
+
+
+@pytest.mark.parametrize(
+    "kind, folder, named",
+    [
+        (FluxPipeline, "qwen", "has a QwenImageTransformer2DModel, for QwenImagePipeline; FluxPipeline takes a Flux"),
+        (
+            Flux2Pipeline,
+            "qwen",
+            "has a QwenImageTransformer2DModel, for QwenImagePipeline; Flux2Pipeline takes a Flux2",
+        ),
+        (QwenImagePipeline, "flux", "has a FluxTransformer2DModel, for FluxPipeline; QwenImagePipeline takes a QwenIm"),
+        (Flux2Pipeline, "flux", "has a FluxTransformer2DModel, for FluxPipeline; Flux2Pipeline takes a Flux2"),
+    ],
+)
+def test_a_checkpoint_of_another_family_is_named_before_anything_is_loaded(
+    checkpoint, monkeypatch, kind, folder, named
+):
+    monkeypatch.setattr(mindone.diffusers.DiffusionPipeline, "from_pretrained", None)
+    folder = checkpoint if folder == "qwen" else TINY_FLUX
+    with pytest.raises(OSError, match=named) as error:
+        kind.from_pretrained(folder)
+    assert one_line(error).startswith(f"checkpoint {folder} ")
+
+
+@pytest.fixture
+def copy(checkpoint, tmp_path):
+    return shutil.copytree(checkpoint, tmp_path / "copy")
+
+
+def rewrite(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_a_transformer_that_no_family_has_is_named(copy):
+    rewrite(copy / "model_index.json", transformer=["diffusers", "WanTransformer3DModel"])
+    with pytest.raises(OSError, match="has a WanTransformer3DModel") as error:
+        QwenImagePipeline.from_pretrained(copy)
+    assert one_line(error)
+    with pytest.raises(OSError, match="WanTransformer3DModel; the cache is for mindone's FluxTransformer2D") as error:
+        check_checkpoint(copy)
+    assert one_line(error)
+
+
+@pytest.mark.parametrize(
+    "component, changes, named",
+    [
+        ("transformer", {"num_layers": 7}, "transformer: its weights lack transformer_blocks.6.* and .* more"),
+        ("transformer", {"num_layers": 5}, "its weights have, but its config does not, transformer_blocks.5"),
+        ("transformer", {"num_attention_heads": 4}, "cannot be loaded"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(copy, component, changes, named):
+    rewrite(copy / component / "config.json", **changes)
+    others = dict.fromkeys({"transformer", "vae", "text_encoder", "tokenizer"} - {component})
+    with pytest.raises(ValueError, match=named) as error:
+        QwenImagePipeline.from_pretrained(copy, **others)
+    assert one_line(error)
+
+
+@pytest.mark.parametrize("file", ["tokenizer/merges.txt", "text_encoder/model.safetensors", "vae/config.json"])
+def test_a_missing_file_is_named(copy, file):
+    (copy / file).unlink()
+    with pytest.raises(OSError, match=file.split("/")[0]) as error:
+        QwenImagePipeline.from_pretrained(copy)
+    assert one_line(error)
+
+
+SHAPES = {
+    "qwen": [
+        ({"latents": tensor(0, 1, 16, 16)}, "latents must be .* of 1 x 16 x 64, not .* 1 x 16 x 16"),
+        ({"latents": tensor(0, 1, 1, 16, 8, 8)}, "latents must be .* of 1 x 16 x 64"),
+        ({"prompt_embeds": tensor(0, 1, TEXT, 32)}, "prompt_embeds must be .* of 1 x any x 64"),
+        ({"prompt_embeds_mask": ms.Tensor(np.ones((1, 6)))}, "prompt_embeds_mask must be .* of 1 x 7, not .* 1 x 6"),
+        (
+            {"prompt_embeds_mask": ms.Tensor(np.ones((1, TEXT, 1)))},
+            "prompt_embeds_mask must be .* of 1 x 7, not .* 1 x 7 x 1",
+        ),
+        ({"prompt_embeds_mask": ms.Tensor(np.ones((2, TEXT)))}, "prompt_embeds_mask are for 2 prompts"),
+        ({"prompt_embeds_mask": None}, "prompt_embeds_mask. also have to be passed"),
+        ({**embeds(0, length=4, kind="negative_"), "negative_prompt_embeds_mask": None}, "negative_prompt_embeds_mask"),
+        ({"height": 72}, "height must be a positive multiple of 16"),
+        ({"attention_kwargs": {"colour": 1}, "config": CacheConfig()}, "attention_kwargs colour are not supported"),
+        ({"max_sequence_length": 2000}, "cannot be greater than 1024"),
+    ],
+    "flux2": [
+        ({"latents": tensor(0, 1, 16, 16)}, "latents must be .* of 1 x 16 x 4 x 4, not .* 1 x 16 x 16"),
+        ({"prompt_embeds": tensor(0, 1, TEXT, 32)}, "prompt_embeds must be .* of 1 x any x 64"),
+        ({"width": 18}, "width must be a positive multiple of 4"),
+        ({"guidance_scale": None}, "guidance_scale"),
+        ({"attention_kwargs": {"colour": 1}, "config": CacheConfig()}, "attention_kwargs colour are not supported"),
+        ({"prompt": "a red circle"}, "text_encoder is None, so prompt cannot be read; give prompt_embeds"),
+    ],
+}
+
+
+@pytest.mark.parametrize("name, settings, named", [(name, *case) for name, cases in SHAPES.items() for case in cases])
+def test_what_cannot_be_drawn_is_refused_before_anything_runs(name, settings, named, request, monkeypatch):
+    family = request.getfixturevalue(name)
+    monkeypatch.setattr(family.ours, "_denoise", None)
+    with pytest.raises(ValueError, match=named) as error:
+        family.draw(**settings)
+    assert one_line(error)
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"true_cfg_scale": 3.0}, "true_cfg_scale 3.0 is ignored: there is no negative_prompt"),
+        ({**NEGATIVE, "true_cfg_scale": 1.0}, "negative_prompt is ignored: true_cfg_scale is 1.0, not above 1"),
+        ({"guidance_scale": 2.0, "true_cfg_scale": 1.0}, "guidance_scale 2.0 is ignored: the model takes none"),
+        ({"true_cfg_scale": 1.0}, None),
+    ],
+)
+def test_half_of_a_guidance_is_ignored_with_a_warning(qwen, caplog, settings, said):
+    expected = qwen.draw(true_cfg_scale=1.0)
+    caplog.clear()
+    np.testing.assert_array_equal(qwen.draw(**settings), expected)
+    assert said in caplog.text if said else not caplog.text
