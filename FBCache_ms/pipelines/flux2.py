@@ -121,6 +121,12 @@ class Flux2Pipeline(WholeLoop, MindoneFlux2Pipeline):
         mean, deviation = self._moments(moments.dtype)
         return (self._patchify_latents(moments[:, : moments.shape[1] // 2]) - mean) / deviation
 
+    @staticmethod
+    def _unpack_latents_with_ids(x, x_ids):
+        """Latents (B, S, C) as (B, C, H, W), by the positions of their tokens. mindone 0.5.0's own fails."""
+        height, width = x_ids[0, -1, 1:3].asnumpy() + 1
+        return as_grid(x, int(height), int(width))
+
     def _moments(self, dtype):
         """Mean and standard deviation of the autoencoder's latents, (1, 4 C, 1, 1)."""
         norm = self.vae.bn
@@ -134,7 +140,12 @@ class Flux2Pipeline(WholeLoop, MindoneFlux2Pipeline):
     def picture(self, given, latents):
         """See WholeLoop."""
         unit = self.vae_scale_factor * 2
-        latents = latents.reshape(given.pictures, given.height // unit, given.width // unit, -1).permute(0, 3, 1, 2)
+        latents = as_grid(latents, given.height // unit, given.width // unit)
         mean, deviation = self._moments(latents.dtype)
         picture = self.vae.decode(self._unpatchify_latents(latents * deviation + mean), return_dict=False)[0]
         return self.image_processor.postprocess(picture, output_type=given.output_type)
+
+
+def as_grid(latents, height, width):
+    """Latents (B, S, C), their tokens row by row, as (B, C, H, W)."""
+    return latents.reshape(latents.shape[0], height, width, -1).permute(0, 3, 1, 2)

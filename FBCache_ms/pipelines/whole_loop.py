@@ -277,6 +277,8 @@ class WholeLoop:
             logger.warning(f"{reason}: this call runs without the cache, step by step")
             drop_stale_graphs(self.transformer)
             self.cache_stats, self.seconds = None, {}
+            # mindone's FLUX.2 takes an empty dictionary for a full one.
+            setattr(given, self.KWARGS, kwargs or None)
             names = signature(self.MINDONES.__call__).parameters
             with self._parts_mode():
                 return super().__call__(**{name: getattr(given, name) for name in names if name != "self"})

@@ -459,6 +459,23 @@ def test_what_is_the_users_own_runs_uncached_with_a_warning(qwen, monkeypatch, c
         apply_cache_on_pipe(qwen.mindones)
 
 
+class Halved(FlowMatchEulerDiscreteScheduler):
+    """A scheduler of the user's."""
+
+    def step(self, model_output, *more, **named):
+        return super().step(model_output * 0.5, *more, **named)
+
+
+def test_with_a_scheduler_of_the_users_it_draws_as_mindones(family, monkeypatch, caplog):
+    few = {"num_inference_steps": 2, "output_type": "np"}
+    for pipe in (family.ours, family.mindones):
+        monkeypatch.setitem(pipe.__dict__, "scheduler", Halved.from_config(pipe.scheduler.config))
+    with graph_mode(False):
+        expected = family.draw(family.mindones, **few)
+    np.testing.assert_allclose(family.draw(config=family.config, **few), expected, atol=1e-6)
+    assert "scheduler Halved has a step of its own: this call runs without the cache" in caplog.text
+
+
 def lora(*layers):
     """A random LoRA's state dict for layers of 64 outputs, {name: inputs}."""
     rng, tensors = np.random.default_rng(0), {}
