@@ -146,6 +146,8 @@ def test_commands_run_in_a_clone_and_a_page_begins_without_results(tmp_path, mon
     assert [status for status, _, _ in ends] == ["-", "0", "0", "1", "stopped", "-", "0", "0", "0"]
     assert [why[:-2] for _, _, why in ends if why != "- |"] == ["installs; --python gives the environment", "why"]
     assert "7 of 9 were run, and 2 of these failed." in said
+    assert commands.main([*options, "--pages", "docs/one.md", "--match", "import"]) == 0
+    assert "1 of 1 were run, and 0 of these failed." in capsys.readouterr().out
     with pytest.raises(SystemExit):
         commands.main([*options, "--pages", "docs/two.md"])
     assert "docs/two.md is none of README.md, docs/one.md" in capsys.readouterr().err

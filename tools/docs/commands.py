@@ -121,6 +121,7 @@ def parse_arguments(argv=None):
     add = parser.add_argument
     add("--list", action="store_true", help="say what would be run, and what not and why")
     add("--pages", nargs="+", metavar="PAGE", help="these alone, from the repository's root (default: all)")
+    add("--match", metavar="TEXT", help="those alone that have this text in them (default: all)")
     add("--python", type=Path, metavar="PATH", help="of an environment to reuse; nothing is then installed")
     add("--timeout", type=int, default=1800, metavar="SECONDS", help="that a command may take")
     add_save_path(add, "./results/commands", "the table and what each command said")
@@ -225,7 +226,7 @@ def run_all(commands, args):
 
 def chosen_commands(args):
     """What the command line asks for; without an environment to reuse it begins with what makes one."""
-    commands = all_commands(args.pages)
+    commands = [each for each in all_commands(args.pages) if args.match is None or args.match in each.text]
     begin = all_commands()[0]
     return commands if args.python is not None or begin in commands else [begin, *commands]
 
