@@ -9,7 +9,8 @@ beside it
 - COSTS, the module of what is known without MindSpore: the pipeline's name, its components and guidance, the published
   config, and what counts operations and bytes: stacks, width, channels, step_costs, block, condition, ends;
 - BY_BRANCH, those of its inputs that each guidance branch has of its own;
-- graph_inputs(transformer, arguments): the other arguments of a call as the graph takes them, or what is refused;
+- graph_inputs(transformer, arguments): the other arguments of a call as the graph takes them, or what is refused; among
+  them may be ``longest``, the tokens of the guidance branches' longest text;
 - why_foreign(transformer), why_not_probed(transformer, probe): what stands in the way, in words, or None.
 
 Two streams run through the blocks: the image (B, S, D) and the text (B, T, D). ``given`` is a dictionary of what every

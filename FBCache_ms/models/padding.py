@@ -9,17 +9,20 @@ BUCKETS = (64, 128, 256, 512, 1024, 2048)
 """Texts are padded to the least of these lengths that holds them, so that all of one bucket share a graph."""
 
 
-def padded_text(text, mask):
+def padded_text(text, mask, least=0):
     """A text (B, T, E) and its mask (B, T), or None for all of it, padded to the least bucket, the mask float32.
+
+    The bucket is one that holds ``least`` tokens, too.
 
     Raises ValueError for a mask of another shape, or a text longer than the largest bucket.
     """
     batch, length = text.shape[:2]
+    longest = max(length, least)
     if mask is not None and mask.shape != (batch, length):
         raise ValueError(f"the text's mask is {tuple(mask.shape)}, its embeddings are {tuple(text.shape)}")
-    bucket = next((bucket for bucket in BUCKETS if bucket >= length), None)
+    bucket = next((bucket for bucket in BUCKETS if bucket >= longest), None)
     if bucket is None:
-        raise ValueError(f"the text is {length} tokens long; the cache takes {BUCKETS[-1]} at most")
+        raise ValueError(f"the text is {longest} tokens long; the cache takes {BUCKETS[-1]} at most")
     mask = np.ones((batch, length)) if mask is None else mask.asnumpy()
     mask = ms.Tensor(np.pad(mask, ((0, 0), (0, bucket - length))), ms.float32)
     if bucket > length:

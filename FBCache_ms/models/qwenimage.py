@@ -143,7 +143,8 @@ def graph_inputs(transformer, arguments):
     check_kwargs(arguments["attention_kwargs"])
     if arguments["guidance"] is not None:
         raise ValueError("guidance must be None; mindone's QwenImageTransformer2DModel takes it and fails")
-    text, mask = padded_text(arguments["encoder_hidden_states"], arguments["encoder_hidden_states_mask"])
+    text, mask = arguments["encoder_hidden_states"], arguments["encoder_hidden_states_mask"]
+    text, mask = padded_text(text, mask, arguments.get("longest", 0))
     rope, shapes = transformer.pos_embed, of_one(arguments["img_shapes"])
     settings = rope.theta, tuple(rope.axes_dim), rope.scale_rope, shapes, text.shape[1]
     return {

@@ -471,8 +471,9 @@ class LoopInputs:
 
     def _gathered(self):
         """The model's inputs by name, those that each branch has of its own stacked."""
-        absent = {name: None for name in signature(self.file.KIND.construct).parameters}
-        branches = [self.file.graph_inputs(self.transformer, {**absent, **given}) for given in self.given]
+        common = dict.fromkeys(signature(self.file.KIND.construct).parameters)
+        common["longest"] = max(given["encoder_hidden_states"].shape[1] for given in self.given)
+        branches = [self.file.graph_inputs(self.transformer, {**common, **given}) for given in self.given]
         shapes = [each["encoder_hidden_states"].shape for each in branches]
         if len(set(shapes)) > 1:
             raise ValueError(

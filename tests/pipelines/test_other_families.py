@@ -244,6 +244,15 @@ def test_true_cfg_is_mindones_with_prompts_of_different_lengths(qwen):
     assert qwen.ours.cache_stats.uncond is None
 
 
+@pytest.mark.parametrize("lengths", [(70, 4), (4, 70)])
+def test_prompts_of_a_guidance_may_need_different_buckets(qwen, monkeypatch, lengths):
+    """Operator by operator, so that nothing is compiled."""
+    settings = {**embeds(0, length=lengths[0]), **embeds(1, length=lengths[1], kind="negative_"), "true_cfg_scale": 3.0}
+    expected = drawn_by_mindone(qwen, **settings)
+    monkeypatch.setattr(qwen.ours, "use_graph_mode", False)
+    np.testing.assert_allclose(qwen.draw(num_inference_steps=3, **settings), expected, atol=1e-4)
+
+
 def test_requests_of_different_sizes_do_not_see_each_other(family):
     def break_off(pipe, step, tensors):
         pipe._interrupt = step == 2
