@@ -506,11 +506,14 @@ class CacheContext:
 
         ``costs`` is a flops.StepCosts, for the share of operations that was skipped.
         """
-        steps = self.step.value.asnumpy().reshape(self.branches)
-        gates = every_gate(self.gates)
-        traces = [tuple(gate.stats(int(count), branch) for gate in gates) for branch, count in enumerate(steps)]
-        if not gates:
-            traces = [(GateStats("none", (False,) * int(count), (None,) * int(count)),) for count in steps]
-        skipped = None if costs is None else skipped_share(gates, traces, costs)
+        traces = self.traces()
+        skipped = None if costs is None else skipped_share(every_gate(self.gates), traces, [costs] * self.branches)
         uncond = CacheStats(traces[1]) if self.branches == 2 else None
         return CacheStats(traces[0], skipped, uncond)
+
+    def traces(self):
+        """Each branch's GateStats so far; reads the device."""
+        steps, gates = map(int, self.step.value.asnumpy().reshape(self.branches)), every_gate(self.gates)
+        if not gates:
+            return [(GateStats("none", (False,) * count, (None,) * count),) for count in steps]
+        return [tuple(gate.stats(count, branch) for gate in gates) for branch, count in enumerate(steps)]

@@ -98,12 +98,14 @@ class CacheStats:
 
 
 def skipped_share(gates, traces, costs):
-    """Share of a generation's operations that its gates skipped, in [0, 1], from each branch's GateStats."""
-    calls = sum(len(trace[0].reused) for trace in traces)
-    saved = 0
-    for trace in traces:
+    """Share of a generation's operations that its gates skipped, in [0, 1].
+
+    ``traces`` are each branch's GateStats, ``costs`` each branch's flops.StepCosts.
+    """
+    whole = saved = 0
+    for trace, call in zip(traces, costs):
+        whole += len(trace[0].reused) * call.total
         for gate, decisions in zip(gates, trace):
-            start, stop = gate.span(costs.doubles, costs.singles)
-            each = costs.total if gate.whole_model else costs.of_blocks(start, stop)
-            saved += len(decisions.cached_steps) * each
-    return saved / (calls * costs.total) if calls else 0.0
+            start, stop = gate.span(call.doubles, call.singles)
+            saved += len(decisions.cached_steps) * (call.total if gate.whole_model else call.of_blocks(start, stop))
+    return saved / whole if whole else 0.0

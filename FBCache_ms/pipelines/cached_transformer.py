@@ -2,7 +2,6 @@
 
 import copy
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import lru_cache, wraps
 from inspect import signature
 from pathlib import Path
@@ -17,7 +16,8 @@ import mindspore as ms
 from mindspore import nn
 
 from ..cache.context import CacheContext
-from ..cache.stats import BRANCHES
+from ..cache.gates import every_gate
+from ..cache.stats import BRANCHES, CacheStats, skipped_share
 from ..cache.step import cached_call
 from ..config import CacheConfig
 from ..models import family, foreign_transformer
@@ -81,10 +81,9 @@ class CachedTransformer(StandIn):
             pipe=ref(pipe),
             steps=KeptGraphs(most),
             chosen={},
-            active=None,
+            active={},
             branch=None,
             calls=0,
-            costs=None,
             sigmas=None,
             thread=None,
             adapters=((), ()),
@@ -92,11 +91,19 @@ class CachedTransformer(StandIn):
 
     @property
     def cache_stats(self):
-        """The CacheStats of the last generation, None before the first."""
-        if self.active is None:
+        """The CacheStats of the last generation, None before the first.
+
+        Guidance branches whose texts are of other lengths may each have a cached step of their own.
+        """
+        if not self.active:
             return None
-        stats = self.active.cache_context.stats(self.costs)
-        return stats if stats.uncond.reused else replace(stats, uncond=None)
+        # A branch that was not called has no trace in the other's step either.
+        last = next(reversed(self.active.values()))
+        contexts = [self.active.get(branch, last).cache_context for branch in BRANCHES]
+        costs = [costs_of_step(self.original, *context.shape[:2], context.text_len) for context in contexts]
+        cond, uncond = (context.traces()[branch] for branch, context in enumerate(contexts))
+        skipped = skipped_share(every_gate(contexts[0].gates), (cond, uncond), costs)
+        return CacheStats(cond, skipped, CacheStats(uncond) if uncond[0].reused else None)
 
     def cached_scheduler(self):
         """The pipeline's scheduler; one that has been put there since is told of this cache.
@@ -149,9 +156,11 @@ class CachedTransformer(StandIn):
         self.calls += 1
         latents, timestep, inputs, constants, return_dict = self.bind(hidden_states, *args, **kwargs)
         with turn(self), graph_mode(True):
-            self.active = self.step_for(latents, inputs["encoder_hidden_states"].shape[1], scheduler)
-            with self.active.cache_context(branch):
-                output = self.active(latents, timestep, inputs, constants)
+            if not self.chosen:
+                self.active = {}
+            step = self.active[branch] = self.step_for(latents, inputs["encoder_hidden_states"].shape[1], scheduler)
+            with step.cache_context(branch):
+                output = step(latents, timestep, inputs, constants)
             self.steps.settle()
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
@@ -193,7 +202,6 @@ class CachedTransformer(StandIn):
         step.cache_context.configure(settings, steps, sigmas, progress_of(self.sigmas, whole)[begin:])
         if trace is not None:
             step.cache_context.go_on(trace)
-        self.costs = costs_of_step(transformer, batch_size, seq_len, text_len)
         self.chosen[key] = step
         return step
 

@@ -118,14 +118,20 @@ def pipeline(name, parts):
     return pipe
 
 
+def embeds(seed, batch, length, kind=""):
+    """A prompt's embeddings and their mask, as Qwen-Image's pipelines take them."""
+    text, mask = tensor(seed, batch, length, TEXT_WIDTH), ms.Tensor(np.ones((batch, length)), ms.int64)
+    return {f"{kind}prompt_embeds": text, f"{kind}prompt_embeds_mask": mask}
+
+
 def draw(pipe, seed=0, **settings):
     """Latents."""
     case = CASES[type(pipe).__name__]
-    prompt = {"prompt_embeds": tensor(seed, case.prompts, 7, TEXT_WIDTH)}
-    if not type(pipe).__name__.startswith("Flux2"):
-        prompt["prompt_embeds_mask"] = ms.Tensor(np.ones((case.prompts, 7)), ms.int64)
+    prompt = embeds(seed, case.prompts, 7)
+    if type(pipe).__name__.startswith("Flux2"):
+        del prompt["prompt_embeds_mask"]
     settings = {"num_inference_steps": STEPS, "output_type": "latent", **case.more, **settings}
-    return pipe(**prompt, generator=np.random.default_rng(seed), **settings)[0].asnumpy()
+    return pipe(**{**prompt, **settings}, generator=np.random.default_rng(seed))[0].asnumpy()
 
 
 def test_every_pipeline_with_such_a_transformer_is_here():
@@ -162,3 +168,16 @@ def test_off_it_is_mindones_on_it_is_near_removed_it_is_gone(parts, name):
     assert pipe.transformer is transformer and pipe.scheduler is scheduler
     with mindones_own(transformer):
         np.testing.assert_array_equal(draw(pipe), plain)
+
+
+@pytest.mark.parametrize("length, steps", [(30, 1), (70, 2)])
+def test_guidance_branches_of_other_lengths_are_both_told_of(parts, length, steps):
+    """Texts of one bucket share a cached step; each branch has its own decisions in either case."""
+    pipe = apply_cache_on_pipe(pipeline("QwenImagePipeline", parts), ON)
+    whole = {**embeds(1, 1, length), **embeds(2, 1, 4, "negative_"), "true_cfg_scale": 2.0}
+    draw(pipe, **whole)
+    stats = pipe.transformer.cache_stats
+    assert stats.cached_steps == stats.uncond.cached_steps == [1, 3] and 0.1 < stats.skipped < 0.5
+    assert stats.residual_diffs != stats.uncond.residual_diffs and len(pipe.transformer.steps) == steps
+    draw(pipe, **embeds(1, 1, length))
+    assert pipe.transformer.cache_stats.uncond is None

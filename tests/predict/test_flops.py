@@ -47,7 +47,7 @@ def test_the_skipped_share_counts_each_gates_blocks_once():
         GateStats("single", (False, True, False, False), (None,) * 4),
     ]
     expected = (2 * 18 * COSTS.double + 37 * COSTS.single) / (4 * COSTS.total)
-    assert skipped_share(spans, [stats], COSTS) == pytest.approx(expected)
+    assert skipped_share(spans, [stats], [COSTS]) == pytest.approx(expected)
     nothing = [GateStats(gate.name, (False,) * 4, (None,) * 4) for gate in stats]
-    assert skipped_share(spans, [stats, nothing], COSTS) == pytest.approx(expected / 2)
+    assert skipped_share(spans, [stats, nothing], [COSTS, COSTS]) == pytest.approx(expected / 2)
     assert CacheStats(tuple(stats)).cached_steps == [1, 2]
