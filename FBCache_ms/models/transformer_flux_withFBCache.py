@@ -228,7 +228,9 @@ def graph_inputs(transformer, arguments):
     """See base.py; raises ValueError as refuse_stg and attention_inputs do."""
     attention_kwargs = arguments["joint_attention_kwargs"]
     refuse_stg(attention_kwargs)
-    return {**arguments, "joint_attention_kwargs": attention_inputs(transformer, attention_kwargs)}
+    # All texts of a generation are of one length.
+    inputs = {name: value for name, value in arguments.items() if name != "longest"}
+    return {**inputs, "joint_attention_kwargs": attention_inputs(transformer, attention_kwargs)}
 
 
 def attention_inputs(transformer, attention_kwargs):
