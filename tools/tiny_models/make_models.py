@@ -17,12 +17,18 @@ from safetensors.numpy import save_file
 WORDS = """Describe image by detailing the color shape size texture quantity text spatial relationships of objects and
 background a an big small huge tiny red green blue yellow white black purple orange circle square triangle diamond star
 in on at with over under beside above below center left right top bottom behind before no blurry dark bright noisy
-picture cat dog house tree river photo painting drawing are AI that reasons about descriptions You give structured
-responses focusing object actions without speculation"""
-"""What follows a space and is one token, among it what Qwen-Image's template and FLUX.2's system message say."""
+picture cat dog house tree river photo painting drawing"""
+"""What follows a space and is one token, among it what Qwen-Image's template says."""
 
-FIRST_WORDS = "system user assistant Describe You attribution"
+FIRST_WORDS = "system user assistant Describe"
 """What begins a line and is one token."""
+
+FLUX2_WORDS = """are AI that reasons about descriptions You give structured responses focusing object actions without
+speculation"""
+"""What FLUX.2's system message says beside."""
+
+FLUX2_FIRST_WORDS = "You attribution"
+"""What begins its lines."""
 
 FLUX2_LAYERS = [1, 2, 3]
 """The tiny FLUX.2's text_encoder_out_layers, which a call has to name: its text encoder has four layers."""
@@ -68,10 +74,10 @@ def byte_symbols():
     return [chr(byte if byte in printable else 256 + others.index(byte)) for byte in range(256)]
 
 
-def byte_pairs():
-    """The tokens of a byte-level vocabulary, and the merges that put all words together letter by letter."""
+def byte_pairs(words, first_words):
+    """The tokens of a byte-level vocabulary, and the merges that put these words together letter by letter."""
     symbols = byte_symbols()
-    words = [symbols[ord(" ")] + word for word in WORDS.split()] + FIRST_WORDS.split()
+    words = [symbols[ord(" ")] + word for word in words.split()] + first_words.split()
     merges = [(word[:end], word[end]) for word in words for end in range(1, len(word))]
     merges = list(dict.fromkeys(merges))
     return [*symbols, *dict.fromkeys("".join(pair) for pair in merges)], merges
@@ -79,7 +85,7 @@ def byte_pairs():
 
 def make_qwen_tokenizer(folder):
     """Writes a Qwen2Tokenizer; returns {token: id}."""
-    tokens, merges = byte_pairs()
+    tokens, merges = byte_pairs(WORDS, FIRST_WORDS)
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     ids = {token: index for index, token in enumerate([*tokens, *specials])}
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
@@ -404,7 +410,7 @@ CHAT_TEMPLATE = """{{ bos_token }}{% for message in messages %}
 
 def make_flux2_tokenizer(folder):
     """Writes a PixtralProcessor; returns {token: id}."""
-    tokens, merges = byte_pairs()
+    tokens, merges = byte_pairs(f"{WORDS} {FLUX2_WORDS}", f"{FIRST_WORDS} {FLUX2_FIRST_WORDS}")
     specials = ["<unk>", "<s>", "</s>", "<pad>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"]
     specials += ["[IMG]", "[IMG_BREAK]", "[IMG_END]"]
     ids = {token: index for index, token in enumerate([*specials, *tokens])}
