@@ -8,6 +8,8 @@ import pytest
 from alone import ENDS, FINISHED, REQUESTS, alone, answer, cached_step, whole_loop
 from narrow import make_narrow
 
+pytestmark = pytest.mark.slow
+
 processes = multiprocessing.get_context("forkserver")
 # Imported once, so that a start does not take the time of all imports.
 processes.set_forkserver_preload(["FBCache_ms.pipelines.flux", "mindone.transformers"])

@@ -6,6 +6,8 @@ from narrow import make_narrow
 
 import mindspore as ms
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):

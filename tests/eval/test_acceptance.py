@@ -22,6 +22,7 @@ def prefixes(report):
     return [line[2:].split(":")[0] for line in report.splitlines() if line.startswith(("- PASS", "- FAIL", "- SKIP"))]
 
 
+@pytest.mark.slow
 def test_a_dry_run_goes_through_every_check(tmp_path, monkeypatch, capsys):
     def run_program(module, options, apart=acceptance_checks.run_program):
         if module is benchmark:

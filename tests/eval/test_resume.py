@@ -17,6 +17,8 @@ from narrow import make_narrow
 from FBCache_ms.eval import fid_mscoco
 from FBCache_ms.runtime.device import api
 
+pytestmark = pytest.mark.slow
+
 KILLS = 10
 PICTURES = 40
 VARIES = ("seconds.*.jsonl", ".lock.*", ".*.part", "fid_mscoco.*", "logs/*")

@@ -32,10 +32,11 @@ RUNS = {
 }
 """Which blocks run on each way through a graph's gates; those below 0 count from the last one."""
 
+PARAMETERS = [pytest.param(name, marks=pytest.mark.slow if name in FULL_DEPTH else ()) for name in RUNS]
+
 ENDS = {"qwenimage": ("img_in.weight", "proj_out.weight"), "flux2": ("x_embedder.weight", "proj_out.weight")}
 """The products that a computed step begins and ends with."""
 
-IN_CONDITION = ("time_text_embed", "time_guidance_embed", "txt_in", "context_embedder", "_modulation", "norm_out")
 SCRIPT = """
 import ast, sys
 from pathlib import Path
@@ -94,7 +95,7 @@ def test_every_structure_of_these_families_is_compiled():
     assert set(RUNS) == {name for name, graph in GRAPHS.items() if graph.family in SHALLOW}
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", PARAMETERS)
 def test_each_way_through_the_graph_runs_its_blocks_once_and_no_other(exported, name):
     graph, (doubles, singles), found = GRAPHS[name], depth(name), set()
     for path in exported(name).paths():
@@ -118,7 +119,7 @@ def test_each_way_through_the_graph_runs_its_blocks_once_and_no_other(exported, 
     assert found == {numbers_of(blocks, doubles, singles) for blocks in RUNS[name]}
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", PARAMETERS)
 def test_the_graph_has_its_loops_and_nothing_that_an_npu_cannot_run(exported, name):
     graph, net = GRAPHS[name], exported(name)
     one_gate = len(plan(CacheConfig.from_tag(graph.tag))) == 1

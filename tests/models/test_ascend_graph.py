@@ -64,6 +64,8 @@ SHARED, WRITTEN_OUT = "shared", "written out"
 CASES = [(name, SHARED) for name in RUNS] + [("loop", WRITTEN_OUT)]
 """With lazy_inline, where equal blocks share a graph; and once without, as is the default, which takes much longer."""
 
+PARAMETERS = [pytest.param(*case, marks=pytest.mark.slow if case[1] == WRITTEN_OUT else ()) for case in CASES]
+
 SCRIPT = """
 import ast, sys
 from pathlib import Path
@@ -80,22 +82,35 @@ def depth(name, config):
     return DEPTHS["flux"] if name in FULL_DEPTH or config.getoption("full_depth") else SHALLOW
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory, pytestconfig):
-    """The .mindir file of each case."""
-    files, groups = {}, {}
-    for name, kind in CASES:
+class Exported:
+    """The .mindir file of each case, written when it is first asked for, with all others of one process."""
+
+    def __init__(self, folder, config):
+        self.folder, self.config, self.files = folder, config, {}
+
+    def process(self, case):
+        """What tells the process that writes a case."""
+        name, kind = case
         # Every MindSpore but 2.7.0 crashes where it compiles a TeaCache gate after any other graph.
         alone = name if "teacache" in GRAPHS[name].tag and ms.__version__ != "2.7.0" else None
-        groups.setdefault((alone, kind, *depth(name, pytestconfig)), []).append(name)
-    for (_, kind, *blocks), names in groups.items():
-        folder = tmp_path_factory.mktemp("mindir")
-        benchmarks = Path(__file__).parents[2] / "benchmarks"
-        command = [sys.executable, "-c", SCRIPT, str(benchmarks), repr((names, kind == SHARED, *blocks))]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
-        files.update({(name, kind): folder / f"{name}.mindir" for name in names})
-    return files
+        return alone, kind, *depth(name, self.config)
+
+    def __getitem__(self, case):
+        if case not in self.files:
+            _, kind, *blocks = process = self.process(case)
+            names = [name for name, other in CASES if self.process((name, other)) == process]
+            folder = self.folder.mktemp("mindir")
+            benchmarks = Path(__file__).parents[2] / "benchmarks"
+            command = [sys.executable, "-c", SCRIPT, str(benchmarks), repr((names, kind == SHARED, *blocks))]
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr[-2000:]
+            self.files.update({(name, kind): folder / f"{name}.mindir" for name in names})
+        return self.files[case]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, pytestconfig):
+    return Exported(tmp_path_factory, pytestconfig)
 
 
 def numbers_of(blocks, doubles, singles):
@@ -131,7 +146,7 @@ def test_every_structure_is_compiled():
     assert set(RUNS) == {name for name, graph in GRAPHS.items() if graph.family == "flux"} - {"transformer"}
 
 
-@pytest.mark.parametrize("name, kind", CASES)
+@pytest.mark.parametrize("name, kind", PARAMETERS)
 def test_each_way_through_the_graph_runs_its_blocks_once_and_no_other(exported, pytestconfig, name, kind):
     doubles, singles = depth(name, pytestconfig)
     divided = divided_blocks(name, doubles, singles)
@@ -167,7 +182,7 @@ def test_each_way_through_the_graph_runs_its_blocks_once_and_no_other(exported, 
     assert found == {frozenset(numbers_of(blocks, doubles, singles)) for blocks in RUNS[name]}
 
 
-@pytest.mark.parametrize("name, kind", CASES)
+@pytest.mark.parametrize("name, kind", PARAMETERS)
 def test_the_graph_has_its_loop_and_branches_and_nothing_that_an_npu_cannot_run(exported, pytestconfig, name, kind):
     graph, net = GRAPHS[name], MindIR(exported[name, kind])
     blocks = depth(name, pytestconfig)
