@@ -86,7 +86,7 @@ WITH_NEGATIVE = {"negative_prompt": NEGATIVE, "true_cfg_scale": 4.0}
 QWENIMAGE_IMAGES = [
     {"prompt": CIRCLE, "seed": 0, "num_inference_steps": 8},
     {"prompt": SQUARE, **WITH_NEGATIVE, "seed": 5, "num_inference_steps": 10},
-    {"prompt": CIRCLE, "seed": 8, "num_inference_steps": 12, "height": 64, "width": 96},
+    {"prompt": CIRCLE, "seed": 8, "num_inference_steps": 12, "height": 48, "width": 80},
     {
         "prompt": [CIRCLE, DIAMOND],
         "negative_prompt": [NEGATIVE, NEGATIVE],
@@ -97,7 +97,17 @@ QWENIMAGE_IMAGES = [
         "width": 48,
     },
     {"prompt": SQUARE, "seed": 4, "num_images_per_prompt": 2, "num_inference_steps": 8, "height": 48, "width": 32},
+    {
+        "prompt": [CIRCLE, "a dog"],
+        "negative_prompt": ["blurry", NEGATIVE],
+        "true_cfg_scale": 4.0,
+        "seed": 6,
+        "num_inference_steps": 8,
+        "height": 32,
+        "width": 48,
+    },
 ]
+"""The last one's prompts are not equally long, so that the shorter ones are padded, and the padding masked."""
 
 QWENIMAGE_CACHED = [
     {"prompt": CIRCLE, **WITH_NEGATIVE, "seed": 0, "output_type": "latent", "config": tag}
