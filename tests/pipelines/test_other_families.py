@@ -150,7 +150,7 @@ def assert_seen_alike(ours, theirs):
 
 def drawn_by_mindone(family, **settings):
     with mindones_own(family.ours.transformer):
-        return family.draw(family.mindones, num_inference_steps=3, **settings)
+        return family.draw(family.mindones, **{"num_inference_steps": 3, **settings})
 
 
 def test_uncached_it_draws_what_mindones_pipeline_does(family):
@@ -247,10 +247,11 @@ def test_true_cfg_is_mindones_with_prompts_of_different_lengths(qwen):
 @pytest.mark.parametrize("lengths", [(70, 4), (4, 70)])
 def test_prompts_of_a_guidance_may_need_different_buckets(qwen, monkeypatch, lengths):
     """Operator by operator, so that nothing is compiled."""
-    settings = {**embeds(0, length=lengths[0]), **embeds(1, length=lengths[1], kind="negative_"), "true_cfg_scale": 3.0}
+    texts = {**embeds(0, length=lengths[0]), **embeds(1, length=lengths[1], kind="negative_")}
+    settings = {**texts, "true_cfg_scale": 3.0, "num_inference_steps": 1}
     expected = drawn_by_mindone(qwen, **settings)
     monkeypatch.setattr(qwen.ours, "use_graph_mode", False)
-    np.testing.assert_allclose(qwen.draw(num_inference_steps=3, **settings), expected, atol=1e-4)
+    np.testing.assert_allclose(qwen.draw(**settings), expected, atol=1e-4)
 
 
 def test_requests_of_different_sizes_do_not_see_each_other(family):
