@@ -34,8 +34,8 @@ MARK = re.compile(r"<!-- not run here: (.+) -->")
 INLINE = re.compile(r"`(\.venv/bin/[^\s`]+ [^`]+)`")
 PLACEHOLDER = re.compile(r"\b[A-Z]{3,}\b|path/to/\S+|\.\.\.(?!\")")
 """A word that stands for something of the reader's own."""
-INSTALLS = re.compile(r"\bpip install\b|-m venv\b")
-"""What changes an environment."""
+INSTALLS = re.compile(r"(?:^|\.venv/bin/)pip install\b|-m venv \.venv\b")
+"""What changes the environment in .venv."""
 
 
 @dataclass(frozen=True)
