@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import dataclass, replace
+from itertools import permutations
 from typing import Any, Dict
 
 import mindone.diffusers
@@ -77,9 +78,10 @@ def of(kind, pipe):
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """One of Qwen-Image's kind."""
-    return make(tmp_path_factory.mktemp("checkpoint") / "qwenimage", "qwenimage")
+def checkpoints(tmp_path_factory):
+    """One of each family's kind."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return {"flux": TINY_FLUX, **{name: make(folder / name, name) for name in ("qwenimage", "flux2")}}
 
 
 def embeds(seed, batch=1, length=TEXT, kind="", mask=None):
@@ -92,8 +94,8 @@ def embeds(seed, batch=1, length=TEXT, kind="", mask=None):
 
 
 @pytest.fixture(scope="module")
-def qwen(checkpoint):
-    pipe = quiet(QwenImagePipeline.from_pretrained(checkpoint, transformer=qwen_transformer(4)))
+def qwen(checkpoints):
+    pipe = quiet(QwenImagePipeline.from_pretrained(checkpoints["qwenimage"], transformer=qwen_transformer(4)))
     theirs = of(mindone.diffusers.QwenImagePipeline, pipe)
     return Family(pipe, theirs, 64, embeds(0), embeds(1), 0.36)
 
@@ -532,39 +534,35 @@ def one_line(error):
     return "\n" not in str(error.value) and str(error.value)
 
 
-@pytest.mark.parametrize(
-    "kind, folder, named",
-    [
-        (FluxPipeline, "qwen", "has a QwenImageTransformer2DModel, for QwenImagePipeline; FluxPipeline takes a Flux"),
-        (
-            Flux2Pipeline,
-            "qwen",
-            "has a QwenImageTransformer2DModel, for QwenImagePipeline; Flux2Pipeline takes a Flux2",
-        ),
-        (QwenImagePipeline, "flux", "has a FluxTransformer2DModel, for FluxPipeline; QwenImagePipeline takes a QwenIm"),
-        (Flux2Pipeline, "flux", "has a FluxTransformer2DModel, for FluxPipeline; Flux2Pipeline takes a Flux2"),
-    ],
-)
-def test_a_checkpoint_of_another_family_is_named_before_anything_is_loaded(
-    checkpoint, monkeypatch, kind, folder, named
-):
+KINDS = {
+    "flux": (FluxPipeline, "FluxTransformer2DModel"),
+    "qwenimage": (QwenImagePipeline, "QwenImageTransformer2DModel"),
+    "flux2": (Flux2Pipeline, "Flux2Transformer2DModel"),
+}
+
+
+@pytest.mark.parametrize("asked, given", permutations(KINDS, 2))
+def test_a_checkpoint_of_another_family_is_named_before_anything_is_loaded(checkpoints, monkeypatch, asked, given):
     monkeypatch.setattr(mindone.diffusers.DiffusionPipeline, "from_pretrained", None)
-    folder = checkpoint if folder == "qwen" else TINY_FLUX
-    with pytest.raises(OSError, match=named) as error:
-        kind.from_pretrained(folder)
-    assert one_line(error).startswith(f"checkpoint {folder} ")
+    (ours, wanted), (theirs, there), folder = KINDS[asked], KINDS[given], checkpoints[given]
+    with pytest.raises(OSError) as error:
+        ours.from_pretrained(folder)
+    said = f"checkpoint {folder} has a {there}, for {theirs.__name__}; {ours.__name__} takes a {wanted}"
+    assert one_line(error) == said
 
 
 @pytest.fixture
-def copy(checkpoint, tmp_path):
-    return shutil.copytree(checkpoint, tmp_path / "copy")
+def copies(checkpoints, tmp_path):
+    """Gives a copy of a checkpoint that a test may change."""
+    return lambda name: shutil.copytree(checkpoints[name], tmp_path / name)
 
 
 def rewrite(path, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def test_a_transformer_that_no_family_has_is_named(copy):
+def test_a_transformer_that_no_family_has_is_named(copies):
+    copy = copies("qwenimage")
     rewrite(copy / "model_index.json", transformer=["diffusers", "WanTransformer3DModel"])
     with pytest.raises(OSError, match="has a WanTransformer3DModel") as error:
         QwenImagePipeline.from_pretrained(copy)
@@ -575,26 +573,37 @@ def test_a_transformer_that_no_family_has_is_named(copy):
 
 
 @pytest.mark.parametrize(
-    "component, changes, named",
+    "name, changes, named",
     [
-        ("transformer", {"num_layers": 7}, "transformer: its weights lack transformer_blocks.6.* and .* more"),
-        ("transformer", {"num_layers": 5}, "its weights have, but its config does not, transformer_blocks.5"),
-        ("transformer", {"num_attention_heads": 4}, "cannot be loaded"),
+        ("qwenimage", {"num_layers": 7}, "transformer: its weights lack transformer_blocks.6.* and .* more"),
+        ("qwenimage", {"num_layers": 5}, "its weights have, but its config does not, transformer_blocks.5"),
+        ("qwenimage", {"num_attention_heads": 4}, "cannot be loaded"),
+        ("flux2", {"num_single_layers": 6}, "transformer: its weights lack single_transformer_blocks.5.* and .* more"),
+        ("flux2", {"joint_attention_dim": 8}, "cannot be loaded"),
     ],
 )
-def test_weights_that_do_not_fit_are_named(copy, component, changes, named):
-    rewrite(copy / component / "config.json", **changes)
-    others = dict.fromkeys({"transformer", "vae", "text_encoder", "tokenizer"} - {component})
+def test_weights_that_do_not_fit_are_named(copies, name, changes, named):
+    copy = copies(name)
+    rewrite(copy / "transformer" / "config.json", **changes)
     with pytest.raises(ValueError, match=named) as error:
-        QwenImagePipeline.from_pretrained(copy, **others)
+        KINDS[name][0].from_pretrained(copy, vae=None, text_encoder=None, tokenizer=None)
     assert one_line(error)
 
 
-@pytest.mark.parametrize("file", ["tokenizer/merges.txt", "text_encoder/model.safetensors", "vae/config.json"])
-def test_a_missing_file_is_named(copy, file):
+@pytest.mark.parametrize(
+    "name, file",
+    [
+        ("qwenimage", "tokenizer/merges.txt"),
+        ("qwenimage", "text_encoder/model.safetensors"),
+        ("flux2", "tokenizer/tokenizer.json"),
+        ("flux2", "vae/config.json"),
+    ],
+)
+def test_a_missing_file_is_named(copies, name, file):
+    copy = copies(name)
     (copy / file).unlink()
     with pytest.raises(OSError, match=file.split("/")[0]) as error:
-        QwenImagePipeline.from_pretrained(copy)
+        KINDS[name][0].from_pretrained(copy)
     assert one_line(error)
 
 
