@@ -258,9 +258,9 @@ def test_a_second_process_starts_from_the_folder_with_its_own_numbers_and_weight
     assert sorted(kinds, key=lambda kind: kind[1]) == [
         ("CLIPTextModel", 0),
         ("T5EncoderModel", 1),
-        ("FluxDenoiseLoop", 2),
+        ("DenoiseLoop", 2),
         ("Decoder", 3),
-        ("FluxDenoiseLoop", 4),
+        ("DenoiseLoop", 4),
     ]
 
     again, said_again = draw(ckpt, folder, out, plain, order)
