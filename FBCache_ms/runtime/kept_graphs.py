@@ -68,7 +68,7 @@ class KeptGraphs:
         if key in self._cells and not self._cells[key].is_true():
             self._stale.append(self._cells.pop(key))
         if key not in self._cells:
-            idle = set(map(id, transformer.cached_model.idle()))
+            idle = set(map(id, transformer.cached_model.idle() if hasattr(transformer, "cached_model") else ()))
             weights = [weight for weight in transformer.get_parameters() if id(weight) not in idle]
             self._cells[key] = _Kept(make(), weights, objects)
         self._cells.move_to_end(key)
