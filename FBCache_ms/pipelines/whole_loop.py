@@ -297,6 +297,9 @@ class WholeLoop:
             if getattr(given, "true_cfg_scale", 1) > 1 and has_negative_prompt(self, given):
                 prompts.append(self.encode(given, "negative_"))
             latents, others = self.noise(given, prompts[0]["encoder_hidden_states"].dtype)
+            if given.latents is not None:
+                # A graph may read a part of another tensor as something else (MindSpore 2.7.0, CPU).
+                latents = ops.deepcopy(latents)
         progress = self._set_timesteps(given, latents.shape[1])
         inputs = LoopInputs(
             self.transformer,
@@ -389,7 +392,7 @@ class WholeLoop:
         for name, before in tensors.items():
             after = returned.get(name, before)
             check_shape(f"callback_on_step_end's {name}", after, before.shape)
-            tensors[name] = after.to(before.dtype)
+            tensors[name] = after if after is before else ops.deepcopy(after.to(before.dtype))
         reason = self.why_not_cached()
         if reason or self.scheduler is not scheduler:
             raise ValueError(f"callback_on_step_end changed the pipeline: {reason or 'it has another scheduler'}")
