@@ -1,0 +1,129 @@
+"""Several drawing processes behind one server: on this host, and where a Ray cluster has room for them."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+from threading import Thread
+
+import httpx
+import psutil
+import pytest
+from fakes import serving
+from test_server import draw, is_ready, metric, wait_for
+
+from FBCache_ms.eval.serve import main
+from FBCache_ms.serve.child import device_of
+
+CLUSTER = """
+import ray
+print(ray.init(num_cpus=0, resources={"NPU": 2}, include_dashboard=False).address_info["address"], flush=True)
+input()
+"""
+"""A host with two NPUs that are not there."""
+
+
+def test_two_requests_are_drawn_at_once_by_two_processes():
+    with serving(replicas=2) as server, httpx.Client(base_url=server.url) as client:
+        jobs = [client.post("/v1/jobs", json={"prompt": "slow"}).json()["id"] for _ in range(2)]
+        wait_for(lambda: all(client.get(f"/v1/jobs/{job}").json()["status"] == "running" for job in jobs))
+        third = client.post("/v1/jobs", json={"prompt": "a circle"}).json()["id"]
+        assert client.get(f"/v1/jobs/{third}").json()["status"] == "queued"
+        client.delete(f"/v1/jobs/{jobs[1]}")
+        wait_for(lambda: client.get(f"/v1/jobs/{third}").json()["status"] == "succeeded")
+        assert client.get(f"/v1/jobs/{jobs[0]}").json()["status"] == "running"
+        client.delete(f"/v1/jobs/{jobs[0]}")
+
+
+def test_one_process_draws_on_where_another_has_died():
+    with serving(replicas=2) as server, httpx.Client(base_url=server.url) as client:
+        slow = client.post("/v1/jobs", json={"prompt": "slow"}).json()["id"]
+        wait_for(lambda: client.get(f"/v1/jobs/{slow}").json()["status"] == "running")
+        client.post("/v1/jobs", json={"prompt": "die once"})
+        wait_for(lambda: metric(client, "fbcache_painter_restarts_total") == 1)
+        assert is_ready(client) and client.get(f"/v1/jobs/{slow}").json()["status"] == "running"
+        client.delete(f"/v1/jobs/{slow}")
+        assert draw(client)["b64_json"]
+
+
+def test_each_process_has_an_npu_of_its_own(monkeypatch):
+    monkeypatch.delenv("ASCEND_RT_VISIBLE_DEVICES", raising=False)
+    assert device_of(3) == {"ASCEND_RT_VISIBLE_DEVICES": "3"}
+    monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "4,6")
+    assert device_of(1) == {"ASCEND_RT_VISIBLE_DEVICES": "6"}
+
+
+def test_more_processes_than_npus_are_refused(monkeypatch, capsys):
+    monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "4,6")
+    with pytest.raises(SystemExit):
+        main(["--replicas", "3"])
+    assert "--replicas 3: ASCEND_RT_VISIBLE_DEVICES names 4,6 alone" in capsys.readouterr().err
+
+
+@pytest.fixture(autouse=True)
+def no_token(monkeypatch):
+    """Ray asks for a token that its own command would make."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+
+
+@contextmanager
+def cluster():
+    """A Ray cluster's address."""
+    command = [sys.executable, "-c", CLUSTER]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process.stdout.readline().strip()
+        finally:
+            process.communicate("\n")
+
+
+@contextmanager
+def served(*options):
+    """A client of the server, and its process."""
+    command = sys.executable, "-m", "FBCache_ms.serve", "--port", "0", *options
+    # Without what MindSpore has set beside Python's environment.
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=dict(os.environ))
+    url = re.search(r"http://\S+", process.stdout.readline())[0]
+    try:
+        with httpx.Client(base_url=url, timeout=300) as client:
+            wait_for(lambda: metric(client, "fbcache_painters_ready") == 2)
+            yield client
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+
+
+def painters():
+    """The drawing processes, which are Ray's children where Ray has placed them."""
+    return [each for each in psutil.process_iter(["cmdline"]) if "FBCache_ms.serve.painter" in each.info["cmdline"]]
+
+
+@pytest.mark.slow
+def test_two_of_a_ray_clusters_npus_give_the_same_bytes_and_one_that_dies_is_replaced():
+    with cluster() as address, served("--ray", address, "--replicas", "2") as client:
+        found = []
+        threads = [Thread(target=lambda: found.append(draw(client, seed=1)["b64_json"])) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(found) == 4 and len(set(found)) == 1
+        devices = {each.environ()["ASCEND_RT_VISIBLE_DEVICES"] for each in painters()}
+        # Ray's own would be 1.
+        threads = {each.environ().get("OMP_NUM_THREADS") for each in painters()}
+        assert devices == {"0", "1"} and threads == {os.environ.get("OMP_NUM_THREADS")}
+        os.kill(painters()[0].pid, signal.SIGKILL)
+        assert draw(client, seed=1)["b64_json"] == found[0]
+        wait_for(lambda: metric(client, "fbcache_painters_ready") == 2)
+        assert metric(client, "fbcache_painter_restarts_total") == 1
+    wait_for(lambda: not painters(), 30)
+
+
+@pytest.mark.slow
+def test_a_cluster_with_too_few_npus_is_refused():
+    with cluster() as address:
+        command = [sys.executable, "-m", "FBCache_ms.serve", "--ray", address, "--replicas", "3"]
+        done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "--replicas 3: the Ray cluster" in done.stderr
