@@ -889,14 +889,14 @@ KERNEL(sinusoids) {
   return 0;
 }
 
-// The sum of w_i D_i: differences D (K, ...), and K weights of one element each, the first of which counts as 1.
+// The sum of w_i D_i: differences D (K, ...), and K weights of one element each.
 void weighted_sum(int count, void **tensors, const int *ranks, int64_t *const *shapes) {
   const float *differences = TENSOR(0);
   float *y = OUTPUT;
   const int64_t orders = shapes[0][0], size = product(shapes[0], 1, ranks[0]);
   in_pieces(size, orders * size, [=](int64_t begin, int64_t end) {
-    std::copy(differences + begin, differences + end, y + begin);
-    for (int64_t order = 1; order < orders; ++order) {
+    std::fill(y + begin, y + end, 0.0f);
+    for (int64_t order = 0; order < orders; ++order) {
       const float weight = *TENSOR(1 + order), *difference = differences + order * size;
 #pragma omp simd
       for (int64_t i = begin; i < end; ++i) y[i] += weight * difference[i];
