@@ -1,0 +1,210 @@
+"""One picture on several devices: processes that msrun starts on this host's CPU."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import shared_picture
+from make_models import make
+from narrow import make_narrow
+from shared_picture import CASES, FLUX, FLUX2, QWEN, draw
+
+import mindspore as ms
+
+from FBCache_ms import ContextParallelConfig
+from FBCache_ms.runtime import parallel
+
+QUICK = ("order 1, true CFG", "cfg_parallel")
+BIN = Path(sys.executable).parent
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """A folder with a small model of each family."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    make_narrow(folder / FLUX, 2, 2)
+    for family in (QWEN, FLUX2):
+        make(folder / family, family)
+    return folder
+
+
+def free_port():
+    """One that nobody listens at."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def run_ranks(number, script, *arguments, folder):
+    """Runs so many processes of a script as msrun would, but for the core that msrun keeps busy with waiting."""
+    own = {"MS_WORKER_NUM": str(number), "MS_SCHED_HOST": "127.0.0.1", "MS_SCHED_PORT": str(free_port())}
+    environment = {**os.environ, **own, "PYTHONPATH": os.pathsep.join(sys.path)}
+    (folder / "log").mkdir()
+    processes = []
+    for rank in (None, *range(number)):
+        role = {"MS_ROLE": "MS_SCHED"} if rank is None else {"MS_ROLE": "MS_WORKER", "MS_NODE_ID": str(rank)}
+        with open(folder / "log" / f"{'scheduler' if rank is None else f'worker_{rank}'}.log", "w") as log:
+            command = [sys.executable, str(script), *map(str, arguments)]
+            how = {"stdout": log, "stderr": subprocess.STDOUT, "cwd": folder, "env": {**environment, **role}}
+            processes.append(subprocess.Popen(command, **how))
+    try:
+        return [process.wait() for process in reversed(processes)]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def start(number, script, *arguments, folder):
+    """msrun with so many processes of a script."""
+    command = [str(BIN / "msrun"), f"--worker_num={number}", f"--local_worker_num={number}"]
+    command.append(f"--master_port={free_port()}")
+    command += [f"--log_dir={folder / 'log'}", "--join=True", str(script), *map(str, arguments)]
+    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def logs(folder):
+    """What the processes have said."""
+    return "\n".join(file.read_text(errors="replace")[-3000:] for file in sorted((folder / "log").glob("worker_*.log")))
+
+
+class Drawn:
+    """What the ranks have drawn of some cases, in one run."""
+
+    def __init__(self, number, names, checkpoints, folder):
+        ended = run_ranks(number, shared_picture.__file__, checkpoints, folder, *names, folder=folder)
+        assert ended[:number] == number * [0], logs(folder)
+        self.ranks = [dict(np.load(folder / f"{rank}.npz")) for rank in range(number)]
+
+    def compare(self, name, checkpoints):
+        """Holds a case against one device's."""
+        one = draw(checkpoints, name)
+        # An input that lies between two levels may be rounded to the other one.
+        limit = 5e-3 if name == "int8" else 1e-5
+        for rank in self.ranks:
+            np.testing.assert_array_equal(rank[f"{name}: reused"], one["reused"])
+            np.testing.assert_allclose(rank[f"{name}: latents"], one["latents"], rtol=0, atol=limit)
+            np.testing.assert_array_equal(rank[f"{name}: latents"], self.ranks[0][f"{name}: latents"])
+            np.testing.assert_allclose(rank[f"{name}: diffs"], one["diffs"], rtol=1e-3, atol=1e-5)
+        return one
+
+
+@pytest.fixture(scope="module")
+def quick(checkpoints, tmp_path_factory):
+    return Drawn(2, QUICK, checkpoints, tmp_path_factory.mktemp("quick"))
+
+
+@pytest.fixture(scope="module")
+def others(checkpoints, tmp_path_factory):
+    return Drawn(2, [name for name in CASES if name not in QUICK], checkpoints, tmp_path_factory.mktemp("others"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", QUICK)
+def test_two_ranks_draw_and_decide_what_one_does(quick, checkpoints, name):
+    one = quick.compare(name, checkpoints)
+    assert one["reused"].any() and not one["reused"].all() and len(one["reused"]) == 2
+    # What does not grow with the tokens stays.
+    assert quick.ranks[0][f"{name}: bytes"] < one["bytes"]
+
+
+@pytest.mark.release
+@pytest.mark.parametrize("name", [name for name in CASES if name not in QUICK])
+def test_two_ranks_draw_and_decide_what_one_does_in_every_case(others, checkpoints, name):
+    others.compare(name, checkpoints)
+
+
+@pytest.mark.release
+def test_four_ranks_draw_and_decide_what_one_does(checkpoints, tmp_path):
+    drawn = Drawn(4, QUICK[:1], checkpoints, tmp_path)
+    drawn.compare(*QUICK[:1], checkpoints)
+
+
+DISAGREEING = """
+import sys
+import numpy as np
+from FBCache_ms import CacheConfig, ContextParallelConfig, FluxPipeline, choose_device
+
+choose_device("CPU")
+pipe = FluxPipeline.from_pretrained(sys.argv[1])
+pipe.enable_parallelism(ContextParallelConfig())
+rank, threshold, prompt = pipe.sharing.ranks.rank, 0.3, "a big red circle"
+if sys.argv[2] == "settings":
+    threshold += 0.1 * rank
+elif sys.argv[2] == "prompts":
+    prompt = ["a big red circle", "a small green square"][rank]
+elif sys.argv[2] == "weights":
+    weight = pipe.transformer.x_embedder.weight
+    weight.set_data(weight * (1 + rank))
+elif rank == 1:
+    raise RuntimeError("something went wrong here")
+pipe(prompt, num_inference_steps=8, cache_config=CacheConfig(threshold))
+"""
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        pytest.param("settings", marks=pytest.mark.slow),
+        *[pytest.param(what, marks=pytest.mark.release) for what in ("prompts", "weights", "nothing")],
+    ],
+)
+def test_ranks_that_were_given_different_things_are_told_so_and_end(what, checkpoints, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(DISAGREEING)
+    process = start(2, script, checkpoints / FLUX, what, folder=tmp_path)
+    process.communicate(timeout=240)
+    said = "something went wrong here" if what == "nothing" else f"disagree on {what}: rank 1 of the group"
+    assert process.returncode != 0 and said in logs(tmp_path)
+
+
+BAD = {
+    "degree must be a number from 1 on or None, not 0": {"degree": 0},
+    "scheme must be one of gather, not 'ring'": {"scheme": "ring"},
+    "degree must be even with cfg_parallel, not 3": {"degree": 3, "cfg_parallel": True},
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_a_config_that_says_nothing_is_refused(message):
+    with pytest.raises(ValueError, match=message):
+        ContextParallelConfig(**BAD[message])
+
+
+def test_what_cannot_be_shared_is_refused(pipe, monkeypatch):
+    with pytest.raises(TypeError, match="config must be a ContextParallelConfig, not int"):
+        pipe.enable_parallelism(2)
+    with pytest.raises(ValueError, match="degree 2: 1 processes cannot be divided"):
+        pipe.enable_parallelism(ContextParallelConfig(2))
+    ranks = parallel.Ranks.__new__(parallel.Ranks)
+    ranks.number = 2
+    processor = pipe.transformer.transformer_blocks[0].attn.processor
+    monkeypatch.setattr(pipe.transformer.transformer_blocks[0].attn, "processor", lambda *args: None)
+    with pytest.raises(ValueError, match="attention processor function cannot be shared"):
+        parallel.share(pipe.transformer, ranks)
+    monkeypatch.undo()
+    assert pipe.transformer.transformer_blocks[0].attn.processor is processor
+
+
+def test_a_group_of_one_hands_on_what_it_has():
+    exchange = parallel.Exchange(parallel.Ranks(1, 0, None))
+    np.testing.assert_array_equal(exchange(ms.Tensor([3, 4], ms.int32)).asnumpy(), [[3, 4]])
+
+
+def test_a_transformer_that_another_pipeline_shares_is_refused(pipe):
+    ranks = parallel.Ranks.__new__(parallel.Ranks)
+    ranks.number, ranks.rank = 2, 0
+    processor = pipe.transformer.transformer_blocks[0].attn.processor
+    parallel.share(pipe.transformer, ranks)
+    try:
+        with pytest.raises(ValueError, match="another pipeline shares the transformer's calls"):
+            pipe("a big red circle", num_inference_steps=1)
+    finally:
+        parallel.unshare(pipe.transformer)
+    assert pipe.transformer.transformer_blocks[0].attn.processor is processor
