@@ -7,6 +7,8 @@ First-Block Cache's speed-up as a function of PSNR is a line through its thresho
 speed-up over the line's at the same PSNR. The family that leads by --lead or more over the widest range of PSNR wins;
 fewer steps without a cache are shown as the control, and are no candidate.
 
+By operations a setting is held against the front of all other families, and against fewer steps, at the same PSNR.
+
 A killed run goes on where it was. Each number of steps has a folder of its own, of which FBCache_ms.eval.report makes a
 page with the front.
 """
@@ -20,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from FBCache_ms.config import PRESETS, CacheConfig
+from FBCache_ms.config import FITTED, PRESETS, CacheConfig
 from FBCache_ms.eval.shared.arguments import (
     Parser,
     add_clip_option,
@@ -32,9 +34,10 @@ from FBCache_ms.eval.shared.arguments import (
     exit_status,
     reason,
 )
-from FBCache_ms.eval.shared.cases import BASELINE, UNCACHED, Row
+from FBCache_ms.eval.shared.cases import BASELINE, UNCACHED, Row, is_for
 from FBCache_ms.eval.shared.drawing import Setting, draw_and_finish
-from FBCache_ms.eval.shared.files import check_folder, check_into, put_into, say_written
+from FBCache_ms.eval.shared.files import check_folder, check_into, put_into, say_written, write_text
+from FBCache_ms.eval.shared.frontier_chart import add_costs, chart_page
 from FBCache_ms.eval.shared.machine import machine
 from FBCache_ms.eval.shared.measure import Judge, cell_of, clip_folder, write_sweep
 from FBCache_ms.eval.shared.prompts import choose_prompts
@@ -62,10 +65,13 @@ OTHERS = {
     "Newton in sigma": (STATIC + ",forecast_coordinate=sigma", INTERVALS),
     "MagCache": ("F0B0_W0_R0.12,gate=static,schedule=magcache,magcache_threshold={:g}", (0.06, 0.12, 0.24, 0.48)),
     "learnt": ("{}", tuple(LEARNT)),
+    "fitted": ("{}", tuple(FITTED)),
 }
 """Tags with one number left open, and its values, as in FAMILIES."""
 
-EVERY = {PLAIN: 1, "learnt": 1}
+CHART = "frontier.html"
+
+EVERY = {PLAIN: 1, "learnt": 1, "fitted": 1}
 """Every so many-th value of a family is drawn; of others every third."""
 
 LEARNT_FROM = 6
@@ -112,15 +118,16 @@ def rows_of(args, steps):
     rows = [BASELINE]
     for family, (tag, values) in families().items():
         if family in names:
-            rows += [Row(family, f"{family} {value}", tag.format(value)) for value in values[:: EVERY.get(family, 3)]]
+            chosen = [value for value in values[:: EVERY.get(family, 3)] if is_for(tag.format(value), steps)]
+            rows += [Row(family, f"{family} {value}", tag.format(value)) for value in chosen]
     if CONTROL in names:
         rows += [Row(CONTROL, f"{share:.0%} of the steps", UNCACHED, share) for share in SHARES]
     if "preset" in names:
         drawn = {CacheConfig.named(row.cache) for row in rows}
-        rows += [Row(f"preset {name}", name, name) for name in PRESETS if CacheConfig.preset(name) not in drawn]
+        others = [name for name in PRESETS if CacheConfig.preset(name) not in drawn and is_for(name, steps)]
+        rows += [Row(f"preset {name}", name, name) for name in others]
     for cache in args.cache:
-        mask = CacheConfig.named(cache).steps_computation_mask
-        if mask is None or len(mask) == steps:
+        if is_for(cache, steps):
             rows.append(Row("--cache", Path(cache).stem if cache.endswith(".json") else cache, cache))
     return rows
 
@@ -179,6 +186,20 @@ def front(cells):
     return best
 
 
+def operations_of_others(cell, others):
+    """A cell's operations over those that others need for the same PSNR; None where they never come to it.
+
+    Between two settings of the others' front their operations are read from a straight line in PSNR.
+    """
+    best = []
+    for other in sorted(filter(finite, others), key=lambda other: (other["tflops"], -other["psnr"])):
+        if not best or other["psnr"] > best[-1][0]:
+            best.append((other["psnr"], other["tflops"]))
+    if not best or not finite(cell) or not best[0][0] <= cell["psnr"] <= best[-1][0]:
+        return None
+    return cell["tflops"] / float(np.interp(cell["psnr"], *zip(*best)))
+
+
 def longest_lead(cells, wanted):
     """Those of a family's cells, neighbours in PSNR, that lead by ``wanted`` over the widest range of it."""
     by_psnr = sorted(filter(finite, cells), key=lambda cell: cell["psnr"])
@@ -196,11 +217,22 @@ def leaders(cells, wanted):
 
 
 def add_leads(cells):
-    """Writes into each cell its lead and whether it is on the front."""
+    """Writes into each cell its lead, whether it is on the front, and what it needs of others' operations."""
     line, best = line_of(cells), front(cells)
+    uncached = next((cell["tflops"] for cell in cells if cell["case"] == BASELINE.case), None)
+    control = [cell for cell in cells if cell["case"] == CONTROL]
     for cell in cells:
+        others = [other for other in cells if other["case"] not in (BASELINE.case, CONTROL, cell["case"])]
+        cell["operations"] = None if uncached is None else cell["tflops"] / uncached
+        cell["of_others"] = operations_of_others(cell, others)
+        cell["of_fewer_steps"] = operations_of_others(cell, control)
         cell["lead"] = lead(cell, line)
         cell["front"] = any(cell is other for other in best)
+
+
+def share(value):
+    """A share as text."""
+    return "-" if value is None else f"{value:.0%}"
 
 
 def table_of(cells):
@@ -215,6 +247,9 @@ def table_of(cells):
             "Time (s)": spread([entry["seconds"] for entry in cell["pictures"]]),
             "Speedup": f"{cell['speedup']:.2f}x",
             "PSNR": f"{cell['psnr']:.1f}" if finite(cell) else "equal",
+            "Operations": share(cell["operations"]),
+            "Of others'": share(cell["of_others"]),
+            "Of fewer steps'": share(cell["of_fewer_steps"]),
             "Lead": "-" if cell["lead"] is None else f"{cell['lead']:.2f}x",
             "Front": "yes" if cell["front"] else "",
         }
@@ -280,6 +315,9 @@ def work(args):
         cells, common = measure(run)
         if not cells:
             continue
+        add_costs(cells)
+        title = f"{steps} steps, {len(args.prompts)} prompts: nearness to the uncached pictures over three costs"
+        write_text(run.save_path / CHART, chart_page(title, cells))
         found = leaders(cells, args.lead)
         texts.append(text_of(args, steps, cells, found, cells))
         summaries.append(text_of(args, steps, cells, found, outstanding(cells, found)))
@@ -292,7 +330,7 @@ def work(args):
     write_tables(args.save_path, "frontier", text, table, data)
     put_into(args.into, "\n".join(summaries))
     show(text)
-    sweeps = [f"{run.save_path.name}/sweep.json" for run in args.runs]
+    sweeps = [f"{run.save_path.name}/{name}" for run in args.runs for name in ("sweep.json", CHART)]
     say_written(args.save_path, *(f"frontier.{kind}" for kind in KINDS), *sweeps)
 
 

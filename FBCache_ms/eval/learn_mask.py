@@ -1,10 +1,11 @@
-"""Learns which steps to compute: the masks whose final latents stay nearest to the uncached ones."""
+"""Learns which steps to compute, and what is added at the others, so that the final latents stay near the uncached."""
 
 import math
-import random
+import shlex
 import sys
 import textwrap
-from functools import lru_cache
+from functools import partial
+from zlib import crc32
 
 import numpy as np
 
@@ -20,26 +21,27 @@ from FBCache_ms.eval.shared.arguments import (
     exit_status,
     reason,
 )
-from FBCache_ms.eval.shared.cases import BASELINE, UNCACHED, Row
+from FBCache_ms.eval.shared.cases import BASELINE, Row
+from FBCache_ms.eval.shared.closed_loop import ClosedLoop, Ledger
 from FBCache_ms.eval.shared.drawing import Setting, draw_missing, session, wait_for_all
 from FBCache_ms.eval.shared.files import check_folder, check_into, json_bytes, put_into, say_written, write_file
+from FBCache_ms.eval.shared.fitting import DAMPINGS, Factors, levenberg_marquardt, stepwise_weights
+from FBCache_ms.eval.shared.masks import Estimate, anneal, starts
 from FBCache_ms.eval.shared.measure import Judge, cell_of, clip_folder, means, write_sweep
 from FBCache_ms.eval.shared.prompts import choose_prompts
+from FBCache_ms.eval.shared.published import ATLAS, best, predict
 from FBCache_ms.eval.shared.tables import KINDS
+from FBCache_ms.predict.roofline import WHOLE_LOOP
+from FBCache_ms.rules.forecasts import FORECASTS
 
-HEAT = 0.3
-"""At the beginning a move that makes the error greater by this, in its logarithm, is accepted once in e times."""
+TABLE = "F0B0_W0M0MC0_T1O2_R0.12,gate=static,schedule=taylorseer,forecast=table"
+"""What is learnt for: weights of the residual, its slope and its curvature."""
 
-TRIES = 20
-"""So many moves are tried for each evaluation, since a move may lead to a mask that has been evaluated."""
+FITS = "loop", "step"
+"""What a table's weights are fitted by: the error at the end of the generation, or each step's own."""
 
-POWERS = (0.8, 1, 1.4)
-"""Masks to begin with have steps at i^p: below 1 the end of the sampling gets more of them, above 1 its beginning."""
-
-POWER = 1.5
-"""Of Estimate. On the embedded checkpoint the logarithms of estimate and error correlate by 0.91 over 78 masks of 6 to
-12 computed steps. With 2 they do by 0.92, but the masks of the least estimate are worse: 10 of 28 steps gave 52.0 dB
-over three prompts, with 1.5 60.1 dB."""
+FITTED, ITERATIONS = 12, 4
+"""How many masks are given an iteration of the fit, and the best of them in all."""
 
 
 def parse_arguments(argv=None):
@@ -48,9 +50,10 @@ def parse_arguments(argv=None):
     add = parser.add_argument_group("what is learnt").add_argument
     add(
         "--cache",
-        default="taylorseer",
+        default=TABLE,
         metavar="TAG|PRESET",
-        help="the forecast and the span that the masks are for; its gate and its schedule do not matter",
+        help="the forecast and the span that are learnt for; its gate and its schedule do not matter. The weights of "
+        "forecast=table are fitted, any other one has its own (default: %(default)s)",
     )
     add(
         "--computed",
@@ -66,21 +69,49 @@ def parse_arguments(argv=None):
         type=int,
         default=4,
         metavar="L",
-        help="learn from so many of the prompts, all drawn in one call; the others tell what the masks are worth",
+        help="learn from so many of the prompts; the others tell what the masks are worth",
     )
-    add_drawing_options(parser, limit=14, save_path="./results/learn_mask")
+    add(
+        "--batch_size", type=int, metavar="B", help="draw so many of them in a call (default: all that are learnt from)"
+    )
+    add(
+        "--fit",
+        choices=FITS,
+        help=f"what a table's weights are fitted by: the error at the end of the generation, or each step's own, as in "
+        f"L2P (default: {FITS[0]}; forecast=table)",
+    )
+    add("--fitted", type=int, metavar="F", help=f"masks that weights are fitted to (default: {FITTED}; forecast=table)")
+    add(
+        "--iterations",
+        type=int,
+        metavar="I",
+        help=f"of the fit to the best of these masks (default: {ITERATIONS}; forecast=table)",
+    )
+    add_drawing_options(parser, limit=14, save_path="./results/learn_mask", context_parallel=False)
     add_clip_option(parser)
     add_into_option(parser)
     args = parser.parse_args(argv)
+    args.command = f"{parser.prog} {shlex.join(parser.given)}"
     try:
         check_into(args.into)
         check_model_and_size(args)
         for computed in args.computed:
             check_range("computed", computed, 2, args.num_inference_steps - 1)
             mask = next(iter(starts(args.num_inference_steps, computed)))
-            check_cache(with_mask(CacheConfig.named(args.cache), mask), args.ckpt, args.num_inference_steps)
+            check_cache(configured(CacheConfig.named(args.cache), mask), args.ckpt, args.num_inference_steps)
         check_range("evaluations", args.evaluations, 1)
         check_range("learn_from", args.learn_from, 1)
+        args.batch_size = args.learn_from if args.batch_size is None else args.batch_size
+        check_range("batch_size", args.batch_size, 1)
+        for name, default in {"fit": FITS[0], "fitted": FITTED, "iterations": ITERATIONS}.items():
+            value = getattr(args, name)
+            if value is not None and not has_table(CacheConfig.named(args.cache)):
+                raise ValueError(f"--{name} is for a --cache with a forecast whose weights are fitted, as {TABLE}")
+            if name != "fit" and value is not None and args.fit != FITS[0]:
+                raise ValueError(f"--{name} is for --fit {FITS[0]}; one step's weights have a closed form")
+            setattr(args, name, default if value is None else value)
+        check_range("fitted", args.fitted, 1)
+        check_range("iterations", args.iterations, 1)
         args.prompts = choose_prompts(args)
         if len(args.prompts) <= args.learn_from:
             raise ValueError(
@@ -94,195 +125,153 @@ def parse_arguments(argv=None):
     return args
 
 
-def with_mask(config, mask):
+def with_mask(config, mask, **changes):
     """The CacheConfig that computes a mask's steps alone, with the forecast and over the span of another one."""
     kept = {name: getattr(config, name) for name, option in OPTIONS.items() if option.group in ("forecast", "span")}
-    return CacheConfig(gate="static", steps_computation_mask=mask, **kept)
+    return CacheConfig(gate="static", steps_computation_mask=mask, **{**kept, **changes})
 
 
-def starts(steps, computed):
-    """Masks to begin with, a set: the computed steps at equal distances of i^p, the last step among them or not."""
-    masks = set()
-    for power in POWERS:
-        for last in (steps - 1, steps * (computed - 1) / computed):
-            places = np.round(last * np.linspace(0, 1, computed) ** power).astype(int)
-            # Steps that fall together move apart, and none beyond the end.
-            order = np.arange(computed)
-            places = np.maximum.accumulate(places - order) + order
-            places = np.minimum(places, steps - computed + order)
-            masks.add(tuple(np.isin(np.arange(steps), places).astype(int).tolist()))
-    return masks
+def configured(config, mask, factors=None):
+    """The same, with weights by these factors where the forecast has a table; by TaylorSeer's of order 1 for none."""
+    if not has_table(config):
+        return with_mask(config, mask)
+    table = Factors(mask, config.taylorseer_derivative + 1)
+    return with_mask(config, mask, forecast_weights=table.weights(table.start if factors is None else factors))
 
 
-def moved(mask, rng):
-    """The mask with one of its computed steps elsewhere, a near place likelier than a far one; never the first step."""
-    step = rng.choice([place for place, computed in enumerate(mask) if computed and place > 0])
-    free = [place for place, computed in enumerate(mask) if not computed]
-    (place,) = rng.choices(free, [1 / (place - step) ** 2 for place in free])
-    changed = list(mask)
-    changed[step], changed[place] = 0, 1
-    return tuple(changed)
+def has_table(config):
+    """Whether a configuration's forecast has weights that are fitted."""
+    return "forecast_weights" in FORECASTS[config.forecast].options
 
 
-def anneal(error, masks, evaluations, seed=0):
-    """Simulated annealing on the logarithm of an error: {mask: its error} of all masks that were tried.
+class Search:
+    """The search for a mask, and for its weights where the forecast has a table of them.
 
     Args:
-        error: a function of a mask, a tuple of 0 and 1; its value is positive, infinite at worst.
-        masks: those to begin with, all of the same number of computed steps.
-        evaluations: how many masks are tried; those to begin with are in any case.
-        seed: of the moves.
-    """
-    rng, errors = random.Random(seed), {}
-
-    def measured(mask):
-        if mask not in errors:
-            errors[mask] = error(mask)
-        return errors[mask]
-
-    current = min(sorted(masks), key=measured)
-    for _ in range(TRIES * evaluations):
-        if len(errors) >= evaluations:
-            break
-        heat = HEAT * (1 - len(errors) / evaluations)
-        candidate = moved(current, rng)
-        if measured(candidate) <= measured(current) * math.exp(heat * rng.expovariate(1)):
-            current = candidate
-    return errors
-
-
-class LatentError:
-    """How far a mask's final latents lie from the uncached ones: the mean squared error over prompts and elements.
-
-    Args:
-        painter: the drawing.Painter.
-        prompts: list of texts; all are drawn in one call, each from the noise that the Painter gives it.
-        config: a CacheConfig, for its forecast and its span.
-        steps: N.
+        args: the program's arguments.
+        loop: the ClosedLoop of the prompts that are learnt from.
+        ledger: the Ledger of what has been found.
     """
 
-    def __init__(self, painter, prompts, config, steps):
-        from mindspore import ops
-
-        self.pipe, self.config = painter.pipe, config
-        each = [painter.arguments(index, prompt, steps) for index, prompt in enumerate(prompts)]
-        embeds = {name: ops.cat([one[name] for one in each]) for name in ("prompt_embeds", "pooled_prompt_embeds")}
-        noise, _ = self.pipe.prepare_latents(
-            len(prompts),
-            self.pipe.transformer.config.in_channels // 4,
-            *painter.image_size,
-            embeds["prompt_embeds"].dtype,
-            [one["generator"] for one in each],
-        )
-        self.arguments = {**each[0], **embeds, "latents": noise, "generator": None, "output_type": "latent"}
-        self.path = [to_numpy(noise)]
-        self.uncached = self.latents(CacheConfig.named(UNCACHED), callback_on_step_end=self._keep)
-
-    def _keep(self, pipe, step, timestep, tensors):
-        self.path.append(to_numpy(tensors["latents"]))
-        return {}
-
-    def latents(self, config, **more):
-        """The final latents (B, S, C) under a CacheConfig."""
-        return to_numpy(self.pipe(**self.arguments, **more, cache_config=config)[0])
+    def __init__(self, args, loop, ledger):
+        self.args, self.loop, self.ledger = args, loop, ledger
+        self.config = CacheConfig.named(args.cache)
+        self.fitted = has_table(self.config)
 
     def estimate(self):
-        """The Estimate of the same error, from the uncached run."""
-        sigmas = self.pipe.scheduler.sigmas.asnumpy()
-        by_sigma = self.config.forecast_coordinate == "sigma"
-        return Estimate(np.array(self.path), sigmas, self.config.taylorseer_derivative, by_sigma)
+        """The Estimate of a mask's error, from the uncached run."""
+        by_sigma, order = self.config.forecast_coordinate == "sigma", self.config.taylorseer_derivative
+        # Before a fit the forecast is a straight line.
+        return Estimate(self.loop.path, self.loop.sigmas, 1 if self.fitted else order, by_sigma)
 
-    def __call__(self, mask):
-        """The error; infinite where the forecast ran away."""
-        error = float(np.square(self.latents(with_mask(self.config, mask)) - self.uncached).mean())
-        return error if math.isfinite(error) else math.inf
+    def error(self, mask):
+        """A mask's error before any fit."""
+
+        def measure():
+            return self.loop.error(self.loop.latents(configured(self.config, mask)))
+
+        return number(self.ledger.found(name_of(mask), measure))
+
+    def fit(self, mask, iterations):
+        """The factors of a mask and its error, after so many iterations or when one has gained nothing."""
+        table = Factors(mask, self.config.taylorseer_derivative + 1)
+        factors, error = table.start, self.error(mask)
+        for iteration in range(iterations):
+            name = f"{name_of(mask)}_fit_{iteration}"
+            moved = [factors, *(factors + step for step in np.diag(table.widths))]
+            tries = self._drawn(f"{name}_slopes", mask, moved, partial(self._tries, factors, table.widths))
+            errors = list(map(number, self._drawn(name, mask, tries, partial(map, self.loop.error))))
+            if not errors or min(errors) >= error:
+                break
+            error = min(errors)
+            factors = np.array(tries[errors.index(error)])
+        return factors, error
+
+    def _drawn(self, name, mask, points, make):
+        """What ``make`` finds, a list, in the final latents at each of some factors."""
+        configs = [configured(self.config, mask, np.array(factors)) for factors in points]
+        return self.ledger.drawn(name, self.loop.latents, configs, lambda latents: list(make(latents)))
+
+    def _tries(self, factors, widths, latents):
+        """What to try next; nothing where a forecast ran away."""
+        deviations = np.array(latents) - self.loop.uncached
+        # So that the sum of the squares falls as the geometric mean over the pictures does.
+        deviations /= np.sqrt(self.loop.errors(latents[0]))[:, None, None]
+        if not np.isfinite(deviations).all():
+            return []
+        tries = levenberg_marquardt(deviations.reshape(len(deviations), -1).astype(float), factors, widths)
+        return [each.tolist() for each in tries]
+
+    def learn(self, computed):
+        """The best configuration found for a number of computed steps, and the evidence, a dictionary.
+
+        The search begins from the mask of the least Estimate, or from an evenly spaced one where that is better. An
+        iteration of the fit is then a mask's error, in a search that begins from the best ones.
+        """
+        args = self.args
+        begin = {self.estimate().best(computed), *starts(args.num_inference_steps, computed)}
+        errors = self._anneal(self.error, begin, args.evaluations, f"{computed} of {args.num_inference_steps} steps")
+        best = min(errors, key=errors.get)
+        evidence = {
+            "computed": computed,
+            "latent_mse": errors[best],
+            "latent_mse_at_the_start": min(errors[mask] for mask in begin),
+            "evaluations": len(errors),
+            "seed": args.seed,
+        }
+        evidence["pictures"] = len(errors) * args.learn_from
+        if not self.fitted:
+            return configured(self.config, best), evidence
+        if args.fit == FITS[1]:
+            return self.stepwise(best), {**evidence, "fit": args.fit}
+        nearest = sorted(errors, key=errors.get)[: max(args.fitted // 3, 1)]
+        fits = self._anneal(lambda mask: self.fit(mask, 1)[1], nearest, args.fitted, "fits")
+        best = min(fits, key=fits.get)
+        factors, error = self.fit(best, args.iterations)
+        fit = {"latent_mse_before_the_fit": errors.get(best, self.error(best)), "latent_mse": error}
+        # Each iteration draws with every factor moved, and what it tries.
+        drawn = (len(fits) + args.iterations - 1) * (1 + len(factors) + len(DAMPINGS))
+        evidence["pictures"] += drawn * args.learn_from
+        return configured(self.config, best, factors), {
+            **evidence,
+            **fit,
+            "fit": args.fit,
+            "factors": len(factors),
+            "fitted_masks": len(fits),
+            "iterations": args.iterations,
+        }
+
+    def stepwise(self, mask):
+        """The CacheConfig of a mask and of the weights that are best for each step on its own."""
+
+        def measure():
+            steps = self.args.num_inference_steps
+            return self.loop.products(with_mask(self.config, (1,) * steps)).tolist()
+
+        products = np.array(self.ledger.found("products", measure))
+        weights = stepwise_weights(products, mask, self.config.taylorseer_derivative + 1)
+        return with_mask(self.config, mask, forecast_weights=weights)
+
+    def _anneal(self, error, begin, evaluations, what):
+        from tqdm import tqdm
+
+        with tqdm(total=evaluations, desc=what) as bar:
+
+            def counted(mask):
+                bar.update()
+                return error(mask)
+
+            return anneal(counted, begin, evaluations, self.args.seed)
 
 
-def to_numpy(tensor):
-    """A tensor as a NumPy array of float32."""
-    return tensor.float().asnumpy()
+def name_of(mask):
+    """A mask as text."""
+    return "".join(map(str, mask))
 
 
-class Estimate:
-    """What a mask is worth, without drawing: from the velocities of the uncached run.
-
-    A reused step's velocity is taken to be the polynomial through the last computed ones. The estimate is the sum of
-    the norms of what it is off by, each weighted with the step's stride in the noise level sigma and with
-    (1 - sigma)^POWER: the earlier a deviation comes in, the more of it the model takes back. Since it is a sum over
-    the steps, dynamic programming finds its minimum.
-
-    Args:
-        path: (N + 1, ...), the latents before, between and behind the uncached run's steps.
-        sigmas: (N + 1,), the noise levels.
-        order: of the polynomials; above 2 they are taken to be parabolas, for the time it takes.
-        by_sigma: whether they are in the noise level, not in the step.
-    """
-
-    def __init__(self, path, sigmas, order, by_sigma=False):
-        strides = np.diff(sigmas)
-        velocities = np.diff(path.reshape(len(path), -1).astype(float), axis=0) / strides[:, None]
-        self.products = velocities @ velocities.T / velocities.shape[1]
-        self.weights, self.order = np.abs(strides) * (1 - sigmas[1:]) ** POWER, min(order, 2)
-        self.coordinates = (sigmas[:-1] if by_sigma else np.arange(len(strides))).tolist()
-
-    def costs(self, nodes):
-        """The estimate up to each step behind the last of the computed steps ``nodes``, none behind it computed."""
-        costs = [0.0]
-        for step in range(nodes[-1] + 1, len(self.weights)):
-            places = [*nodes, step]
-            off = [*lagrange([self.coordinates[node] for node in nodes], self.coordinates[step]), -1]
-            square = off @ self.products[np.ix_(places, places)] @ off
-            costs.append(costs[-1] + self.weights[step] * math.sqrt(max(square, 0)))
-        return costs
-
-    def best(self, computed):
-        """The mask of the least estimate with so many computed steps, the first one among them."""
-        steps, costs = len(self.weights), lru_cache(None)(self.costs)
-
-        @lru_cache(None)
-        def rest(nodes, left):
-            """The least estimate behind the computed steps ``nodes``, and the ``left`` computed steps that give it."""
-            here = costs(nodes)
-            if left == 0:
-                return here[-1], ()
-            tails = {
-                step: rest((*nodes, step)[-self.order - 1 :], left - 1)
-                for step in range(nodes[-1] + 1, steps - left + 1)
-            }
-            step = min(tails, key=lambda step: here[step - nodes[-1] - 1] + tails[step][0])
-            return here[step - nodes[-1] - 1] + tails[step][0], (step, *tails[step][1])
-
-        places = (0, *rest((0,), computed - 1)[1])
-        return tuple(int(step in places) for step in range(steps))
-
-
-def lagrange(nodes, x):
-    """The weights of the values at ``nodes`` in the polynomial through them, at x."""
-    return [math.prod((x - other) / (node - other) for other in nodes if other != node) for node in nodes]
-
-
-def learn(error, steps, computed, evaluations, seed):
-    """The best mask found for a number of computed steps, and the evidence of the search, a dictionary.
-
-    The search begins from the mask of the least Estimate, or from an evenly spaced one where that is better.
-    """
-    from tqdm import tqdm
-
-    begin = {error.estimate().best(computed), *starts(steps, computed)}
-    with tqdm(total=evaluations, desc=f"{computed} of {steps} steps") as bar:
-
-        def counted(mask):
-            bar.update()
-            return error(mask)
-
-        errors = anneal(counted, begin, evaluations, seed)
-    best = min(errors, key=errors.get)
-    return best, {
-        "latent_mse": errors[best],
-        "latent_mse_at_the_start": min(errors[mask] for mask in begin),
-        "evaluations": len(errors),
-        "seed": seed,
-    }
+def number(error):
+    """An error from JSON."""
+    return math.inf if error is None else error
 
 
 def split(figures, learnt_from):
@@ -296,6 +285,7 @@ def preset_of(args, painter, figures, search):
     learnt, others = split(figures, args.learn_from)
     return {
         "config": figures["config"],
+        "command": args.command,
         "search": {**search, "prompts": args.prompts[: args.learn_from]},
         "figures_of_the_prompts_learnt_from": learnt,
         "figures": others,
@@ -303,6 +293,19 @@ def preset_of(args, painter, figures, search):
         "prompts": args.prompts[args.learn_from :],
         "settings": {**painter.common, "steps": args.num_inference_steps},
     }
+
+
+def fit_lines(search):
+    """What a person wants to know of a fit."""
+    before, masks = search["latent_mse_before_the_fit"], search["fitted_masks"]
+    return [f"  {search['factors']} factors fitted, from {before:.3g} on; {masks} masks were fitted to"]
+
+
+def hours_of_flux_dev(cache, steps, pictures):
+    """Predicted hours of so many denoise loops."""
+    config = CacheConfig.named(cache)
+    computed = (sum(config.steps_computation_mask),)
+    return pictures * predict(best(ATLAS).device, WHOLE_LOOP, config, steps, computed) / 3600
 
 
 def text_of(args, preset, path):
@@ -313,6 +316,10 @@ def text_of(args, preset, path):
             f"{others['computed_steps']:g} of {args.num_inference_steps} steps: {preset['config']}",
             f"  error of the latents {search['latent_mse']:.3g}, {search['latent_mse_at_the_start']:.3g} at the start; "
             f"{search['evaluations']} masks tried on {args.learn_from} prompts",
+            *(fit_lines(search) if "factors" in search else []),
+            f"  {search['pictures']} pictures were drawn for it; FLUX.1-dev at 1024 x 1024 is predicted to take "
+            f"{hours_of_flux_dev(preset['config'], args.num_inference_steps, search['pictures']):.1f} h for as many on "
+            f"one NPU of an {ATLAS.device.name}",
             f"  PSNR {learnt['psnr']:.1f} dB on these, {others['psnr']:.1f} dB on {len(preset['prompts'])} others "
             f"(worst prompt {preset['lowest_psnr']:.1f}); {others['speedup']:.2f}x ({others['seconds']:.3f} s against "
             f"{others['uncached_seconds']:.3f} s)",
@@ -322,16 +329,23 @@ def text_of(args, preset, path):
     )
 
 
+def ledger_of(args, painter, ranks):
+    """The Ledger of searches with the same model, prompts, forecast and span."""
+    same = {**painter.common, "prompts": args.prompts[: args.learn_from], "steps": args.num_inference_steps}
+    config = with_mask(CacheConfig.named(args.cache), (1,) * args.num_inference_steps)
+    key = crc32(json_bytes({**same, "config": str(config)}))
+    return Ledger(args.save_path / f"search_{key:08x}", ranks)
+
+
 def run(args):
     """Learns the masks, draws all prompts with them and, on the first rank, writes sweep.json and preset files."""
     with session(args) as (painter, ranks):
         steps, number = args.num_inference_steps, len(args.prompts)
-        config = CacheConfig.named(args.cache)
-        error = LatentError(painter, args.prompts[: args.learn_from], config, steps)
-        searches = {}
+        loop = ClosedLoop(painter, args.prompts[: args.learn_from], steps, args.batch_size)
+        search, searches = Search(args, loop, ledger_of(args, painter, ranks)), {}
         for computed in args.computed:
-            mask, search = learn(error, steps, computed, args.evaluations, args.seed)
-            searches[Row("learnt", f"learnt, {computed} steps", str(with_mask(config, mask)))] = search
+            config, evidence = search.learn(computed)
+            searches[Row("learnt", f"learnt, {computed} steps", str(config))] = evidence
 
         settings = {row: Setting.named(row.cache, steps) for row in (BASELINE, *searches)}
         path = args.save_path / "pictures"
@@ -346,9 +360,10 @@ def run(args):
         }
         write_sweep(args.save_path, {**painter.common, "steps": steps}, args.prompts, list(cells.values()))
         written, texts = [*(f"sweep.{kind}" for kind in KINDS), "pictures"], []
-        for row, search in searches.items():
-            preset = preset_of(args, painter, cells[row], search)
-            file = args.save_path / f"mask_{sum(CacheConfig.named(row.cache).steps_computation_mask)}_of_{steps}.json"
+        for row, evidence in searches.items():
+            preset = preset_of(args, painter, cells[row], evidence)
+            kind = {None: "mask", FITS[0]: "fitted", FITS[1]: "stepwise"}[evidence.get("fit")]
+            file = args.save_path / f"{kind}_{evidence['computed']}_of_{steps}.json"
             write_file(file, lambda stream: stream.write(json_bytes(preset)))
             texts.append(text_of(args, preset, file))
             print(texts[-1], end="")

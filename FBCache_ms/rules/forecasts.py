@@ -8,7 +8,11 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import Callable, Mapping, Optional
 
+import numpy as np
+from numpy.polynomial.chebyshev import chebvander
+
 from .options import Option
+from .schedules import COMPUTE, REUSE
 
 
 @dataclass(frozen=True)
@@ -21,11 +25,16 @@ class Forecast:
         text: what it does, behind its name.
         weights: weights(x, nodes, number, ratio), a scalar for each order; ``number`` is its own field's, and ``ratio``
             the one of the probe's changes where it takes that.
-        gaps: gaps(x, nodes), what each order of the differences is divided by at a computed step.
-        options: {field of CacheConfig: Option}, at most one, a number.
+        gaps: gaps(x, nodes), what each order of the differences is divided by at a computed step; where the forecast
+            ``accumulates``, what each of the sums takes of the new value.
+        options: {field of CacheConfig: Option}, at most one; a number, unless ``rows`` reads it.
         only_order: the one taylorseer_derivative that it works with, None for all.
         takes_ratio: whether the probe's changes scale it.
         in_any_coordinate: whether distances may be measured in the noise level too.
+        rows: rows(config, actions), the weights of each reused step (R, K), where they are known before the loop:
+            ``actions`` are those of schedules.step_actions. Then ``number`` is this step's row.
+        coordinate: coordinate(N), each step's (N,), for one that is neither its number nor its noise level.
+        accumulates: whether it keeps K sums over the computed steps in the place of differences.
     """
 
     name: str
@@ -37,6 +46,9 @@ class Forecast:
     only_order: Optional[int] = None
     takes_ratio: bool = False
     in_any_coordinate: bool = False
+    rows: Optional[Callable] = None
+    coordinate: Optional[Callable] = None
+    accumulates: bool = False
 
 
 def newest_gap(x, nodes):
@@ -81,6 +93,46 @@ def dicache(x, nodes, number, ratio):
     return 1.0, (ratio - 1) * (nodes[0] - nodes[1])
 
 
+def known(x, nodes, row, ratio):
+    """The weights that this step has by a table."""
+    return row
+
+
+def fitted(config, actions):
+    """forecast_weights, a row for each reused step. Raises ValueError where there are more or fewer of them."""
+    weights, orders, reused = config.forecast_weights or (), config.taylorseer_derivative + 1, (actions == REUSE).sum()
+    if len(weights) != orders * reused:
+        raise ValueError(
+            f"forecast_weights has {len(weights)} numbers, and {config.forecast!r} needs {orders} for each of the "
+            f"{reused} steps that are reused of {len(actions)}"
+        )
+    return np.reshape(weights, (reused, orders))
+
+
+def around_the_middle(steps):
+    """tau = (step - N/2) / (N/2)."""
+    return np.arange(steps) / (steps / 2) - 1
+
+
+def chebyshev(x, nodes):
+    """T_m(x), Chebyshev's polynomials of the first kind: T_m = 2 x T_{m-1} - T_{m-2}."""
+    values = (1.0, x)
+    for order in range(2, len(nodes)):
+        values = values + (2 * x * values[order - 1] - values[order - 2],)
+    return values[: len(nodes)]
+
+
+def ridge(config, actions):
+    """t_s (X^T X + lambda I)^-1: by ridge regression on the computed steps before step s, X their Chebyshev values."""
+    points = chebvander(around_the_middle(len(actions)), config.taylorseer_derivative)
+    penalty = config.spectrum_ridge * np.eye(points.shape[1])
+    rows = []
+    for step in np.flatnonzero(actions == REUSE):
+        before = points[:step][actions[:step] == COMPUTE]
+        rows.append(np.linalg.solve(before.T @ before + penalty, points[step]))
+    return np.reshape(rows, (-1, points.shape[1]))
+
+
 TAYLOR = Forecast(
     "taylor",
     "TaylorSeer, arXiv 2503.06923, eq. 2 and 4",
@@ -122,5 +174,38 @@ DICACHE = Forecast(
     only_order=1,
     takes_ratio=True,
 )
+TABLE = Forecast(
+    "table",
+    "FBCache_ms; after L2P",
+    "weights that were fitted for each reused step (fbcache learn)",
+    known,
+    newest_gap,
+    options={
+        "forecast_weights": Option(
+            None,
+            tuple,
+            (2, None),
+            "forecast",
+            "the weights of TaylorSeer's differences D_0, D_1, ... at each reused step in turn, so many for each as "
+            "there are differences (FBCache_ms; after L2P)",
+        )
+    },
+    rows=fitted,
+)
+SPECTRUM = Forecast(
+    "spectrum",
+    "Spectrum, CVPR 2026",
+    "Spectrum's ridge regression of Chebyshev polynomials on all computed steps",
+    known,
+    chebyshev,
+    options={
+        "spectrum_ridge": Option(
+            0.1, Real, (1e-6, None), "forecast", "lambda, what the regression's weights are held back by (Spectrum)"
+        )
+    },
+    rows=ridge,
+    coordinate=around_the_middle,
+    accumulates=True,
+)
 
-FORECASTS = {forecast.name: forecast for forecast in (TAYLOR, HICACHE, NEWTON, DICACHE)}
+FORECASTS = {forecast.name: forecast for forecast in (TAYLOR, HICACHE, NEWTON, DICACHE, TABLE, SPECTRUM)}

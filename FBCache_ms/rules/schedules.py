@@ -36,6 +36,12 @@ MASKS = {
 }
 """Run lengths of computed and of reused steps in 28 (cache-dit 1.5.3, steps_mask)."""
 
+SPECTRUM = {
+    "spectrum_14": {50: (0, 1, 2, 3, 4, 6, 8, 11, 15, 20, 25, 31, 38, 46)},
+    "spectrum_10": {50: (0, 1, 2, 3, 4, 6, 11, 19, 30, 44)},
+}
+"""{steps: those computed} (Spectrum, CVPR 2026)."""
+
 LEARNT = {
     "learnt_6": {
         28: (0, 7, 12, 18, 23, 26),
@@ -57,7 +63,8 @@ LEARNT = {
 """{steps: those computed}: the best of 60 masks by the error of the latents over six prompts, on the embedded
 checkpoint and for TaylorSeer's order 1.
 
-Made by eval/learn_mask.py with --computed 6 8 10 12 --num_inference_steps 28 (50) --learn_from 6 --limit 16.
+Made by eval/learn_mask.py of version 0.1.0, with --computed 6 8 10 12 --num_inference_steps 28 (50) --learn_from 6
+--limit 16.
 """
 
 
@@ -168,6 +175,7 @@ SCHEDULES = {
             Schedule(name, "cache-dit 1.5.3, steps_mask", partial(mask_of_cache_dit, computed=computed, reused=reused))
             for name, (computed, reused) in MASKS.items()
         ),
+        *(Schedule(name, "Spectrum", partial(learnt, tables=tables)) for name, tables in SPECTRUM.items()),
         *(Schedule(name, "FBCache_ms", partial(learnt, tables=tables), learnt=True) for name, tables in LEARNT.items()),
     )
 }
@@ -179,8 +187,8 @@ SCHEDULE_OPTIONS = {
         tuple(SCHEDULES),
         "schedule",
         "steps that are computed: taylorseer, the first three and every N-th from there; fora, every N-th; magcache; "
-        "cache-dit's four masks; learnt_N, N steps in all, learnt on the embedded checkpoint. At the others the gate "
-        "decides, or with the static gate they are reused",
+        "cache-dit's four masks; Spectrum's two; learnt_N, N steps in all, learnt on the embedded checkpoint. At the "
+        "others the gate decides, or with the static gate they are reused",
     ),
     "schedule_interval": Option(5, Integral, (1, None), "schedule", "N, in steps (TaylorSeer, FORA, Delta-DiT)"),
     "steps_computation_mask": Option(

@@ -38,11 +38,11 @@ class Rule:
         reference: COMPUTED, PREVIOUS or FORECAST. Against PREVIOUS a score is summed: it is ``accumulated`` at the next
             step if this one is reused.
         looks_at: PROBE, LATENTS, or the name of a probe that the model has.
-        difference: difference(reference, probe, state), a scalar, ``probe`` being this step's; None for
+        difference: difference(reference, probe, state, mean), a scalar, ``probe`` being this step's; None for
             arithmetic.relative_difference, which alone takes batch_reduction.
         state: {name: SCALAR or SPAN}, what it keeps beside; it is no number until ``observe`` has said one.
-        observe: observe(state, before, behind), the state after a computed step, from what went into the span and what
-            came out of it.
+        observe: observe(state, before, behind, mean), the state after a computed step, from what went into the span
+            and what came out of it. ``mean`` is arithmetic.mean, or what stands for it where devices share the tokens.
         options: {field of CacheConfig: Option}, its own.
         numbers: its own fields whose numbers the score gets, one after the other: one for a number, as many for a tuple
             as it may have.
@@ -96,18 +96,19 @@ def sum_of_polynomials(difference, accumulated, coefficients):
     return accumulated + rescaled
 
 
-def velocity_change(previous, latents, state):
+def velocity_change(previous, latents, state, mean):
     """k mean|x - x_prev| / mean|v_c|: by how much of itself the velocity has changed since the step before."""
     _, _, slope, size = state
-    return slope * (latents.float() - previous.float()).abs().mean() / size
+    return slope * mean((latents.float() - previous.float()).abs()) / size
 
 
-def velocity_slope(state, latents, velocity):
+def velocity_slope(state, latents, velocity, mean):
     """x_c, v_c, k = mean|v_c - v_c'| / mean|x_c - x_c'| and mean|v_c| of the last two computed steps, c' before c."""
     last_latents, last_velocity, _, _ = state
     latents, velocity = latents.float(), velocity.float()
-    slope = (velocity - last_velocity).abs().mean() / (latents - last_latents).abs().mean()
-    return latents, velocity, slope, velocity.abs().mean()
+    changes = (velocity - last_velocity).abs(), (latents - last_latents).abs(), velocity.abs()
+    velocity_moved, latents_moved, size = mean(changes)
+    return latents, velocity, velocity_moved / latents_moved, size
 
 
 FBCACHE = Rule(

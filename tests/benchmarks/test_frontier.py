@@ -3,12 +3,12 @@ import math
 
 import frontier
 import pytest
-from frontier import add_leads, front, lead, leaders, line_of
+from frontier import add_leads, front, lead, leaders, line_of, operations_of_others
 from narrow import make_narrow
 
 
-def cell(case, psnr, speedup, name=""):
-    return {"case": case, "name": name or f"{case} {psnr}", "psnr": psnr, "speedup": speedup}
+def cell(case, psnr, speedup, name="", tflops=1.0):
+    return {"case": case, "name": name or f"{case} {psnr}", "psnr": psnr, "speedup": speedup, "tflops": tflops}
 
 
 PLAIN = [cell("FBCache", 60, 1), cell("FBCache", 40, 2), cell("FBCache", 50, 1.5), cell("FBCache", math.inf, 0.9)]
@@ -26,6 +26,24 @@ def test_a_lead_is_over_the_line_at_the_same_psnr(psnr, expected):
 def test_the_front_has_what_no_other_surpasses():
     cells = [cell("a", 30, 3), cell("b", 29, 3), cell("c", 40, 2), cell("d", 35, 1.9), cell("e", math.inf, 1)]
     assert [each["case"] for each in front(cells)] == ["a", "c", "e"]
+
+
+@pytest.mark.parametrize("psnr, expected", [(30, 1.5 / 2), (40, 1.5 / 3), (35, 1.5 / 2.5), (29, None), (51, None)])
+def test_operations_are_held_against_the_others_front_at_the_same_psnr(psnr, expected):
+    others = [cell("a", 30, 1, tflops=2), cell("b", 40, 1, tflops=3), cell("c", 50, 1, tflops=4)]
+    surpassed = [cell("d", 35, 1, tflops=3.5), cell("e", math.inf, 1, tflops=0.1)]
+    found = operations_of_others(cell("own", psnr, 1, tflops=1.5), [*others, *surpassed])
+    assert found == (expected and pytest.approx(expected))
+
+
+def test_what_a_setting_needs_of_the_operations_leaves_its_own_family_out():
+    cells = [cell("no cache", math.inf, 1, tflops=10), cell("own", 40, 1, tflops=2), cell("own", 35, 1, tflops=1.9)]
+    cells[0]["case"] = frontier.BASELINE.case
+    cells += [cell("other", psnr, 1, tflops=tflops) for psnr, tflops in ((30, 2), (50, 6))]
+    cells += [cell(frontier.CONTROL, psnr, 1, tflops=tflops) for psnr, tflops in ((30, 4), (50, 12))]
+    add_leads(cells)
+    assert (cells[1]["operations"], cells[1]["of_others"], cells[1]["of_fewer_steps"]) == (0.2, 0.5, 0.25)
+    assert cells[0]["of_others"] is None
 
 
 def test_the_winner_leads_over_the_widest_range_without_a_gap():
@@ -59,6 +77,7 @@ def test_what_cannot_be_is_one_line(options, tmp_path, monkeypatch, capsys):
     assert exit.value.code == 2 and error.count("\n") == 1 and options[0].strip("-")[:4] in error
 
 
+@pytest.mark.release
 def test_a_frontier_is_drawn_for_every_number_of_steps(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(frontier, "PLAIN_THRESHOLDS", (0.1, 1))
     monkeypatch.setattr(frontier, "SHARES", (0.5,))

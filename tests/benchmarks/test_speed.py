@@ -88,7 +88,7 @@ def test_a_point_is_measured(strict_graph_mode):
     assert ms.get_context("mode") == ms.GRAPH_MODE
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.parametrize("installed", ["plain"], indirect=True)
 def test_candidates_for_stand_ins_draw_the_same(installed, strict_graph_mode, tmp_path):
     folder = make_narrow(tmp_path / "narrow") / "transformer"

@@ -58,6 +58,8 @@ def test_no_file_but_a_declarations_own_compares_a_rules_name():
     found = {str(file.relative_to(PACKAGE)): names_compared(file.read_text(encoding="utf-8")) for file in files}
     # Presets are named by users.
     found["config.py"] = [name for name in found["config.py"] if name not in PRESETS]
+    # The acceptance report's own field.
+    found[str(Path("eval", "ascend_acceptance.py"))].remove("table")
     assert len(files) > 30 and {file: names for file, names in found.items() if names} == {}
 
 

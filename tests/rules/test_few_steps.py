@@ -46,6 +46,7 @@ def draw(pipe, config):
     return pipe(PROMPT, **arguments, cache_config=config)[0]
 
 
+@pytest.mark.slow
 def test_first_and_last_blocks_may_be_most_of_them(schnell, pipe):
     config = CacheConfig.from_tag("F24B24_W2MC1_R0.8")
     uncached = draw(schnell, config.changed(warmup_steps=4))

@@ -222,6 +222,25 @@ FORECASTS = {
 
 @quick
 @given(st.data(), st.integers(2, 24), seeds)
+@pytest.mark.parametrize("order", [1, 4])
+def test_spectrum_is_a_ridge_regression_on_all_computed_steps(order, data, steps, seed):
+    streams = Streams(seed, steps)
+    mask = [1] + data.draw(st.lists(st.integers(0, 1), min_size=steps - 1, max_size=steps - 1))
+    config = CacheConfig(
+        taylorseer_derivative=order, gate="static", steps_computation_mask=mask, forecast="spectrum", spectrum_ridge=0.5
+    )
+    outputs, _ = replay(config, streams)
+    residual, computed = streams.span(0, BLOCKS), []
+    for step in range(steps):
+        if mask[step]:
+            computed.append((step, residual[step]))
+        expected = residual[step] if mask[step] else ref.spectrum(computed, step, steps, order, 0.5)
+        scale = max(1, np.abs(expected).max())
+        np.testing.assert_allclose(outputs[step] / scale, (streams.latents[step] + expected) / scale, atol=2e-4)
+
+
+@quick
+@given(st.data(), st.integers(2, 24), seeds)
 @pytest.mark.parametrize(
     "forecast, order",
     [("taylor", 0), ("taylor", 1), ("taylor", 2), ("taylor", 3), ("hicache", 3), ("newton", 1), ("newton", 3)],
@@ -247,6 +266,35 @@ def test_a_reused_step_adds_the_forecast_of_the_span(forecast, order, data, step
         if mask[step]:
             computed.append((x[step], residual[step]))
         expected = residual[step] if mask[step] else FORECASTS[forecast](computed, x[step], order)
+        scale = max(1, np.abs(expected).max())
+        np.testing.assert_allclose(outputs[step] / scale, (streams.latents[step] + expected) / scale, atol=2e-4)
+
+
+@quick
+@given(st.data(), st.integers(2, 24), seeds, st.booleans())
+@pytest.mark.parametrize("order", [1, 2])
+def test_a_reused_step_adds_its_own_row_of_a_table(order, data, steps, seed, windowed):
+    """The rows are those of the steps that are reused, whatever else lets them be computed."""
+    streams = Streams(seed, steps)
+    mask = [1] + data.draw(st.lists(st.integers(0, 1), min_size=steps - 1, max_size=steps - 1))
+    warmup = data.draw(st.integers(0, steps)) if windowed else 0
+    mask = [int(computed or step < warmup) for step, computed in enumerate(mask)]
+    weights = np.random.default_rng(seed).uniform(-2, 2, (steps - sum(mask), order + 1))
+    config = CacheConfig(
+        taylorseer_derivative=order,
+        gate="static",
+        steps_computation_mask=mask,
+        warmup_steps=warmup,
+        forecast="table",
+        forecast_weights=weights.ravel() if weights.size else None,
+    )
+    outputs, stats = replay(config, streams)
+    assert list(stats.reused) == [not computed for computed in mask]
+    residual, computed, rows = streams.span(0, BLOCKS), [], iter(weights)
+    for step in range(steps):
+        if mask[step]:
+            computed.append((step, residual[step]))
+        expected = residual[step] if mask[step] else ref.table(computed, order, next(rows))
         scale = max(1, np.abs(expected).max())
         np.testing.assert_allclose(outputs[step] / scale, (streams.latents[step] + expected) / scale, atol=2e-4)
 
