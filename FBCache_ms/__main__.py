@@ -2,6 +2,6 @@
 
 import sys
 
-from .eval.fbcache import main
+from FBCache_ms.eval.fbcache import main
 
 sys.exit(main(module=__name__))

@@ -19,6 +19,19 @@ _TAG = re.compile(
     r"F(?P<Fn>\d+)B(?P<Bn>\d+)_W(?P<W>\d+)(?:I(?P<I>\d+))?(?:M(?P<M>\d+))?(?:MC(?P<MC>\d+))?"
     r"(?:_T(?P<T>[01])(?:O(?P<O>\d+))?)?_R(?P<R>\d+(?:\.\d+)?(?:e-?\d+)?)(?P<more>(?:,\w+=[^,]+)*)"
 )
+
+
+def numbers_in(name):
+    """The whole numbers in a name, a list."""
+    return list(map(int, re.findall(r"\d+", name)))
+
+
+FITTED = {
+    file.stem: json.loads(file.read_text(encoding="utf-8"))["config"]
+    for file in sorted((Path(__file__).parent / "presets").glob("*.json"), key=lambda file: numbers_in(file.stem)[::-1])
+}
+"""Tags by name, from the preset files that fbcache learn wrote for the embedded checkpoint."""
+
 PRESETS = {
     "conservative": "F1B0_W0M0MC0_T0O0_R0.05",
     "balanced": "F1B0_W0M0MC0_T0O0_R0.12",
@@ -37,6 +50,7 @@ PRESETS = {
     "dicache": "F1B0_W6M0MC0_T1O1_R0.4,gate=dicache,probe=hidden,forecast=dicache,end=0.95",
     "taylorseer": "F0B0_W0M0MC0_T1O1_R0.12,gate=static,schedule=taylorseer,schedule_interval=5",
     "hicache": "F0B0_W0M0MC0_T1O2_R0.12,gate=static,schedule=taylorseer,schedule_interval=5,forecast=hicache",
+    "spectrum": "F0B0_W0M0MC0_T1O4_R0.12,gate=static,schedule=spectrum_14,forecast=spectrum",
     "fora": "F0B0_W0M0MC0_T0O0_R0.12,gate=static,schedule=fora,schedule_interval=3",
     "delta_dit": "F0B0_W0M0MC0_T0O0_R0.12,gate=static,schedule=fora,schedule_interval=3,span=single",
     "magcache": "F0B0_W0M0MC0_T0O0_R0.12,gate=static,schedule=magcache",
@@ -48,6 +62,7 @@ PRESETS = {
     "learnt_8": "F0B0_W0M0MC0_T1O1_R0.12,gate=static,schedule=learnt_8",
     "learnt_10": "F0B0_W0M0MC0_T1O1_R0.12,gate=static,schedule=learnt_10",
     "learnt_12": "F0B0_W0M0MC0_T1O1_R0.12,gate=static,schedule=learnt_12",
+    **FITTED,
 }
 """Tags by name. slow to ultra and the four masks are cache-dit 1.5.3's, double_gate has Nunchaku's defaults.
 
@@ -55,6 +70,7 @@ teacache_qwenimage has the coefficients and the threshold that vLLM-Omni publish
 
 learnt_6 to learnt_12 are learnt on the embedded checkpoint, at 28 and at 50 steps; what they gain over plain
 First-Block Cache on prompts that they were not learnt from, benchmarks/frontier.py measures (docs/benchmarks.md).
+fitted_N_of_M are learnt there too, for M steps alone; their files say how.
 """
 
 
@@ -338,6 +354,12 @@ class CacheConfig(_Fields):
                 f"forecast {self.forecast!r} by {self.forecast_coordinate} is plain reuse at taylorseer_derivative=0; "
                 "give an order of 1 or more"
             )
+        if forecast.rows and (not gate.is_there or gate.rules):
+            names = gates_where(lambda other: other.is_there and not other.rules)
+            raise ValueError(
+                f"forecast {self.forecast!r} has weights for steps that are known to be reused, so gate must be "
+                f"{' or '.join(names)}, not {self.gate!r}"
+            )
         if self.derivatives_dtype != "model" and order == 0:
             raise ValueError(
                 f"derivatives_dtype {self.derivatives_dtype!r} has no effect with taylorseer_derivative=0: one "
@@ -381,6 +403,15 @@ class CacheConfig(_Fields):
             if getattr(self, option.used_with[0]) in option.used_with[1]
         }
 
+    @property
+    def learnt_from(self):
+        """What of it was learnt on the embedded checkpoint and says little of any other, in words; None for nothing."""
+        if self.schedule is not None and SCHEDULES[self.schedule].learnt:
+            return f"schedule {self.schedule}"
+        if str(self) in FITTED.values():
+            return "this table of weights"
+        return None
+
     def switched_off(self):
         """A configuration of the same structure that computes every step."""
         structure = dict(zip(_STRUCTURE, self.structure))
@@ -405,7 +436,12 @@ class CacheConfig(_Fields):
             self.schedule is not None and SCHEDULES[self.schedule].depends_on_steps
         )
         whole = (self.start, self.end, self.forecast_coordinate) == (0, 1, "step")
-        return masked or not whole or any(rule.computes_last for rule in self.rules)
+        return (
+            masked
+            or not whole
+            or FORECASTS[self.forecast].rows is not None
+            or any(rule.computes_last for rule in self.rules)
+        )
 
     @classmethod
     def from_tag(cls, tag):

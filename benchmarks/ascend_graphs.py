@@ -18,11 +18,15 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
+from typing import Optional
 from unittest.mock import patch
 
+from FBCache_ms.config import PRESETS
 from FBCache_ms.eval.shared.arguments import Parser, add_into_option, add_save_path, check_range, exit_status, quiet
 from FBCache_ms.eval.shared.files import check_folder, check_into
 from FBCache_ms.eval.shared.tables import markdown, publish, spread
+from FBCache_ms.runtime.parallel import share
+from FBCache_ms.runtime.quantize import QuantizeConfig, quantize
 
 DEPTHS = {"flux": (19, 38), "flux2": (8, 48), "qwenimage": (60, 0)}
 """How many double and single blocks the published models have, by family."""
@@ -42,6 +46,9 @@ class Graph:
         batch: latents per call.
         guidance: whether the model has a guidance embedding (dev) or not (schnell); Flux's alone.
         family: of the model, by the name of its file.
+        quantize: the quant_type of its blocks' weights, None for bfloat16.
+        ranks: how many devices share the picture's tokens.
+        cfg_parallel: whether as many others have the negative prompt.
     """
 
     kind: str
@@ -50,6 +57,9 @@ class Graph:
     batch: int = 1
     guidance: bool = True
     family: str = "flux"
+    quantize: Optional[str] = None
+    ranks: int = 1
+    cfg_parallel: bool = False
 
 
 GRAPHS = {
@@ -67,6 +77,8 @@ GRAPHS = {
         "loop", "F1B0_W0_T1O2_R0.12,gate=fbcache_or_teacache,forecast=newton,forecast_coordinate=sigma"
     ),
     "loop_static": Graph("loop", "F0B0_W0_T1O1_R0.12,gate=static,schedule=taylorseer"),
+    "loop_table": Graph("loop", PRESETS["fitted_8_of_28"]),
+    "loop_Spectrum": Graph("loop", PRESETS["spectrum"]),
     "loop_EasyCache": Graph("loop", "F0B0_W3_R0.12,gate=easycache"),
     "loop_CG_Taylor": Graph("loop", "F2B1_W0_T1O1_R0.12,gate=cg_taylor"),
     "loop_DiCache": Graph(
@@ -85,13 +97,26 @@ GRAPHS = {
     "flux2_loop_double_gate": Graph("loop", "F1B0_W0_R0.12,span=stacks", family="flux2"),
     "flux2_loop_EasyCache": Graph("loop", "F0B0_W3_R0.12,gate=easycache", family="flux2"),
     "flux2_step": Graph("step", family="flux2"),
+    "loop_int8_weight_only": Graph("loop", "F1B0_W0_T1O1_R0.12", quantize="int8_weight_only"),
+    "loop_int8": Graph("loop", "F1B0_W0_T1O1_R0.12", quantize="int8"),
+    "qwenimage_loop_int8": Graph("loop", branches=2, family="qwenimage", quantize="int8"),
+    "flux2_loop_int8": Graph("loop", family="flux2", quantize="int8"),
+    "loop_2_ranks": Graph("loop", "F1B0_W0_T1O1_R0.12", ranks=2),
+    "loop_4_ranks_cfg_parallel": Graph("loop", "F1B0_W0_T1O1_R0.12", ranks=2, cfg_parallel=True),
+    "loop_8_ranks": Graph("loop", "F1B0_W0_T1O1_R0.12", ranks=8),
+    "loop_4_ranks_true_CFG_int8": Graph("loop", "F1B0_W0_R0.12", branches=2, quantize="int8", ranks=4),
+    "qwenimage_loop_4_ranks": Graph("loop", "F1B0_W0_R0.12", branches=2, family="qwenimage", ranks=4),
+    "flux2_loop_4_ranks": Graph("loop", "F1B0_W0_R0.12", family="flux2", ranks=4),
 }
 """What is compiled, by name."""
 
 
 @lru_cache(maxsize=None)
-def transformer(family, guidance, doubles, singles):
-    """mindone's transformer in bfloat16, with so many blocks of either kind, of two heads and 16 channels."""
+def transformer(family, guidance, quantized, number, doubles, singles):
+    """mindone's transformer in bfloat16, with so many blocks of either kind, of two heads and 16 channels.
+
+    ``quantized`` is the quant_type of the blocks' weights, None for bfloat16; ``number`` devices share a picture.
+    """
     import mindone.diffusers as mindones
 
     import mindspore as ms
@@ -115,7 +140,35 @@ def transformer(family, guidance, doubles, singles):
             model = mindones.QwenImageTransformer2DModel(
                 **common, in_channels=16, out_channels=4, axes_dims_rope=(HEAD // 4, HEAD * 3 // 8, HEAD * 3 // 8)
             )
-    return model.to(ms.bfloat16)
+    model.to(ms.bfloat16)
+    if quantized is not None:
+        quantize(model, QuantizeConfig(quantized))
+    if number > 1:
+        share(model, ranks(number))
+    return model
+
+
+@lru_cache(maxsize=None)
+def ranks(number):
+    """The first of so many devices that share a picture, without the others."""
+    from FBCache_ms.models.gathered import Ranks
+
+    with other_ranks(number):
+        return Ranks(number, 0, "hccl_world_group")
+
+
+def other_ranks(number):
+    """Makes MindSpore believe in a group of so many devices."""
+    stack = ExitStack()
+    from mindspore.ops.operations import comm_ops
+
+    for name, stand_in in {
+        "get_group_size": lambda *group, **named: number,
+        "get_rank": lambda *group, **named: 0,
+        "_get_group": lambda group: group,
+    }.items():
+        stack.enter_context(patch.object(comm_ops, name, stand_in))
+    return stack
 
 
 @contextmanager
@@ -152,12 +205,13 @@ def model_inputs(graph, leading):
     def zeros(*shape, dtype=ms.bfloat16):
         return ms.Tensor(np.zeros(shape), dtype)
 
-    inputs = {"encoder_hidden_states": zeros(*leading, *batch, TEXT, 64)}
+    text, tokens = TEXT // graph.ranks, TOKENS // graph.ranks
+    inputs = {"encoder_hidden_states": zeros(*leading, *batch, text, 64)}
     if graph.family == "flux":
         inputs["pooled_projections"] = zeros(*leading, *batch, 64)
-        inputs.update(img_ids=zeros(TOKENS, 3), txt_ids=zeros(TEXT, 3))
+        inputs.update(img_ids=zeros(tokens, 3), txt_ids=zeros(text, 3))
     else:
-        inputs["rotary"] = zeros(TEXT + TOKENS, HEAD, **floats), zeros(TEXT + TOKENS, HEAD, **floats)
+        inputs["rotary"] = zeros(text + tokens, HEAD, **floats), zeros(text + tokens, HEAD, **floats)
     if graph.family == "qwenimage":
         inputs["encoder_hidden_states_mask"] = zeros(*leading, *batch, TEXT, **floats)
     elif graph.guidance:
@@ -180,24 +234,26 @@ def build(graph, model):
         return ms.Tensor(np.zeros(shape), ms.float32)
 
     config, sigmas = CacheConfig.from_tag(graph.tag), np.linspace(1, 0, STEPS)
+    tokens = TOKENS // graph.ranks
     context = CacheContext(
         graph.batch,
-        TOKENS,
+        tokens,
         model.inner_dim,
         branches=graph.branches,
         mindspore_dtype=ms.bfloat16,
         config=config,
-        text_len=TEXT,
+        text_len=TEXT // graph.ranks,
         steps=STEPS,
         sigmas=sigmas,
         channels=16,
+        over_ranks=None if graph.ranks == 1 else ranks(graph.ranks).mean,
     )
-    latents, timestep = floats(graph.batch, TOKENS, 16).to(ms.bfloat16), floats(graph.batch).to(ms.bfloat16)
+    latents, timestep = floats(graph.batch, tokens, 16).to(ms.bfloat16), floats(graph.batch).to(ms.bfloat16)
     if graph.kind == "loop":
         inputs = graph_input(model_inputs(graph, (graph.branches,)))
         bounds = ms.Tensor(0, ms.int32), ms.Tensor(STEPS, ms.int32)
         numbers = map(ms.Tensor, step_tables(config, STEPS, sigmas))
-        cell = DenoiseLoop(model.cached_model, context)
+        cell = DenoiseLoop(model.cached_model, context, ranks(2) if graph.cfg_parallel else None)
         return cell, (latents, inputs, ms.Tensor(2.0, ms.float32), floats(1000), floats(1001), *bounds, *numbers)
     inputs = model_inputs(graph, ())
     if graph.kind == "step":
@@ -223,14 +279,17 @@ def export(names, folder, lazy_inline=False, depth=None):
     models = {}
     for name in names:
         kind = GRAPHS[name].family
-        models[name] = transformer(kind, GRAPHS[name].guidance, *(depth or DEPTHS[kind]))
+        models[name] = transformer(
+            kind, GRAPHS[name].guidance, GRAPHS[name].quantize, GRAPHS[name].ranks, *(depth or DEPTHS[kind])
+        )
         # Its file gives mindone's class a cached_model.
         family(models[name])
     cells = {name: build(GRAPHS[name], model) for name, model in models.items()}
     for name, (cell, inputs) in cells.items():
         Device("Ascend", "bfloat16", lazy_inline=lazy_inline).prepare(cell, models[name])
         begin = time.perf_counter()
-        ms.export(cell, *inputs, file_name=str(folder / name), file_format="MINDIR")
+        with other_ranks(GRAPHS[name].ranks):
+            ms.export(cell, *inputs, file_name=str(folder / name), file_format="MINDIR")
         yield time.perf_counter() - begin, getrusage(RUSAGE_SELF).ru_maxrss * 1024
     if "FBCache_ms.runtime.cpu.stand_ins" in sys.modules:
         raise RuntimeError("the CPU's stand-ins are in the way of the Ascend path")

@@ -38,6 +38,16 @@ def cached_step(folder):
     return apply_cache_on_pipe(mindone.diffusers.FluxPipeline.from_pretrained(str(folder)))
 
 
+def embedded(pipe, prompt, max_sequence_length=32, **settings):
+    """A request with embeddings in place of its prompts, made operator by operator, which takes less time."""
+    prompts = {"": prompt, **({"negative_": settings.pop("negative_prompt")} if "negative_prompt" in settings else {})}
+    with graph_mode(False):
+        for kind, text in prompts.items():
+            embeds, pooled = pipe.encode_prompt(text, None, max_sequence_length=max_sequence_length)[:2]
+            settings.update({f"{kind}prompt_embeds": embeds, f"{kind}pooled_prompt_embeds": pooled})
+    return settings
+
+
 def answer(pipe, name, end=FINISHED):
     """The latents and the cache's statistics; None where the request is broken off after its third step."""
     config, settings = REQUESTS[name]
@@ -50,7 +60,7 @@ def answer(pipe, name, end=FINISHED):
         pipe._interrupt = step == 2
         return {}
 
-    settings = {"height": 64, "width": 64, "max_sequence_length": 32, "output_type": "latent", **settings}
+    settings = {"height": 64, "width": 64, "output_type": "latent", **embedded(pipe, **settings)}
     if end != FINISHED:
         settings["callback_on_step_end"] = break_off
     with graph_mode(True):

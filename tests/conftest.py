@@ -23,11 +23,22 @@ def pytest_addoption(parser):
     group.addoption("--accuracy_path", help="folder that keeps its pictures")
 
 
+def stay_on_one_core(worker):
+    """Gives each of xdist's workers a core of its own: on two, their compilers' threads get in each other's way."""
+    cores = sorted(os.sched_getaffinity(0))
+    for thread in os.listdir("/proc/self/task"):
+        os.sched_setaffinity(int(thread), {cores[int(worker[2:]) % len(cores)]})
+
+
 def pytest_configure(config):
     """Sets the device before any test file makes a tensor, and a folder for what programs keep in the user's."""
+    if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
+        stay_on_one_core(os.environ["PYTEST_XDIST_WORKER"])
     os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="FBCache_ms_tests_")
     config.add_cleanup(lambda: shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True))
     ms.set_device(config.getoption("--device"))
+    # To compile encoders and autoencoder takes longer than the loop.
+    FluxPipeline.COMPILES_PARTS = False
     config.replaced = replaced() if config.getoption("--device") == "CPU" else {}
     prepare_device()
 
@@ -69,10 +80,17 @@ def installed(request, monkeypatch):
 
 @pytest.fixture(scope="session")
 def pipe():
-    """The embedded checkpoint, with the default cache."""
+    """The embedded checkpoint, with the default cache, every part compiled as users have it."""
     pipe = FluxPipeline.from_pretrained(str(TINY_FLUX))
+    pipe.COMPILES_PARTS = True
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture
+def compiled_parts(monkeypatch):
+    """Encoders and autoencoders compile, as users have them."""
+    monkeypatch.setattr(FluxPipeline, "COMPILES_PARTS", True)
 
 
 @pytest.fixture

@@ -194,6 +194,23 @@ def hicache(computed, x, order, sigma):
     return sum(weight * value for weight, value in zip(weights, differences(computed, order)))
 
 
+def table(computed, order, row):
+    """TaylorSeer's differences, weighted with a row of numbers."""
+    return sum(weight * value for weight, value in zip(row, differences(computed, order)))
+
+
+def spectrum(computed, step, steps, order, penalty):
+    """The sum of Chebyshev polynomials nearest to the computed values, with a penalty on its coefficients."""
+    x = np.array([node for node, _ in computed]) * 2 / steps - 1
+    values = np.array([value.astype(np.float64).ravel() for _, value in computed])
+    # The penalty as further equations.
+    points = np.concatenate([np.cos(np.arccos(x)[:, None] * np.arange(order + 1)), penalty**0.5 * np.eye(order + 1)])
+    values = np.concatenate([values, np.zeros((order + 1, values.shape[1]))])
+    coefficients = np.linalg.lstsq(points, values, rcond=None)[0]
+    here = np.cos(np.arccos(step * 2 / steps - 1) * np.arange(order + 1))
+    return (here @ coefficients).reshape(computed[0][1].shape)
+
+
 def newton(computed, x, order):
     """The polynomial through the last order + 1 computed values, in Lagrange's form."""
     points = computed[-order - 1 :]

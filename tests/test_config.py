@@ -6,12 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from FBCache_ms import CacheConfig
+from FBCache_ms.cache.gates import check_steps, step_tables
 from FBCache_ms.config import PRESETS
 from FBCache_ms.rules.schedules import (
     ASK,
     COMPUTE,
     LEARNT,
     MASKS,
+    MAX_STEPS,
     REUSE,
     fora,
     learnt,
@@ -102,6 +104,20 @@ def test_every_field_comes_back_from_a_tag():
             "magcache_ratios": (1, 1.25),
         },
         {"steps_computation_mask": (1, 0)},
+        {
+            "gate": "static",
+            "schedule": "fora",
+            "taylorseer_derivative": 1,
+            "forecast": "table",
+            "forecast_weights": (1, 0.5, -1e-7, 1 / 3),
+        },
+        {
+            "gate": "static",
+            "schedule": "spectrum_14",
+            "taylorseer_derivative": 4,
+            "forecast": "spectrum",
+            "spectrum_ridge": 0.5,
+        },
     ]
     for rule in RULES.values():
         own = {
@@ -193,6 +209,9 @@ def test_a_value_out_of_range_is_refused_by_name(field, value, error):
         ({"forecast": "dicache", "taylorseer_derivative": 1, "gate": "teacache"}, "scaled by the probe"),
         ({"forecast": "dicache", "taylorseer_derivative": 1, "gate": "cg_taylor"}, "scaled by the probe"),
         ({"forecast": "newton"}, "plain reuse"),
+        ({"forecast": "table", "taylorseer_derivative": 1}, "gate must be static, not 'fbcache'"),
+        ({"forecast": "table", "gate": "static", "schedule": "fora"}, "plain reuse"),
+        ({"forecast_weights": (1, 1)}, "has no effect with forecast='taylor'"),
         ({"forecast_coordinate": "sigma"}, "plain reuse"),
         ({"gate": "static", "schedule": "fora", "max_cached_steps": 3}, "has no effect with gate='static'"),
         ({"span": "stacks", "gate": "teacache"}, "probes each stack"),
@@ -274,7 +293,7 @@ def test_a_mistyped_name_is_told_the_list_and_its_neighbour(ask, meant):
 def test_what_is_near_nothing_has_no_neighbour():
     with pytest.raises(ValueError) as refused:
         CacheConfig.named("xyz")
-    assert str(refused.value).endswith("learnt_12") and "cache 'xyz' is no tag like F1B0" in str(refused.value)
+    assert str(refused.value).endswith(list(PRESETS)[-1]) and "cache 'xyz' is no tag like F1B0" in str(refused.value)
 
 
 @pytest.mark.parametrize("name", LEARNT)
@@ -321,3 +340,27 @@ def test_a_row_computes_first_then_asks(steps, warmup, interval, start, end):
 def test_a_mask_of_another_length_is_refused():
     with pytest.raises(ValueError, match="4 steps, the generation has 5"):
         step_actions(CacheConfig(steps_computation_mask=(1, 0, 0, 1)), 5, (0.1,))
+
+
+def test_a_table_for_another_number_of_steps_is_refused():
+    """Every other step is reused, two of four."""
+    config = CacheConfig(
+        gate="static",
+        schedule="fora",
+        schedule_interval=2,
+        taylorseer_derivative=1,
+        forecast="table",
+        forecast_weights=(1, 0.5, 1, 2),
+    )
+    numbers = step_tables(config, 4)[2]
+    assert numbers[0, -2 * MAX_STEPS :].reshape(-1, 2)[:4].tolist() == [[0, 0], [1, 0.5], [0, 0], [1, 2]]
+    for steps in (3, 6):
+        with pytest.raises(ValueError, match="forecast_weights has 4 numbers, and 'table' needs 2 for each of the"):
+            check_steps(config, steps)
+
+
+def test_a_table_without_weights_is_refused_before_anything_is_drawn():
+    config = CacheConfig(gate="static", schedule="fora", taylorseer_derivative=1, forecast="table")
+    with pytest.raises(ValueError, match="forecast_weights has 0 numbers"):
+        check_steps(config, 28)
+    assert config.switched_off().forecast_weights is None and check_steps(config.switched_off(), 28) is None

@@ -36,6 +36,7 @@ def load(name):
     return module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_draws_with_the_cache(folder, name, monkeypatch, capsys):
     monkeypatch.chdir(folder)

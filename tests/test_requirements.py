@@ -47,7 +47,8 @@ def pins(file, python):
 
 
 @pytest.mark.parametrize(
-    "folders, extras", [(["FBCache_ms"], ["eval"]), (["tests", "benchmarks", "examples"], ["eval", "test"])]
+    "folders, extras",
+    [(["FBCache_ms"], ["eval", "serve", "ray"]), (["tests", "benchmarks", "examples"], ["eval", "test"])],
 )
 def test_whatever_is_imported_is_named(folders, extras):
     modules = imported(folders)
@@ -63,7 +64,7 @@ def test_a_python_gets_one_version_of_each_requirement_and_an_admitted_one(file,
     for pin in pins(file, python):
         assert canonicalize_name(pin.name) not in found
         (found[canonicalize_name(pin.name)],) = pin.specifier
-    for name, requirement in named("eval").items():
+    for name, requirement in named("eval", "serve").items():
         assert requirement.specifier.contains(found[name].version)
 
 

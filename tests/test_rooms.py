@@ -14,7 +14,7 @@ FLOORS = (
     ("cache",),
     ("runtime", "predict", "models"),
     ("pipelines",),
-    ("eval", "comfyui"),
+    ("eval", "comfyui", "serve"),
 )
 """From the ground up; rooms of one floor may import each other."""
 

@@ -8,11 +8,30 @@ import mindspore as ms
 from mindspore import Parameter, ops
 
 from ..config import CacheConfig
-from ..rules.arithmetic import finite_differences, probe_ratio, relative_difference, weighted_sum, within_limits
+from ..rules.arithmetic import (
+    finite_differences,
+    mean,
+    probe_ratio,
+    relative_difference,
+    running_sums,
+    weighted_sum,
+    within_limits,
+)
 from ..rules.forecasts import FORECASTS
 from ..rules.schedules import MAX_STEPS
 from ..rules.when import COMPUTED, FORECAST, PREVIOUS, PROBE, SPAN
-from .gates import FORECAST_NUMBER, LIMITS, GatePlan, check_shape, every_gate, numbers_width, places, plan, step_tables
+from .gates import (
+    FORECAST_NUMBER,
+    LIMITS,
+    GatePlan,
+    check_shape,
+    every_gate,
+    numbers_width,
+    places,
+    plan,
+    step_tables,
+    table_width,
+)
 from .stats import BRANCHES, NOT_COMPARED, NOT_REACHED, REUSED, CacheStats, GateStats, skipped_share
 
 
@@ -46,14 +65,18 @@ class Buffer:
 
 @ms.jit_class
 class Differences:
-    """A tensor's finite differences over the computed steps, (K, *shape), order 0 first."""
+    """A tensor's finite differences over the computed steps, (K, *shape), order 0 first; or sums of it over these."""
 
-    def __init__(self, derivatives):
-        self.derivatives = derivatives
+    def __init__(self, derivatives, accumulates=False):
+        self.derivatives, self.accumulates = derivatives, accumulates
 
     def update(self, value, filled, gaps):
         """Takes over the value at a computed step."""
-        self.derivatives.write(finite_differences(value, self.derivatives.read(), filled, gaps))
+        before = self.derivatives.read()
+        if self.accumulates:
+            self.derivatives.write(running_sums(value, before, gaps))
+        else:
+            self.derivatives.write(finite_differences(value, before, filled, gaps))
 
     def forecast(self, weights):
         """What the tensor is expected to be, in float32."""
@@ -93,9 +116,10 @@ class Tallies:
 class StepTables:
     """The step's number and every number of the configuration: inputs of the graph, not constants of it."""
 
-    def __init__(self, gates, step):
+    def __init__(self, config, step):
         self.step, self.every_step = step, ms.Tensor(np.arange(MAX_STEPS), ms.int32)
-        number, self.width = max(len(gates), 1), numbers_width(gates)
+        number, self.width = max(len(every_gate(plan(config))), 1), numbers_width(config)
+        self.table, self.orders = self.width - table_width(config), config.taylorseer_derivative + 1
         self.limits = Parameter(ms.Tensor(np.zeros((number * MAX_STEPS, LIMITS)), ms.float32), "cache_limits", False)
         self.coordinates = Parameter(ms.Tensor(np.zeros(MAX_STEPS), ms.float32), "cache_coordinates", False)
         self.numbers = Parameter(ms.Tensor(np.zeros(number * self.width), ms.float32), "cache_numbers", False)
@@ -118,6 +142,11 @@ class StepTables:
     def number(self, gate, place):
         """One of a gate's numbers."""
         return ops.gather(self.numbers, ms.Tensor(gate * self.width + place, ms.int32), 0)
+
+    def row(self, gate):
+        """This step's row of a gate's table, a scalar for each order."""
+        first = gate * self.width + self.table + self.step.read() * self.orders
+        return tuple([ops.gather(self.numbers, first + order, 0) for order in range(self.orders)])
 
     def x(self):
         """This step's coordinate."""
@@ -146,10 +175,10 @@ class AskedRule:
         """What the rule keeps beside, as it is now."""
         return tuple([buffer.read() for buffer in self.state])
 
-    def take(self, before, behind):
+    def take(self, before, behind, mean):
         """Takes over what it keeps from a computed step's span."""
         if self.observe is not None:
-            kept = self.observe(self.kept(), before, behind)
+            kept = self.observe(self.kept(), before, behind, mean)
             for place in range(len(self.state)):
                 self.state[place].write(kept[place])
 
@@ -160,7 +189,8 @@ class Gate:
 
     span = GatePlan.span
 
-    def __init__(self, plan, order, config, shape, text_len, channels, dtype, tables, tallies, buffer):
+    def __init__(self, plan, order, config, shape, text_len, channels, dtype, tables, tallies, buffer, over_ranks):
+        self.over_ranks, self.mean = over_ranks, over_ranks or mean
         batch, tokens, width = shape
         shape = (batch, tokens, channels) if plan.whole_model else shape
         self.whole_model, self.channels = plan.whole_model, channels
@@ -169,6 +199,7 @@ class Gate:
         self.stack, self.first, self.last = plan.stack, plan.first, plan.last
         self.needs_text, self.probes_text = plan.needs_text, plan.probes_text
         self.orders, self.takes_ratio = config.taylorseer_derivative + 1, forecast.takes_ratio
+        self.has_rows = forecast.rows is not None
         self.forecast_weights, self.forecast_gaps = forecast.weights, forecast.gaps
         self.looks_at = tuple(config.probe if rule.looks_at == PROBE else rule.looks_at for rule in plan.rules)
         self.factor, self.batch_reduction = config.downsample_factor, config.batch_reduction
@@ -178,7 +209,7 @@ class Gate:
 
         def differences(name, shape):
             kept = ms.float32 if config.derivatives_dtype == "float32" else dtype
-            return Differences(named(name, (self.orders, *shape), dtype=kept))
+            return Differences(named(name, (self.orders, *shape), dtype=kept), forecast.accumulates)
 
         self.filled = named("filled", (), dtype=ms.int32)
         self.nodes = named("nodes", (self.orders,))
@@ -204,7 +235,7 @@ class Gate:
         self.reused = named("reused", (MAX_STEPS,), NOT_REACHED, ms.int32)
         self.diffs = named("diffs", (MAX_STEPS,), NOT_COMPARED)
         self.inner = tuple(
-            Gate(within, order, config, shape, text_len, channels, dtype, tables, tallies, buffer)
+            Gate(within, order, config, shape, text_len, channels, dtype, tables, tallies, buffer, over_ranks)
             for within in plan.inner
         )
 
@@ -235,9 +266,9 @@ class Gate:
     def compare(self, rule, probe):
         """A rule's difference and its score."""
         if rule.difference is None:
-            difference = relative_difference(self.reference(rule), probe, self.batch_reduction)
+            difference = relative_difference(self.reference(rule), probe, self.batch_reduction, self.over_ranks)
         else:
-            difference = rule.difference(self.reference(rule), probe, rule.kept())
+            difference = rule.difference(self.reference(rule), probe, rule.kept(), self.mean)
         numbers = tuple([self.number(number) for number in rule.numbers])
         return difference, rule.score(difference, rule.sum.read(), numbers)
 
@@ -259,7 +290,8 @@ class Gate:
 
     def weights(self, ratio):
         """The forecast's weights at this step, a scalar for each order."""
-        return self.forecast_weights(self.tables.x(), self.last_nodes(), self.number(FORECAST_NUMBER), ratio)
+        own = self.tables.row(self.index) if self.has_rows else self.number(FORECAST_NUMBER)
+        return self.forecast_weights(self.tables.x(), self.last_nodes(), own, ratio)
 
     def last_nodes(self):
         """The coordinates of the last computed steps, newest first."""
@@ -274,7 +306,7 @@ class Gate:
         ratio = 1.0
         if self.takes_ratio:
             nodes = self.last_nodes()
-            ratio = probe_ratio(added[0], self.probe_differences.derivatives.read(), nodes[0] - nodes[1])
+            ratio = probe_ratio(added[0], self.probe_differences.derivatives.read(), nodes[0] - nodes[1], self.mean)
         weights = self.weights(ratio)
         if self.needs_text:
             return self.residual.forecast(weights), self.text_residual.forecast(weights)
@@ -304,7 +336,7 @@ class Gate:
         for place in range(len(self.rules)):
             if self.rules[place].against_computed:
                 self.rules[place].reference.write(probes[place])
-            self.rules[place].take(before, behind)
+            self.rules[place].take(before, behind, self.mean)
         if self.orders > 1:
             self.nodes.write(ops.stack((x,) + nodes[:-1]))
         self.filled.write(ops.minimum(filled + 1, self.orders))
@@ -330,6 +362,7 @@ class CacheContext:
         text_len: T, text tokens; only where blocks run behind the span, or the single stack has a gate of its own.
         steps, sigmas: as in configure.
         channels: C, of the velocity; only where a reuse stands for the whole model.
+        over_ranks: where several devices share the tokens, the mean over those of all, as arithmetic.mean is called.
 
     Raises:
         ValueError: a size is below 1, branches is neither 1 nor 2, text_len or steps is missing, or config and
@@ -349,6 +382,7 @@ class CacheContext:
         steps=None,
         sigmas=None,
         channels=0,
+        over_ranks=None,
     ):
         if config is None:
             config = CacheConfig(taylorseer_derivative=taylorseer_derivative or 0)
@@ -371,7 +405,7 @@ class CacheContext:
         self.told = False
         self.step = buffer("step", (), 0, ms.int32)
         self.timestep = buffer("timestep", (), 0, ms.float32)
-        self.tables = StepTables(every_gate(plans), self.step)
+        self.tables = StepTables(config, self.step)
         self.gates = tuple(
             Gate(
                 gate,
@@ -384,6 +418,7 @@ class CacheContext:
                 self.tables,
                 Tallies(buffer(f"{gate.name}_tallies", (LIMITS,), Tallies.initial, ms.float32)),
                 buffer,
+                over_ranks,
             )
             for gate in plans
         )
@@ -501,14 +536,15 @@ class CacheContext:
         """How many of the first gate's differences are valid."""
         return self.gates[0].filled.value
 
-    def stats(self, costs=None):
+    def stats(self, costs=None, traces=None):
         """The generation's trace so far, a CacheStats; reads the device.
 
-        ``costs`` is a flops.StepCosts, for the share of operations that was skipped.
+        ``costs`` is a flops.StepCosts, for the share of operations that was skipped, and ``traces`` what another device
+        has a part of, as ``traces`` gives it.
         """
-        traces = self.traces()
-        skipped = None if costs is None else skipped_share(every_gate(self.gates), traces, [costs] * self.branches)
-        uncond = CacheStats(traces[1]) if self.branches == 2 else None
+        traces = traces or self.traces()
+        skipped = None if costs is None else skipped_share(every_gate(self.gates), traces, [costs] * len(traces))
+        uncond = CacheStats(traces[1]) if len(traces) == 2 else None
         return CacheStats(traces[0], skipped, uncond)
 
     def traces(self):

@@ -14,7 +14,7 @@ LIMITS = 3
 """Of a gate at a step: reuses in all, reuses in a row, and the sum of the compared differences stay below them."""
 
 FORECAST_NUMBER = 0
-"""The place of the forecast's own number among a gate's; the rules' numbers follow."""
+"""The place of the forecast's own number among a gate's; the rules' numbers follow, and a forecast's table."""
 
 
 @dataclass(frozen=True)
@@ -126,9 +126,16 @@ def places(rules):
     return tuple(found)
 
 
-def numbers_width(gates):
-    """How many numbers each of so many gates has, filled up to the most that one needs."""
-    return max((FORECAST_NUMBER + 1 + sum(1 + len(own) for _, own in places(gate.rules)) for gate in gates), default=1)
+def table_width(config):
+    """How many numbers the forecast's table has: a row for each step that there may be, none without a table."""
+    return MAX_STEPS * (config.taylorseer_derivative + 1) * (FORECASTS[config.forecast].rows is not None)
+
+
+def numbers_width(config):
+    """How many numbers each gate has: those before a table filled up to the most that one needs, and the table."""
+    rules = [places(gate.rules) for gate in every_gate(plan(config))]
+    most = max((FORECAST_NUMBER + 1 + sum(1 + len(own) for _, own in each) for each in rules), default=1)
+    return most + table_width(config)
 
 
 def gate_numbers(config, gate):
@@ -136,13 +143,31 @@ def gate_numbers(config, gate):
 
     Those of a field with fewer than it may have stand last: a polynomial's lowest powers.
     """
-    numbers = [sum(getattr(config, name) for name in FORECASTS[config.forecast].options)]
+    forecast = FORECASTS[config.forecast]
+    numbers = [0.0 if forecast.rows else sum(getattr(config, name) for name in forecast.options)]
     for rule in gate.rules:
         numbers.append(threshold(config, gate, rule))
         for name in rule.numbers:
             values = np.atleast_1d(getattr(config, name)).tolist()
             numbers += [0.0] * (width(name) - len(values)) + values
     return numbers
+
+
+def weights_table(config, actions):
+    """The table of a forecast's rows (1000, K): 0 but at the steps that ``actions`` reuse.
+
+    Raises ValueError where there are more or fewer rows.
+    """
+    table = np.zeros((MAX_STEPS, config.taylorseer_derivative + 1), np.float32)
+    table[: len(actions)][actions == REUSE] = FORECASTS[config.forecast].rows(config, actions)
+    return table
+
+
+def check_steps(config, steps):
+    """Raises ValueError for a mask or a table that is for another number of steps."""
+    actions = step_actions(config, steps, ())
+    if FORECASTS[config.forecast].rows:
+        weights_table(config, actions)
 
 
 def step_tables(config, steps, sigmas=None, progress=None):
@@ -159,13 +184,15 @@ def step_tables(config, steps, sigmas=None, progress=None):
             configuration's limits at a step that asks, infinity at one that is reused, minus infinity at one that
             computes. G is 1 where there is no gate.
         coordinates (1000,), float32: where each step lies for the forecast.
-        numbers (G, numbers_width), float32: gate_numbers of each gate.
+        numbers (G, numbers_width), float32: gate_numbers of each gate, and weights_table at their ends.
+
+    Raises ValueError where sigmas are missing, or where a mask or a table is for another number of steps.
     """
     if config.forecast_coordinate == "sigma" and sigmas is None:
         raise ValueError("forecast_coordinate 'sigma' needs the schedule's sigmas")
-    gates = every_gate(plan(config))
+    gates, forecast = every_gate(plan(config)), FORECASTS[config.forecast]
     limits = np.full((max(len(gates), 1), MAX_STEPS, LIMITS), -np.inf, np.float32)
-    numbers = np.zeros((max(len(gates), 1), numbers_width(gates)), np.float32)
+    numbers = np.zeros((max(len(gates), 1), numbers_width(config)), np.float32)
     for index, gate in enumerate(gates):
         thresholds = [threshold(config, gate, rule) for rule in gate.rules]
         computes_last = any(rule.computes_last for rule in gate.rules)
@@ -177,7 +204,11 @@ def step_tables(config, steps, sigmas=None, progress=None):
             limits[index, :, -1] = np.where(limits[index, :, -1] > 0, np.inf, -np.inf)
         own = gate_numbers(config, gate)
         numbers[index, : len(own)] = own
+        if forecast.rows:
+            numbers[index, -table_width(config) :] = weights_table(config, actions).ravel()
     coordinates = np.arange(MAX_STEPS, dtype=np.float32)
     if config.forecast_coordinate == "sigma":
         coordinates[:steps] = np.asarray(sigmas)[:steps]
+    if forecast.coordinate:
+        coordinates[:steps] = forecast.coordinate(steps)
     return limits, coordinates, numbers

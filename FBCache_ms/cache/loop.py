@@ -16,11 +16,12 @@ class DenoiseLoop(nn.Cell):
     Args:
         model: the Model.
         cache_context: a CacheContext for the latents' shape, with two branches for true CFG.
+        pair: the gathered.Ranks of two devices that have a branch of true CFG each; None where this one has all.
     """
 
-    def __init__(self, model, cache_context):
+    def __init__(self, model, cache_context, pair=None):
         super().__init__(auto_prefix=False)
-        self.transformer, self.model, self.cache = model.transformer, model, cache_context
+        self.transformer, self.model, self.cache, self.pair = model.transformer, model, cache_context, pair
         self.step_seconds = None
         # ms.export looks for the graph's Parameters in the Cell that it is given.
         for parameter in cache_context.parameters():
@@ -113,6 +114,9 @@ class DenoiseLoop(nn.Cell):
         """The latents after a call, and under true CFG the velocity that the negative prompt's call finds."""
         strides, true_cfg_scale = updates
         branches = self.cache.branches
+        if self.pair is not None:
+            both = self.pair.all_gather(output.expand_dims(0))
+            output = self.model.guide(both[1], both[0], true_cfg_scale)
         if branches == 1:
             return euler_step(latents, output, ops.gather(strides, call, 0)), positive
         guided = self.model.guide(output, positive, true_cfg_scale)
@@ -125,7 +129,7 @@ class DenoiseLoop(nn.Cell):
         With ``wait`` they are there when this returns, and the loop knows how long a step takes.
         """
         begin, tokens = time.perf_counter(), latents.shape[1]
-        latents = self(*inputs(latents, start, stop))
+        latents = inputs.all_of(self(*inputs(latents, start, stop)))
         latents = latents if latents.shape[1] == tokens else latents[:, :tokens]
         if wait:
             latents.asnumpy()

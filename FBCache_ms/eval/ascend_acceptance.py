@@ -33,7 +33,7 @@ LONGEST_REASON = 300
 def parse_arguments(argv=None):
     """The command line."""
     parser = Parser(__name__, "ascend_acceptance", description=__doc__)
-    add_drawing_options(parser, limit=50, save_path="./results/acceptance")
+    add_drawing_options(parser, limit=50, save_path="./results/acceptance", context_parallel=False)
     add_clip_option(parser)
     add = parser.add_argument_group("checks").add_argument
     add("--only", nargs="+", choices=list(CHECKS), metavar="CHECK", help=f"of {', '.join(CHECKS)} (default: all)")

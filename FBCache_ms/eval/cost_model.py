@@ -30,6 +30,7 @@ from FBCache_ms.models import costs_of
 from FBCache_ms.predict.roofline import PYNATIVE, WHOLE_LOOP, Accelerator, Shapes, seconds, step, work_seconds
 from FBCache_ms.rules.schedules import MAX_STEPS
 from FBCache_ms.runtime.checkpoint import FLUX_DEV, image_unit, transformer_config
+from FBCache_ms.runtime.quantize import QUANT_TYPES
 
 SIZES, STEPS, BATCHES, ORDERS = (512, 768, 1024, 1536, 2048), (4, 14, 28, 50), (1, 2, 4, 8), (0, 1, 2, 3)
 FIGURES = {
@@ -383,7 +384,7 @@ def run_of(args):
     if cache is None and given is None:
         given = [max(round(steps * (1 - best(ATLAS).reused[-1] / ATLAS.steps)), 1)]
     tokens = size[0] // unit * (size[1] // unit)
-    shapes = Shapes(transformer, args.batch_size, tokens, args.text_tokens)
+    shapes = Shapes(transformer, args.batch_size, tokens, args.text_tokens, weight_itemsize=args.quantize and 1)
     return Run(shapes, unit, config, steps, computed_steps(config, steps, given))
 
 
@@ -414,6 +415,11 @@ def parse_arguments(argv=None):
     add("--num_inference_steps", type=int, metavar="N", help=f"steps of a generation (default: {ATLAS.steps})")
     add("--batch_size", type=int, default=1, metavar="B", help="pictures at once")
     add("--cache", metavar="TAG|PRESET", help="what is on (default: as published)")
+    add(
+        "--quantize",
+        choices=QUANT_TYPES,
+        help="the blocks' weights are int8, a byte each; products are predicted to take as long as bfloat16's",
+    )
     add(
         "--computed_steps",
         type=int,

@@ -9,6 +9,7 @@ from FBCache_ms.eval.shared.arguments import TYPED, Parser
 
 PROGRAMS = {
     "draw": ("run_flux_withFBCache_pipeline", "draw a prompt; say what was cached and what that saved"),
+    "serve": ("serve", "serve pictures over HTTP, by OpenAI's interface"),
     "bench": ("benchmark", "time the uncached loop and caches beside it"),
     "sweep": ("sweep", "draw the same prompts under many configurations, and compare"),
     "tune": ("tune", "find the fastest configuration that is good enough, or the best"),

@@ -1,16 +1,18 @@
-"""Counts the bytes that caches take on FLUX.1-dev, or on a transformer of another width; allocates none of them."""
+"""Counts the bytes that caches take on FLUX.1-dev, or on another model; allocates none of them."""
 
 import sys
+from pathlib import Path
 
 from FBCache_ms.config import CacheConfig
 from FBCache_ms.eval.shared.arguments import Parser, add_into_option, add_save_path, check_range, exit_status, reason
 from FBCache_ms.eval.shared.files import check_folder, check_into
 from FBCache_ms.eval.shared.tables import markdown, publish
 from FBCache_ms.predict.memory import cache_bytes
+from FBCache_ms.runtime.checkpoint import block_counts, image_unit, transformer_config
 
 ITEMSIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
-PIXELS = 16
-"""Of a token's side, in Flux."""
+WIDTH, BLOCKS, PIXELS = 3072, (19, 38), 16
+"""FLUX.1-dev's: of the transformer, how many of either kind it has, and of a token's side."""
 
 ROWS = (
     *((f"First-Block Cache, order {order}", f"F1B0_W0_T{min(order, 1)}O{order}_R0.12", 1) for order in range(4)),
@@ -39,7 +41,8 @@ def parse_arguments(argv=None):
     add("--sides", nargs="+", type=int, default=[1024, 2048], metavar="PIXELS", help="of a square")
     add("--batch_sizes", nargs="+", type=int, default=[1, 4], metavar="N", help="pictures a call")
     add("--text_len", type=int, default=512, metavar="N", help="text tokens")
-    add("--inner_dim", type=int, default=3072, metavar="N", help="the transformer's width (default: FLUX.1-dev's 3072)")
+    add("--ckpt", type=Path, metavar="FOLDER", help="a checkpoint of another model (default: FLUX.1-dev's shapes)")
+    add("--inner_dim", type=int, metavar="N", help=f"the transformer's width (default: the model's, {WIDTH})")
     add("--dtype", choices=tuple(ITEMSIZES), default="bfloat16", help="the model's")
     add = parser.add_argument_group("output").add_argument
     add_save_path(add, "./results/memory", "the tables")
@@ -49,17 +52,34 @@ def parse_arguments(argv=None):
         for name in ("sides", "batch_sizes"):
             for value in getattr(args, name):
                 check_range(name, value, 1)
+        width, blocks, args.pixels = WIDTH, BLOCKS, PIXELS
+        if args.ckpt is not None:
+            config, blocks, args.pixels = transformer_config(args.ckpt), block_counts(args.ckpt), image_unit(args.ckpt)
+            width = config.num_attention_heads * config.attention_head_dim
+        args.inner_dim = width if args.inner_dim is None else args.inner_dim
         for name in ("text_len", "inner_dim"):
             check_range(name, getattr(args, name), 1)
-        if any(side % PIXELS for side in args.sides):
-            raise ValueError(f"--sides must be multiples of {PIXELS}, not {' '.join(map(str, args.sides))}")
-        args.rows = [*ROWS, *(("--cache", tag, 1) for tag in args.cache)]
+        if any(side % args.pixels for side in args.sides):
+            raise ValueError(f"--sides must be multiples of {args.pixels}, not {' '.join(map(str, args.sides))}")
+        own = [("--cache", tag, 1) for tag in args.cache]
+        for _, tag, _ in own:
+            CacheConfig.named(tag).check_blocks(*blocks)
+        args.rows = [row for row in ROWS if fits(CacheConfig.named(row[1]), blocks)] + own
         args.configs = [CacheConfig.named(tag) for _, tag, _ in args.rows]
         check_into(args.into)
         check_folder(args.save_path)
     except (OSError, TypeError, ValueError) as error:
         parser.error(reason(error))
     return args
+
+
+def fits(config, blocks):
+    """Whether a transformer with so many blocks of either kind can have a cache."""
+    try:
+        config.check_blocks(*blocks)
+    except ValueError:
+        return False
+    return True
 
 
 def count(args):
@@ -69,7 +89,7 @@ def count(args):
         row = {"Cache": name, "`--cache`": f"`{tag}`"}
         for side in args.sides:
             for batch in args.batch_sizes:
-                shape = batch, (side // PIXELS) ** 2, args.inner_dim, args.text_len, branches
+                shape = batch, (side // args.pixels) ** 2, args.inner_dim, args.text_len, branches
                 row[f"{side} x {side}, batch {batch}"] = cache_bytes(config, *shape, ITEMSIZES[args.dtype])
         rows.append(row)
     return rows

@@ -315,7 +315,7 @@ def forecasts_text(rows):
 def parse_arguments(argv=None):
     """The command line."""
     parser = Parser(__name__, "precision", description=__doc__)
-    add_drawing_options(parser, limit=10, save_path="./results/precision")
+    add_drawing_options(parser, limit=10, save_path="./results/precision", context_parallel=False)
     parser.set_defaults(dtype="float32")
     add_into_option(parser)
     args = parser.parse_args(argv)

@@ -1,19 +1,18 @@
 """Draws a prompt with Flux, First-Block Cache and TaylorSeer, and says what was cached and what that saved."""
 
 import argparse
-import gc
 import importlib.util
 import math
 import statistics
 import sys
 import time
-from contextlib import contextmanager
 from itertools import count
 
 from FBCache_ms.config import CacheConfig
 from FBCache_ms.eval.shared.arguments import (
     Parser,
     add_cache_options,
+    add_context_parallel,
     add_model_options,
     add_picture_options,
     add_save_path,
@@ -27,7 +26,10 @@ from FBCache_ms.eval.shared.arguments import (
     guidance_of,
 )
 from FBCache_ms.eval.shared.files import check_folder, json_bytes, locked, write_file
+from FBCache_ms.eval.shared.ranks import group_and_groups, is_follower
 from FBCache_ms.runtime.checkpoint import family_of
+from FBCache_ms.runtime.imports import quick_imports
+from FBCache_ms.runtime.quantize import quantized_as
 
 SSIM_WINDOW = 11
 """Pixels that SSIM looks at in each direction."""
@@ -49,6 +51,12 @@ def parse_arguments(argv=None):
     )
     add = parser.add_argument_group("model").add_argument
     add_model_options(add, compile_cache=True)
+    add_context_parallel(add)
+    add(
+        "--cfg_parallel",
+        action="store_true",
+        help="one half of the devices of --context_parallel takes the prompt, the other half the negative prompt",
+    )
     add(
         "--use_graph_mode",
         action=argparse.BooleanOptionalAction,
@@ -99,6 +107,12 @@ def check_arguments(args):
     if args.compare and args.image_size is not None and min(args.image_size) < SSIM_WINDOW:
         raise ValueError(f"--compare needs an --image_size of {SSIM_WINDOW} pixels or more, for SSIM")
     check_cache(args.config, args.ckpt, args.num_inference_steps)
+    if args.context_parallel > 1 and group_and_groups(args.context_parallel)[1] > 1:
+        raise ValueError("--context_parallel has to be as many as msrun has started: one prompt is drawn once")
+    if args.cfg_parallel and args.context_parallel % 2:
+        raise ValueError(f"--cfg_parallel needs an even --context_parallel, not {args.context_parallel}")
+    if args.cfg_parallel and (args.negative_prompt is None or args.true_cfg_scale <= 1):
+        raise ValueError("--cfg_parallel needs a --negative_prompt and a --true_cfg_scale above 1")
     check_folder(args.save_path)
 
 
@@ -171,21 +185,10 @@ def write(save_path, images, report):
             former.unlink()
 
 
-@contextmanager
-def uncollected():
-    """For imports: without garbage collection, which would go again and again through what they make to stay."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
-
-
 def run(args):
     """Loads, draws, compares if asked, writes; returns run.json's content."""
     begin = time.perf_counter()
-    with uncollected():
+    with quick_imports():
         device = device_of(args)
         import mindone
 
@@ -193,15 +196,23 @@ def run(args):
 
         import FBCache_ms
 
-    kind = getattr(FBCache_ms, family_of(args.ckpt).PIPELINE)
+        kind = getattr(FBCache_ms, family_of(args.ckpt).PIPELINE)
     imported = time.perf_counter()
     pipe = kind.from_pretrained(
-        str(args.ckpt), cache_config=args.config, use_graph_mode=args.use_graph_mode, device=device
+        str(args.ckpt),
+        cache_config=args.config,
+        use_graph_mode=args.use_graph_mode,
+        device=device,
+        quantize_config=args.quantize,
     )
     loaded = time.perf_counter()
     reason = pipe.why_not_cached()
     if reason:
         raise ValueError(f"checkpoint {args.ckpt} cannot run with the cache: {reason}")
+    if args.context_parallel > 1:
+        from FBCache_ms.runtime.parallel import ContextParallelConfig
+
+        pipe.enable_parallelism(ContextParallelConfig(args.context_parallel, cfg_parallel=args.cfg_parallel))
     pictures = generate(pipe, args, args.config)
     stats, bytes_of_cache = pipe.cache_stats, pipe.cache_bytes
     seconds = {"imports": imported - begin, "load": loaded - imported, **pipe.seconds}
@@ -221,6 +232,9 @@ def run(args):
         "graph_compilations": pipe.graph_compilations,
         "graphs_from_cache": pipe.graphs_from_cache,
         "cache_bytes": bytes_of_cache,
+        "quantize": quantized_as(pipe),
+        "context_parallel": args.context_parallel,
+        "cfg_parallel": args.cfg_parallel,
         "device": device.name,
         "mode": "GRAPH_MODE" if args.use_graph_mode else "PYNATIVE_MODE",
         "dtype": device.dtype,
@@ -235,6 +249,8 @@ def run(args):
         psnr, ssim, images[COMPARISON] = compared(pictures, references, report)
         images[BASELINE] = list(map(image_of, references))
         report["baseline"] = {"denoise": baseline, "speedup": baseline / denoise, "psnr": psnr, "ssim": ssim}
+    if is_follower(args.context_parallel):
+        return report
     report["files"] = [f"{name}_{index}.png" for name in NAMES for index in range(len(images.get(name, ())))]
     write(args.save_path, images, report)
     return report
@@ -278,6 +294,9 @@ def main(argv=None):
     args = parse_arguments(argv)
 
     def work():
+        if is_follower(args.context_parallel):
+            run(args)
+            return
         with locked(args.save_path):
             print(summary(run(args), args.save_path))
 

@@ -13,12 +13,12 @@ from FBCache_ms.eval.shared.arguments import (
     exit_status,
     reason,
 )
-from FBCache_ms.eval.shared.cases import BASELINE, CASES, Row
+from FBCache_ms.eval.shared.cases import BASELINE, CASES, Row, is_for
 from FBCache_ms.eval.shared.drawing import Setting, draw_and_finish, share
 from FBCache_ms.eval.shared.files import check_folder, check_into, put_into, say_written
 from FBCache_ms.eval.shared.measure import Judge, cell_of, clip_folder, write_sweep
 from FBCache_ms.eval.shared.prompts import choose_prompts
-from FBCache_ms.eval.shared.ranks import rank_and_world
+from FBCache_ms.eval.shared.ranks import group_and_groups
 from FBCache_ms.eval.shared.tables import KINDS, show
 
 OVER_THRESHOLDS = ("fbcache", "teacache", "gates")
@@ -61,10 +61,11 @@ def rows_of(args):
     cases = args.cases or ([] if args.cache else ["fbcache"])
     if args.thresholds is not None and not set(cases) & set(OVER_THRESHOLDS):
         raise ValueError(f"--thresholds needs one of --cases {', '.join(OVER_THRESHOLDS)}")
-    rows = [BASELINE]
+    rows, steps = [BASELINE], args.num_inference_steps
     for case in cases:
         grid = (tuple(args.thresholds),) if args.thresholds is not None and case in OVER_THRESHOLDS else ()
-        rows += CASES[case](*grid)
+        # A fitted preset is for one number of steps.
+        rows += [row for row in CASES[case](*grid) if is_for(row.cache_at(steps), row.steps_of(steps))]
     return rows + [Row("--cache", tag, tag) for tag in args.cache]
 
 
@@ -78,7 +79,7 @@ def main(argv=None):
     def work():
         from tqdm import tqdm
 
-        ranks = rank_and_world()
+        ranks = group_and_groups(args.context_parallel)
         # The first rank judges each row.
         total = len(drawn) * len(share(ranks, args.prompts)) + (len(settings) if ranks[0] == 0 else 0)
         with tqdm(total=total, desc="sweep") as bar:

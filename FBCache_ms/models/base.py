@@ -9,9 +9,12 @@ beside it
 - COSTS, the module of what is known without MindSpore: the pipeline's name, its components and guidance, the published
   config, and what counts operations and bytes: stacks, width, channels, step_costs, block, condition, ends;
 - BY_BRANCH, those of its inputs that each guidance branch has of its own;
+- BY_TOKEN, {input: (whose tokens it has, "text", "image" or "both", text first, and along which axis)};
+- MODULATION, parts of the names of the layers that make what scales and shifts the streams;
 - graph_inputs(transformer, arguments): the other arguments of a call as the graph takes them, or what is refused; among
   them may be ``longest``, the tokens of the guidance branches' longest text;
-- why_foreign(transformer), why_not_probed(transformer, probe): what stands in the way, in words, or None.
+- why_foreign(transformer): what stands in the way, in words, or None; and why_not_probed(transformer, probe), where a
+  rule's probe may not be there.
 
 Two streams run through the blocks: the image (B, S, D) and the text (B, T, D). ``given`` is a dictionary of what every
 block gets beside them. A dictionary, since a graph in STRICT syntax makes no named tuple and no object of its own

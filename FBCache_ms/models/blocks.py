@@ -46,13 +46,44 @@ def modulate(normed, shift, scale):
     return normed * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
+def refuse_kwargs(attention_kwargs):
+    """Raises ValueError for what goes on to attention, where nothing can."""
+    if attention_kwargs:
+        raise ValueError(f"attention_kwargs {', '.join(attention_kwargs)} are not supported with the cache")
+
+
+def modulation(vector):
+    """A block's modulation (B, 6 D): shift and scale before attention; its gate, the MLP's shift, scale and gate."""
+    shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = mint.chunk(vector, 6, dim=-1)
+    return (shift, scale), (gate, mlp_shift, mlp_scale, mlp_gate)
+
+
+def token_norms(velocity):
+    """|v| of each token, (B, S, 1)."""
+    return mint.sqrt(mint.sum(velocity * velocity, dim=-1, keepdim=True))
+
+
+def attend(processor, query, key, value, mask):
+    """Attention of (B, L, heads, d), over the tokens of all ranks where the processor is one of models/gathered.py."""
+    if hasattr(processor, "ranks"):
+        key, value = processor.ranks.keys_and_values(key, value)
+    return attention_dispatch.dispatch_attention_fn(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        backend=processor._attention_backend,
+        parallel_config=processor._parallel_config,
+    )
+
+
 def joint_attention(attn, image, text, rotary, keys):
     """Joint attention over [text, image]: what the image and what the text stream gets of it.
 
     The equations are those of mindone 0.5.0's QwenDoubleStreamAttnProcessor2_0, and padding is no key.
     """
     batch, text_len = text.shape[:2]
-    heads = (batch, -1, attn.heads, attn.to_q.weight.shape[0] // attn.heads)
+    heads = (batch, -1, attn.heads, attn.inner_dim // attn.heads)
     query = attn.norm_q(attn.to_q(image).reshape(heads))
     text_query = attn.norm_added_q(attn.add_q_proj(text).reshape(heads))
     key = attn.norm_k(attn.to_k(image).reshape(heads))
@@ -60,14 +91,7 @@ def joint_attention(attn, image, text, rotary, keys):
     value, text_value = attn.to_v(image).reshape(heads), attn.add_v_proj(text).reshape(heads)
     query = embeddings.apply_rotary_emb(mint.cat((text_query, query), dim=1), rotary, sequence_dim=1)
     key = embeddings.apply_rotary_emb(mint.cat((text_key, key), dim=1), rotary, sequence_dim=1)
-    attended = attention_dispatch.dispatch_attention_fn(
-        query,
-        key,
-        mint.cat((text_value, value), dim=1),
-        attn_mask=keys,
-        backend=attn.processor._attention_backend,
-        parallel_config=attn.processor._parallel_config,
-    )
+    attended = attend(attn.processor, query, key, mint.cat((text_value, value), dim=1), keys)
     attended = attended.reshape(batch, attended.shape[1], -1).to(query.dtype)
     return attn.to_out[1](attn.to_out[0](attended[:, text_len:])), attn.to_add_out(attended[:, :text_len])
 

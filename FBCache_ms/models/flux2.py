@@ -19,11 +19,13 @@ import mindspore as ms
 
 from . import flux2_costs
 from .base import Model
-from .blocks import input_or_none, rotary_of
+from .blocks import input_or_none, refuse_kwargs, rotary_of
 from .mindones import AtParsing, is_mindones, replaced
 
 KIND, COSTS, CONSTANTS = Flux2Transformer2DModel, flux2_costs, ()
 BY_BRANCH = ("encoder_hidden_states",)
+BY_TOKEN = {"encoder_hidden_states": ("text", -2), "rotary": ("both", 0), "moves": ("image", -2)}
+MODULATION = ("_modulation",)
 
 
 @ms.jit_class
@@ -111,8 +113,8 @@ class Flux2Model(Model):
 def graph_inputs(transformer, arguments):
     """See base.py; of ``still`` tokens, last among the image's, the velocity is zero.
 
-    Raises ValueError where there is no guidance, and as check_kwargs does."""
-    check_kwargs(arguments["joint_attention_kwargs"])
+    Raises ValueError where there is no guidance, and as refuse_kwargs does."""
+    refuse_kwargs(arguments["joint_attention_kwargs"])
     if arguments["guidance"] is None:
         raise ValueError("guidance is None; mindone's Flux2Transformer2DModel needs one")
     ids = [of_one(arguments[name]).asnumpy() for name in ("txt_ids", "img_ids")]
@@ -126,12 +128,6 @@ def graph_inputs(transformer, arguments):
         stays, dtype = np.arange(len(ids[1])) >= len(ids[1]) - still.shape[1], still.dtype
         inputs["moves"] = ms.Tensor(~stays[:, None], dtype)
     return inputs
-
-
-def check_kwargs(attention_kwargs):
-    """Raises ValueError for what goes on to attention, which mindone's Flux2Transformer2DModel refuses too."""
-    if attention_kwargs:
-        raise ValueError(f"attention_kwargs {', '.join(attention_kwargs)} are not supported by FLUX.2")
 
 
 def of_one(ids):

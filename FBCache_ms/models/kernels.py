@@ -12,3 +12,13 @@ def divided_double(cell, image, text, temb, rotary, attention_kwargs):
 def behind_double(norm, feed_forward, stream, attended, gate, shift, scale, mlp_gate):
     """blocks.behind_double."""
     return None
+
+
+def int8_weight_product(rows, weight, scale):
+    """quantized.Int8WeightOnlyLinear.product."""
+    return None
+
+
+def int8_product(rows, weight, scale):
+    """quantized.Int8Linear.product."""
+    return None

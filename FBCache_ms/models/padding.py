@@ -28,3 +28,12 @@ def padded_text(text, mask, least=0):
     if bucket > length:
         text = mint.cat((text, mint.zeros((batch, bucket - length, text.shape[2]), dtype=text.dtype)), dim=1)
     return text, mask
+
+
+def keys_of(mask, text_len, tokens):
+    """Which keys attention sees, (B, K), of a text's whole mask (B, T): a device's text_len, its image's tokens, and so
+    on for every device that shares the picture; ``tokens`` are those of one."""
+    devices = mask.shape[1] // text_len
+    image = mint.ones((mask.shape[0], devices, tokens - text_len), dtype=mask.dtype)
+    keys = mint.cat((mask.reshape((-1, devices, text_len)), image), dim=2)
+    return keys.reshape((mask.shape[0], -1)) > 0

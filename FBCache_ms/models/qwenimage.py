@@ -18,16 +18,28 @@ from mindone.diffusers.models.transformers.transformer_qwenimage import (
 )
 
 import mindspore as ms
-from mindspore import mint
 
 from . import qwenimage_costs
 from .base import Model
-from .blocks import behind_double, controlnet_index, finite, input_or_none, joint_attention, modulate, rotary_of
+from .blocks import (
+    behind_double,
+    controlnet_index,
+    finite,
+    input_or_none,
+    joint_attention,
+    modulate,
+    modulation,
+    refuse_kwargs,
+    rotary_of,
+    token_norms,
+)
 from .mindones import AtParsing, is_mindones, replaced
-from .padding import padded_text
+from .padding import keys_of, padded_text
 
 KIND, COSTS, CONSTANTS = QwenImageTransformer2DModel, qwenimage_costs, ()
 BY_BRANCH = ("encoder_hidden_states", "encoder_hidden_states_mask")
+BY_TOKEN = {"encoder_hidden_states": ("text", -2), "rotary": ("both", 0), "controlnet_block_samples": ("image", 1)}
+MODULATION = ("img_mod", "txt_mod")
 
 
 @ms.jit_class
@@ -60,11 +72,10 @@ class QwenImageModel(Model):
     def condition(self, time, branch, common):
         """See Model.condition."""
         text, mask, rotary = branch["text"], branch["mask"], common["rotary"]
-        image = mint.ones((text.shape[0], rotary[0].shape[0] - text.shape[1]), dtype=mask.dtype)
         return text, {
             "temb": self.transformer.time_text_embed.timestep_embedder(time.to(text.dtype)),
             "rotary": rotary,
-            "keys": (mint.cat((mask, image), dim=1) > 0).unsqueeze(1).unsqueeze(1),
+            "keys": keys_of(mask, text.shape[1], rotary[0].shape[0]).unsqueeze(1).unsqueeze(1),
             "controlnet": common["controlnet"],
         }
 
@@ -121,26 +132,15 @@ class QwenImageModel(Model):
     def guide(self, negative, positive, scale):
         """g |v_pos| / |g|, with g = v_neg + s (v_pos - v_neg), the norms those of each token."""
         guided = super().guide(negative, positive, scale)
-        return guided * (norm(positive) / norm(guided))
-
-
-def modulation(vector):
-    """A block's modulation (B, 6 D): shift and scale before attention; its gate, the MLP's shift, scale and gate."""
-    shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = mint.chunk(vector, 6, dim=-1)
-    return (shift, scale), (gate, mlp_shift, mlp_scale, mlp_gate)
-
-
-def norm(velocity):
-    """|v| of each token, (B, S, 1)."""
-    return mint.sqrt(mint.sum(velocity * velocity, dim=-1, keepdim=True))
+        return guided * (token_norms(positive) / token_norms(guided))
 
 
 def graph_inputs(transformer, arguments):
     """See base.py; the text is padded to a bucket, and its mask says so.
 
-    Raises ValueError for a guidance, and as check_kwargs and padded_text do.
+    Raises ValueError for a guidance, and as refuse_kwargs and padded_text do.
     """
-    check_kwargs(arguments["attention_kwargs"])
+    refuse_kwargs(arguments["attention_kwargs"])
     if arguments["guidance"] is not None:
         raise ValueError("guidance must be None; mindone's QwenImageTransformer2DModel takes it and fails")
     text, mask = arguments["encoder_hidden_states"], arguments["encoder_hidden_states_mask"]
@@ -159,12 +159,6 @@ def of_one(shapes):
     """The shapes of one generation's pictures, of a batch's: each is a list of them, or a shape."""
     shapes = shapes[0] if isinstance(shapes, list) else shapes
     return tuple(map(tuple, shapes if isinstance(shapes, list) else [shapes]))
-
-
-def check_kwargs(attention_kwargs):
-    """Raises ValueError for what goes on to attention; nothing can, with the cache."""
-    if attention_kwargs:
-        raise ValueError(f"attention_kwargs {', '.join(attention_kwargs)} are not supported with the cache")
 
 
 @lru_cache(maxsize=8)
@@ -199,11 +193,6 @@ def why_foreign(transformer):
             return f"block {index}'s attention is not mindone's as it is there"
         if not is_mindones(block.attn.processor, QwenDoubleStreamAttnProcessor2_0):
             return f"block {index} has the attention processor {type(block.attn.processor).__name__}"
-    return None
-
-
-def why_not_probed(transformer, probe):
-    """What keeps a rule's probe from a transformer, in words; None if nothing does."""
     return None
 
 

@@ -26,11 +26,20 @@ from . import flux_costs, kernels
 from .base import Model
 from .blocks import behind_double, controlnet_index, finite, input_or_none
 from .mindones import AtParsing, is_mindones, replaced
+from .quantized import Int8Linear, Int8WeightOnlyLinear
 
 logger = logging.get_logger(__name__)
 
 KIND, COSTS, CONSTANTS = FluxTransformer2DModel, flux_costs, ("controlnet_blocks_repeat",)
 BY_BRANCH = ("encoder_hidden_states", "pooled_projections", "joint_attention_kwargs")
+BY_TOKEN = {
+    "encoder_hidden_states": ("text", -2),
+    "txt_ids": ("text", -2),
+    "img_ids": ("image", -2),
+    "controlnet_block_samples": ("image", 1),
+    "controlnet_single_block_samples": ("image", 1),
+}
+MODULATION = ("norm1.linear", "norm1_context.linear", "norm.linear")
 
 
 @ms.jit_class
@@ -168,10 +177,10 @@ def is_divisible_single(cell):
 
 
 def is_by_token(layer):
-    """Whether a layer is a linear one, with or without adapters."""
+    """Whether a layer is a linear one, with or without adapters, quantised or not."""
     if is_mindones(layer, LoraLinear):
         return is_by_token(layer.base_layer)
-    return is_mindones(layer, mint.nn.Linear)
+    return any(is_mindones(layer, kind) for kind in (mint.nn.Linear, Int8WeightOnlyLinear, Int8Linear))
 
 
 FluxTransformerBlock.is_divisible = AtParsing(is_divisible_double)

@@ -21,10 +21,11 @@ from ..cache.stats import BRANCHES, CacheStats, skipped_share
 from ..cache.step import cached_call
 from ..config import CacheConfig
 from ..models import family, foreign_transformer
-from ..rules.schedules import SCHEDULES, progress_of
+from ..rules.schedules import progress_of
 from ..runtime.checkpoint import TINY_FLUX
 from ..runtime.device import current_device, graph_mode
 from ..runtime.kept_graphs import KeptGraphs
+from ..runtime.parallel import sharing_of, unshare, why_not_shared
 
 logger = logging.get_logger(__name__)
 
@@ -87,6 +88,7 @@ class CachedTransformer(StandIn):
             sigmas=None,
             thread=None,
             adapters=((), ()),
+            sharing=None,
         )
 
     @property
@@ -123,6 +125,21 @@ class CachedTransformer(StandIn):
             self.begin_generation()
         return told
 
+    def enable_parallelism(self, config):
+        """Shares each call among several devices; see WholeLoop.enable_parallelism.
+
+        Raises ValueError for cfg_parallel: the pipeline calls for one prompt behind the other.
+        """
+        self.disable_parallelism()
+        if getattr(config, "cfg_parallel", False):
+            raise ValueError("cfg_parallel needs a pipeline of FBCache_ms, whose loop has both prompts at once")
+        self.sharing = sharing_of(self.original, config)
+
+    def disable_parallelism(self):
+        """Runs each call on one device again."""
+        unshare(self.original)
+        self.sharing = None
+
     def begin_generation(self, sigmas=None):
         """The scheduler's word that a new generation begins, with noise levels of the caller's own if any."""
         self.calls, self.chosen, self.sigmas, self.thread = 0, {}, sigmas, get_ident()
@@ -141,7 +158,9 @@ class CachedTransformer(StandIn):
             self.branch = None
 
     def __call__(self, hidden_states, *args, **kwargs):
-        reason = foreign_transformer(self.original)
+        reason, not_shared = foreign_transformer(self.original), why_not_shared(self.original, self.sharing)
+        if not_shared or self.sharing is not None and reason:
+            raise ValueError(not_shared or f"{reason}: such a call cannot be shared by several devices")
         if reason:
             logger.warning(f"{reason}: this call runs without the cache")
             return self.original(hidden_states, *args, **kwargs)
@@ -158,10 +177,14 @@ class CachedTransformer(StandIn):
         with turn(self), graph_mode(True):
             if not self.chosen:
                 self.active = {}
+            if self.sharing is not None:
+                latents, inputs = self.shared(latents, timestep, inputs)
             step = self.active[branch] = self.step_for(latents, inputs["encoder_hidden_states"].shape[1], scheduler)
             with step.cache_context(branch):
                 output = step(latents, timestep, inputs, constants)
             self.steps.settle()
+            if self.sharing is not None:
+                output = self.sharing.whole(output)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
     def bind(self, *args, **kwargs):
@@ -174,6 +197,14 @@ class CachedTransformer(StandIn):
         inputs = file.graph_inputs(self.original, call.arguments)
         inputs = graph_input({name: value for name, value in inputs.items() if value is not None})
         return graph_input(latents), graph_input(timestep), inputs, constants, return_dict
+
+    def shared(self, latents, timestep, inputs):
+        """This rank's share of a call; all begin a generation with the first rank's latents."""
+        if not self.chosen:
+            settings, prompts = str(self.cache_settings), inputs["encoder_hidden_states"].float().asnumpy().tobytes()
+            self.sharing.agree(settings=(settings, timestep.float().asnumpy()), shapes=latents.shape, prompts=prompts)
+            latents = self.sharing.firsts(latents)
+        return graph_input(self.sharing.latents(latents)), graph_input(self.sharing.inputs(inputs))
 
     def step_for(self, latents, text_len, scheduler):
         """The cached step for these shapes; the first call of a generation resets it."""
@@ -189,7 +220,8 @@ class CachedTransformer(StandIn):
         warn_of_learnt(settings, transformer)
 
         def make():
-            context = context_for(transformer, settings, latents, text_len, len(BRANCHES), steps, sigmas)
+            over_ranks = None if self.sharing is None else self.sharing.over_ranks(transformer)
+            context = context_for(transformer, settings, latents, text_len, len(BRANCHES), steps, sigmas, over_ranks)
             step = CachedStep(transformer, context)
             current_device().prepare(step, transformer)
             return step
@@ -266,16 +298,17 @@ def check_structure(config, transformer):
     """Raises ValueError if a transformer does not have the blocks, or the first block, that a CacheConfig needs."""
     config.check_blocks(*transformer.cached_model.stacks)
     for rule in config.rules:
-        reason = family(transformer).why_not_probed(transformer, rule.looks_at)
+        why_not = getattr(family(transformer), "why_not_probed", None)
+        reason = why_not and why_not(transformer, rule.looks_at)
         if reason:
             raise ValueError(f"gate {config.gate!r} looks at what modulates the first block: {reason}")
 
 
 def warn_of_learnt(config, transformer):
     """Warns, once for each, of a schedule learnt on, or of numbers fitted to, another model than this one."""
-    schedule, kinds = SCHEDULES.get(config.schedule), [kind.__name__ for kind in type(transformer).__mro__]
-    if schedule is not None and schedule.learnt and not is_embedded(transformer):
-        _warn(f"schedule {schedule.name} was learnt on the embedded checkpoint; fbcache learn makes one for another")
+    kinds = [kind.__name__ for kind in type(transformer).__mro__]
+    if config.learnt_from and not is_embedded(transformer):
+        _warn(f"{config.learnt_from} was learnt on the embedded checkpoint; fbcache learn makes one for another")
     for name, kind in config.fitted_defaults.items():
         if kind not in kinds:
             _warn(f"{name} are those that were fitted to a {kind}; this is a {kinds[0]}")
@@ -292,7 +325,7 @@ def is_embedded(transformer):
     return TINY_FLUX.resolve() in (folder, folder.parent)
 
 
-def context_for(transformer, config, latents, text_len, branches, steps, sigmas):
+def context_for(transformer, config, latents, text_len, branches, steps, sigmas, over_ranks=None):
     """The CacheContext of a generation that begins with these latents, (B, S, C)."""
     batch_size, seq_len, _ = latents.shape
     return CacheContext(
@@ -306,6 +339,7 @@ def context_for(transformer, config, latents, text_len, branches, steps, sigmas)
         steps=steps,
         sigmas=sigmas,
         channels=transformer.proj_out.weight.shape[0],
+        over_ranks=over_ranks,
     )
 
 

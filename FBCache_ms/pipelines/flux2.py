@@ -11,6 +11,7 @@ import mindspore as ms
 from mindspore import ops
 
 from ..models import flux2
+from ..models.blocks import refuse_kwargs
 from ..runtime.device import prepare_device
 from .whole_loop import DEFAULT, WholeLoop, spread, with_cache_config
 
@@ -59,7 +60,7 @@ class Flux2Pipeline(WholeLoop, MindoneFlux2Pipeline):
 
     def check_kwargs(self, kwargs):
         """See WholeLoop."""
-        flux2.check_kwargs(kwargs)
+        refuse_kwargs(kwargs)
 
     def begin(self, given):
         """See WholeLoop."""
@@ -68,6 +69,8 @@ class Flux2Pipeline(WholeLoop, MindoneFlux2Pipeline):
     def encode(self, given, kind):
         """See WholeLoop; with a caption_upsample_temperature the text encoder rewrites the prompt first."""
         prompt = given.prompt
+        if given.prompt_embeds is None:
+            check_layers(self.text_encoder, given.text_encoder_out_layers)
         if given.caption_upsample_temperature:
             prompt = self.upsample_prompt(prompt, images=given.image, temperature=given.caption_upsample_temperature)
         embeds, text_ids = self.encode_prompt(
@@ -149,3 +152,10 @@ class Flux2Pipeline(WholeLoop, MindoneFlux2Pipeline):
 def as_grid(latents, height, width):
     """Latents (B, S, C), their tokens row by row, as (B, C, H, W)."""
     return latents.reshape(latents.shape[0], height, width, -1).permute(0, 3, 1, 2)
+
+
+def check_layers(text_encoder, chosen):
+    """Raises ValueError where a text encoder has fewer layers than those whose hidden states are chosen."""
+    layers = text_encoder.config.text_config.num_hidden_layers
+    if not all(0 <= layer <= layers for layer in chosen):
+        raise ValueError(f"text_encoder_out_layers must be 0 to {layers}, the text encoder's layers, not {chosen}")

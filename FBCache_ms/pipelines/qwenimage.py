@@ -8,6 +8,8 @@ from mindone.diffusers.utils import logging
 import mindspore as ms
 
 from ..models import qwenimage
+from ..models.blocks import refuse_kwargs
+from ..models.padding import BUCKETS
 from ..runtime.device import prepare_device
 from .whole_loop import DEFAULT, WholeLoop, has_negative_prompt, shift_settings, spread, with_cache_config
 
@@ -56,7 +58,12 @@ class QwenImagePipeline(WholeLoop, MindoneQwenImagePipeline):
 
     def check_kwargs(self, kwargs):
         """See WholeLoop."""
-        qwenimage.check_kwargs(kwargs)
+        refuse_kwargs(kwargs)
+
+    @property
+    def text_lengths(self):
+        """See WholeLoop."""
+        return tuple(length for shorter, length in zip((0, *BUCKETS), BUCKETS) if shorter < self.text_length)
 
     def begin(self, given):
         """See WholeLoop; warns where a negative prompt is without a scale, or the scale without it."""

@@ -3,6 +3,7 @@
 import sys
 import time
 from contextlib import nullcontext
+from importlib.metadata import version
 from inspect import Parameter, signature
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,15 +18,17 @@ from tqdm.notebook import tqdm_notebook
 import mindspore as ms
 from mindspore import nn, ops
 
-from ..cache.gates import step_tables
+from ..cache.gates import check_steps, step_tables
 from ..cache.loop import DenoiseLoop
 from ..config import CacheConfig
 from ..models import family, foreign_transformer
 from ..models.mindones import foreign_scheduler, replaced
-from ..rules.schedules import MAX_STEPS, progress_of, step_actions
+from ..rules.schedules import MAX_STEPS, progress_of
 from ..runtime.checkpoint import absent_components, check_checkpoint, check_fit, is_hub_name
 from ..runtime.device import current_device, graph_mode, prepare_device
 from ..runtime.kept_graphs import KeptGraphs, drop_graphs, drop_stale_graphs
+from ..runtime.parallel import sharing_of, unshare, why_not_shared
+from ..runtime.quantize import check_quantize, load_parts, quantize, quantized_as, refuse_fusing, round_layers
 from .cached_transformer import (
     CachedTransformer,
     StandIn,
@@ -121,6 +124,11 @@ class WholeLoop:
         """What a prompt is padded or cut to where a call does not say."""
         return signature(self.MINDONES.__call__).parameters["max_sequence_length"].default
 
+    @property
+    def text_lengths(self):
+        """What prompts are padded to: each of these lengths has a graph of its own."""
+        return (self.text_length,)
+
     def embeddings(self, prompt):
         """A prompt's embeddings, {the argument of a call that takes them: tensor}, made operator by operator."""
         with graph_mode(False):
@@ -136,6 +144,7 @@ class WholeLoop:
         self.cache_stats = None
         self.seconds = {}
         self._loops = KeptGraphs()
+        self.sharing = None
 
     @classmethod
     def from_pretrained(
@@ -145,10 +154,14 @@ class WholeLoop:
         cache_config=DEFAULT,
         use_graph_mode=True,
         device=None,
+        quantize_config=None,
         mindspore_dtype=None,
         **kwargs,
     ):
         """Loads a pipeline as mindone's from_pretrained does, with the three settings that the class names.
+
+        With a ``quantize_config``, a QuantizeConfig, the weights of a folder's transformer are rounded one by one as
+        they are read; those of other components, and of a model from a hub, once they are loaded.
 
         A text is a folder's path, unless it is a hub's owner/model and there is no folder of either name. A component
         that is handed over, or is None, needs no files. A device, as choose_device returns it, also says the dtype,
@@ -156,14 +169,16 @@ class WholeLoop:
 
         Raises:
             OSError: the folder or a file of it is missing or damaged, or the hub has none or cannot be reached.
-            TypeError: cache_config is neither a CacheConfig nor None.
-            ValueError: a component's weights do not fit its config, or the device cannot do the dtype.
+            TypeError: cache_config is neither a CacheConfig nor None, or quantize_config no QuantizeConfig.
+            ValueError: a component's weights do not fit its config, or cannot be quantised so, or the device cannot do
+                the dtype.
         """
         prepare_device()
         check_config(None if cache_config is DEFAULT else cache_config)
         if mindspore_dtype is None and device is not None:
             mindspore_dtype = device.mindspore_dtype
         check_dtypes(mindspore_dtype)
+        check_quantize(quantize_config, mindspore_dtype)
         if mindspore_dtype is not None:
             kwargs["mindspore_dtype"] = mindspore_dtype
         name, tensors = pretrained_model_name_or_path, {}
@@ -172,6 +187,8 @@ class WholeLoop:
             tensors = check_checkpoint(name, kwargs, kwargs.get("variant"), cls.FILE.KIND.__name__)
             # Those that the pipeline was saved without; mindone wants to be told.
             kwargs = {**dict.fromkeys(absent_components(name)), **kwargs}
+            variant = kwargs.get("variant")
+            kwargs.update(load_parts(name, tensors, quantize_config, mindspore_dtype, variant))
         try:
             pipe = super().from_pretrained(name, **kwargs)
         except Exception as error:  # mindone and tokenizers raise whatever they stumble over
@@ -182,6 +199,11 @@ class WholeLoop:
             raise kind(f"checkpoint {name} cannot be loaded: {reason}") from error
         for component in set(tensors) - set(kwargs):
             check_fit(component, getattr(pipe, component), tensors[component])
+        if quantize_config is not None and is_hub_name(name):
+            quantize(pipe, quantize_config)
+        elif quantize_config is not None:
+            for component in set(quantize_config.components_to_quantize) - set(kwargs):
+                round_layers(getattr(pipe, component), quantize_config)
         return pipe._with_settings(cache_config, use_graph_mode, device)
 
     @classmethod
@@ -228,6 +250,14 @@ class WholeLoop:
                 drop_graphs(part)
         return super().to(dtype)
 
+    def fuse_lora(self, *args, **kwargs):
+        """mindone's. Raises ValueError for a component with int8 weights."""
+        call = signature(super().fuse_lora).bind(*args, **kwargs)
+        call.apply_defaults()
+        if set(call.arguments["components"]) & set(quantized_as(self)):
+            refuse_fusing()
+        return super().fuse_lora(*args, **kwargs)
+
     @property
     def cache_context(self):
         """The last call's CacheContext, within a call its own; None before the first call."""
@@ -254,7 +284,9 @@ class WholeLoop:
     def _draw(self, given, config):
         """Checks a call and draws it, cached where that can be."""
         check_call(self, given)
-        reason = self.why_not_cached()
+        reason, not_shared = self.why_not_cached(), why_not_shared(self.transformer, self.sharing)
+        if not_shared or self.sharing is not None and reason:
+            raise ValueError(not_shared or f"{reason}: such a call cannot be shared by several devices")
         # The scale of adapters is set here and not in mindone's methods, so that it is taken back whatever happens.
         kwargs = dict(getattr(given, self.KWARGS) or {})
         scale = kwargs.pop("scale", None)
@@ -265,7 +297,7 @@ class WholeLoop:
         elif reason is None:
             self.check_kwargs(kwargs)
             check_structure(config, self.transformer)
-            step_actions(config, given.num_inference_steps, ())
+            check_steps(config, given.num_inference_steps)
             warn_of_learnt(config, self.transformer)
             config = for_steps(config, given.num_inference_steps)
         adapted = self.transformer, *(getattr(self, name) for name in self.ENCODERS)
@@ -307,7 +339,10 @@ class WholeLoop:
             true_cfg_scale=getattr(given, "true_cfg_scale", 1),
             scheduler=self.scheduler,
             numbers=step_tables(config, self._num_timesteps, self.scheduler.sigmas.asnumpy(), progress),
+            sharing=self.sharing,
         )
+        if self.sharing is not None:
+            latents = self._shared_beginning(given, config, latents, inputs)
         encoded = time.perf_counter()
         latents = self._denoise(given, config, latents, inputs)
         denoised = time.perf_counter()
@@ -316,6 +351,38 @@ class WholeLoop:
             picture = latents if given.output_type == "latent" else self.picture(given, latents)
         self.seconds.update(encode=encoded - begin, decode=time.perf_counter() - denoised)
         return self.OUTPUT(images=picture) if given.return_dict else (picture,)
+
+    def enable_parallelism(self, config):
+        """Shares each picture among several devices, as a ContextParallelConfig says.
+
+        To be called by every process that msrun has started, behind choose_device. ``disable_parallelism`` ends it.
+
+        Raises:
+            TypeError: config is no ContextParallelConfig.
+            ValueError: the processes or the attention processors do not allow it.
+        """
+        self.disable_parallelism()
+        self.sharing = sharing_of(self.transformer, config)
+
+    def disable_parallelism(self):
+        """Draws each picture on one device again."""
+        unshare(self.transformer)
+        self.sharing = None
+
+    def _shared_beginning(self, given, config, latents, inputs):
+        """The first rank's latents; raises ValueError where the ranks were given different things."""
+        self.sharing.agree(
+            versions=(ms.__version__, version("FBCache_ms")),
+            shapes=(latents.shape, inputs.text_len, inputs.branches, str(latents.dtype)),
+            settings=(
+                str(config),
+                given.num_inference_steps,
+                float(inputs._constants[0].asnumpy()),
+                self.scheduler.sigmas.asnumpy(),
+            ),
+            prompts=inputs.embeds.float().asnumpy().tobytes(),
+        )
+        return self.sharing.firsts(latents)
 
     def encode_prompt(self, *args, lora_scale=None, **kwargs):
         """mindone's, with graphs that are true to the encoders' layers and adapters, and that the device keeps."""
@@ -356,11 +423,11 @@ class WholeLoop:
         compiled = time.perf_counter()
         watched, step = callback is not None or is_watched(self), 0
         with self.progress_bar(total=steps) if watched else nullcontext() as bar:
-            while step < steps and not self.interrupt:
+            while step < steps and not self._interrupted():
                 self._current_timestep = ms.Tensor(timesteps[step])
                 left = steps - step
                 piece = 1 if callback else loop.piece_of(left, PIECE_SECONDS) if watched else left
-                stop = step + piece
+                stop = step + (piece if self.sharing is None else self.sharing.first_number(piece))
                 latents = loop.run(inputs, latents, step, stop, wait=callback is None)
                 # What scheduler.step would have counted.
                 scheduler._step_index = stop
@@ -373,11 +440,18 @@ class WholeLoop:
         latents.asnumpy()
         self._loops.settle()
         done = time.perf_counter()
-        tokens = inputs.whole(latents).shape[1], inputs.text_len
-        self.cache_stats = loop.cache.stats(costs_of_step(self.transformer, latents.shape[0], *tokens))
+        tokens = inputs.whole(latents).shape[1], inputs.whole_text
+        traces = loop.cache.traces()
+        if inputs.pair is not None:
+            traces = self.sharing.both_traces(*traces)
+        self.cache_stats = loop.cache.stats(costs_of_step(self.transformer, latents.shape[0], *tokens), traces)
         ran = max(len(self.cache_stats.reused), 1)
         self.seconds = {"compile": compiled - begin, "denoise": done - compiled, "per_step": (done - compiled) / ran}
         return latents
+
+    def _interrupted(self):
+        """Whether the caller wants no more steps; of ranks that share a picture, any one's caller."""
+        return self.interrupt if self.sharing is None else self.sharing.any(self.interrupt)
 
     def _call_back(self, given, config, step, loop, latents, inputs):
         """Hands a finished step to callback_on_step_end; returns the loop and the latents that the next one takes.
@@ -393,6 +467,8 @@ class WholeLoop:
             after = returned.get(name, before)
             check_shape(f"callback_on_step_end's {name}", after, before.shape)
             tensors[name] = after if after is before else ops.deepcopy(after.to(before.dtype))
+        if self.sharing is not None:
+            self.sharing.agree(callback=[each.float().asnumpy().tobytes() for each in tensors.values()])
         reason = self.why_not_cached()
         if reason or self.scheduler is not scheduler:
             raise ValueError(f"callback_on_step_end changed the pipeline: {reason or 'it has another scheduler'}")
@@ -412,21 +488,23 @@ class WholeLoop:
     def _loop_for(self, config, latents, inputs):
         """The denoise loop for these latents, inputs and structure, compiled."""
         transformer, branches, steps = self.transformer, inputs.branches, self._num_timesteps
-        whole = inputs.whole(latents)
+        whole = inputs.own(latents)
 
         def make():
             sigmas = self.scheduler.sigmas.asnumpy()
-            context = context_for(transformer, config, whole, inputs.text_len, branches, steps, sigmas)
-            loop = DenoiseLoop(transformer.cached_model, context)
+            over_ranks = None if self.sharing is None else self.sharing.over_ranks(transformer)
+            context = context_for(transformer, config, whole, inputs.text_len, branches, steps, sigmas, over_ranks)
+            loop = DenoiseLoop(transformer.cached_model, context, inputs.pair)
             self.device.prepare(loop, transformer)
             return loop
 
-        key = (*whole.shape[:2], inputs.text_len, branches, latents.dtype, config.structure)
+        structure = (*config.structure, None if inputs.pair is None else inputs.pair.rank)
+        key = (*whole.shape[:2], inputs.text_len, branches, latents.dtype, structure)
         loop = self._loops.get(transformer, key, make)
         if self.use_graph_mode:
             compiled_before = len(loop.compile_cache)
             arguments = inputs(latents, 0, steps)
-            self.graphs_from_cache += self.device.compile(loop, arguments, transformer, config.structure)
+            self.graphs_from_cache += self.device.compile(loop, arguments, transformer, structure)
             if len(loop.compile_cache) > compiled_before:
                 self.graph_compilations += 1
                 # A graph's first launch allocates its memory: that belongs to the compilation, not to the first image.
@@ -444,17 +522,27 @@ class LoopInputs:
         true_cfg_scale: a number.
         scheduler: whose noise levels the loop takes.
         numbers: what gates.step_tables makes of the CacheConfig.
+        sharing: the Sharing of pictures with other devices, or None.
 
-    Raises ValueError if the branches' embeddings are not of one shape, or as the family's graph_inputs does.
+    Raises ValueError if the branches' embeddings are not of one shape, or as the family's graph_inputs does, or for one
+    branch where ``sharing`` wants two.
     """
 
-    def __init__(self, transformer, branches, true_cfg_scale, scheduler, numbers):
+    def __init__(self, transformer, branches, true_cfg_scale, scheduler, numbers, sharing=None):
+        self.sharing = sharing
         self.transformer, self.file, self.given = transformer, family(transformer), branches
-        self.branches = len(branches)
+        self.pair = None if sharing is None else sharing.pair
+        if self.pair is not None and len(branches) == 1:
+            raise ValueError(
+                "cfg_parallel shares a prompt and a negative prompt among devices: give a negative_prompt and a "
+                "true_cfg_scale above 1"
+            )
+        self.branches = 1 if self.pair else len(branches)
         self._constants = ms.Tensor(true_cfg_scale, ms.float32), padded(scheduler.timesteps.asnumpy(), MAX_STEPS)
         self._numbers = tuple(map(ms.Tensor, numbers))
         self._inputs = self._gathered()
         self.text_len = self._inputs["encoder_hidden_states"].shape[-2]
+        self.whole_text = self.text_len * (1 if sharing is None else sharing.ranks.number)
         self.follow(scheduler)
 
     @property
@@ -482,20 +570,31 @@ class LoopInputs:
             raise ValueError(
                 f"negative_prompt's embeddings are {shapes[1]}, the prompt's {shapes[0]}; they have to be of one shape"
             )
+        if self.pair is not None:
+            branches = [branches[self.pair.rank]]
         inputs = {name: value for name, value in branches[0].items() if value is not None}
         for name in set(self.file.BY_BRANCH) & set(inputs):
             inputs[name] = by_branch([each[name] for each in branches])
-        return graph_input(inputs)
+        return graph_input(inputs if self.sharing is None else self.sharing.inputs(inputs))
 
     def whole(self, latents):
         """The latents with the tokens behind them that no step moves."""
         still = self.given[0].get("still")
         return latents if still is None else ops.concat((latents, still), 1)
 
+    def own(self, latents):
+        """What of these this process has."""
+        latents = self.whole(latents)
+        return latents if self.sharing is None else self.sharing.latents(latents)
+
+    def all_of(self, own):
+        """All of them again."""
+        return own if self.sharing is None else self.sharing.whole(own)
+
     def __call__(self, latents, start, stop):
         """The loop's arguments for the steps from start to stop - 1."""
         bounds = ms.Tensor(start, ms.int32), ms.Tensor(stop, ms.int32)
-        return (graph_input(self.whole(latents)), self._inputs, *self._constants, self._sigmas, *bounds, *self._numbers)
+        return (graph_input(self.own(latents)), self._inputs, *self._constants, self._sigmas, *bounds, *self._numbers)
 
 
 class KeptEncoder(StandIn):

@@ -64,7 +64,7 @@ def cache_parts(config, batch_size, seq_len, inner_dim, text_len=0, branches=1, 
         "references": branches * references * itemsize,
         "state": branches * state * SCALAR,
         "trace": branches * scalars * SCALAR,
-        "numbers": ((LIMITS * rows + 1) * MAX_STEPS + rows * numbers_width(gates) + 1) * SCALAR,
+        "numbers": ((LIMITS * rows + 1) * MAX_STEPS + rows * numbers_width(config) + 1) * SCALAR,
     }
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Optional
 
 from ..cache.gates import every_gate, plan
 from ..models import costs_of
@@ -95,6 +96,7 @@ class Shapes:
         image_tokens: S, height / 16 * width / 16 for Flux.
         text_tokens: T.
         itemsize: bytes of an element: 2 for bfloat16.
+        weight_itemsize: of a weight of the blocks, itemsize for None: 1 where they are quantised to int8.
     """
 
     config: SimpleNamespace
@@ -102,6 +104,7 @@ class Shapes:
     image_tokens: int
     text_tokens: int
     itemsize: int = 2
+    weight_itemsize: Optional[int] = None
 
     @property
     def costs(self):
@@ -133,8 +136,8 @@ class Shapes:
         return self.batch * tokens * self.width * self.itemsize
 
     def weights(self, squares):
-        """Bytes of so many square matrices of the transformer's width."""
-        return squares * self.width**2 * self.itemsize
+        """Bytes of so many of the blocks' matrices, in squares of the transformer's width."""
+        return squares * self.width**2 * (self.weight_itemsize or self.itemsize)
 
 
 def blocks(shapes, start, stop, text=True):

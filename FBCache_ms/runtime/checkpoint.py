@@ -53,7 +53,7 @@ def check_checkpoint(folder, handed_over=(), variant=None, kind=None):
         raise OSError(f"checkpoint {folder}: there is no such folder")
     if not folder.is_dir():
         raise OSError(f"checkpoint {folder} is a file, not a folder")
-    index = _read_json(folder / "model_index.json")
+    index = read_json(folder / "model_index.json")
     family = _family(folder, index, kind)
     components = [name for name in family.COMPONENTS if name not in handed_over]
     for component in components:
@@ -89,16 +89,16 @@ def _family(folder, index, kind):
 
 def absent_components(folder):
     """The components that the pipeline was saved without."""
-    index = _read_json(Path(folder) / "model_index.json")
+    index = read_json(Path(folder) / "model_index.json")
     return [name for name, saved in index.items() if isinstance(saved, list) and saved[:1] == [None]]
 
 
 def check_fit(component, cell, tensors):
     """Raises ValueError if a loaded component and the tensors of its files, {name: shape}, are not the same set."""
-    wanted = {_torch_name(name) for name, _ in cell.parameters_and_names()}
+    wanted = {torch_name(name) for name, _ in cell.parameters_and_names()}
     # transformers' models say so how names in older checkpoints have changed.
     renamed = getattr(cell, "_checkpoint_conversion_mapping", None) or {}
-    there = {_torch_name(_renamed(name, renamed)) for name in tensors}
+    there = {torch_name(_renamed(name, renamed)) for name in tensors}
     for problem, names in {"lack": wanted - there, "have, but its config does not,": there - wanted}.items():
         names = sorted(name for name in names if not name.endswith(_HARMLESS))
         if names:
@@ -115,7 +115,7 @@ def _renamed(name, patterns):
     return name
 
 
-def _torch_name(name):
+def torch_name(name):
     """A Parameter's name as torch has it; MindSpore's layers, and text encoders that mindone saved, have their own."""
     head, _, tail = name.rpartition(".")
     return f"{head}.{_TORCH_NAMES.get(tail, tail)}"
@@ -127,7 +127,7 @@ def image_unit(folder):
     Raises OSError if the autoencoder's config does not say.
     """
     path = Path(folder) / "vae" / "config.json"
-    config = _read_json(path)
+    config = read_json(path)
     # Each halves the picture but for a list's last; the patch halves it once more. Qwen-Image's has the latter list.
     for name, more in {"block_out_channels": 0, "temperal_downsample": 1}.items():
         if isinstance(config.get(name), list) and config[name]:
@@ -155,7 +155,7 @@ def transformer_config(folder):
     Raises OSError for one of a family that the cache does not know.
     """
     path = Path(folder) / "transformer" / "config.json"
-    config = _read_json(path)
+    config = read_json(path)
     try:
         published = costs_of(SimpleNamespace(_class_name=config.get("_class_name", FLUX_DEV._class_name))).PUBLISHED
     except ValueError as error:
@@ -165,7 +165,7 @@ def transformer_config(folder):
 
 def image_size(folder):
     """The height and width in pixels that the autoencoder's config names, which a picture has by default."""
-    size = _read_json(Path(folder) / "vae" / "config.json").get("sample_size", 1024)
+    size = read_json(Path(folder) / "vae" / "config.json").get("sample_size", 1024)
     return size // image_unit(folder) * image_unit(folder)
 
 
@@ -194,7 +194,7 @@ def fingerprint(folder):
 
 def _check_files(folder, component):
     config = {"scheduler": "scheduler_config.json"}.get(component, "config.json")
-    _read_json(folder / component / (config if component not in _READ[1:] else "tokenizer_config.json"))
+    read_json(folder / component / (config if component not in _READ[1:] else "tokenizer_config.json"))
     if component in _READ[1:]:
         there = [names for names in _VOCABULARIES if (folder / component / names[0]).is_file()]
         if not there:
@@ -203,18 +203,26 @@ def _check_files(folder, component):
         for name in there[0]:
             path = folder / component / name
             if name.endswith(".json"):
-                _read_json(path)
+                read_json(path)
             elif not path.is_file():
                 raise OSError(f"checkpoint file {path} is missing")
 
 
 def _component_tensors(folder, variant):
+    return {name: shape for file in weights_files(folder, variant) for name, shape in tensor_shapes(file).items()}
+
+
+def weights_files(folder, variant=None):
+    """A component's weights files, those of a variant where it has such.
+
+    Raises OSError if there is none, or one that an index names is missing, or the weights are there twice.
+    """
     weights, indices = _visible(folder, "*.safetensors"), _visible(folder, "*.safetensors.index*.json")
     there = {_variant(file) for file in weights + indices}
     variant = variant if variant in there else None
     files = [file for file in weights if _variant(file) == variant]
     for index in (index for index in indices if _variant(index) == variant):
-        wanted = _read_json(index).get("weight_map")
+        wanted = read_json(index).get("weight_map")
         if not isinstance(wanted, dict):
             raise OSError(f"checkpoint file {index} is damaged: it has no weight_map")
         wanted = set(wanted.values())
@@ -229,10 +237,7 @@ def _component_tensors(folder, variant):
     if not files:
         hint = f" but for variant {', '.join(sorted(there))}" if there else ""
         raise OSError(f"checkpoint {folder}: no weights file *.safetensors{hint}")
-    tensors = {}
-    for file in files:
-        tensors.update(_tensors(file))
-    return tensors
+    return files
 
 
 def _visible(folder, pattern):
@@ -247,8 +252,11 @@ def _variant(file):
     return ".".join(part for part in _SHARD.sub("", file.name).split(".")[1:] if part not in _SUFFIXES) or None
 
 
-def _tensors(file):
-    """Names and shapes in a safetensors file: a length in 8 bytes, a JSON header of that length, the data."""
+def tensor_shapes(file):
+    """Names and shapes in a safetensors file: a length in 8 bytes, a JSON header of that length, the data.
+
+    Raises OSError for a file that is damaged.
+    """
     size = file.stat().st_size
     try:
         with open(file, "rb") as stream:
@@ -264,7 +272,8 @@ def _tensors(file):
     return shapes
 
 
-def _read_json(path):
+def read_json(path):
+    """A JSON object from a checkpoint's file. Raises OSError, naming it, where that cannot be."""
     if not path.is_file():
         raise OSError(f"checkpoint file {path} is missing")
     try:

@@ -122,7 +122,8 @@ def drop_stale_graphs(model):
     before, _ = _MADE_OF.get(model, (now, None))
     if before != now or any(is_nowhere(cell) for _, cell in model.cells_and_names() if cell.compile_cache):
         drop_graphs(model)
-    _MADE_OF[model] = now, objects
+    # A model that is kept for its own sake would never go.
+    _MADE_OF[model] = now, [each for each in objects if each is not model]
 
 
 def is_nowhere(cell):

@@ -8,8 +8,6 @@ import pytest
 from alone import ENDS, FINISHED, REQUESTS, alone, answer, cached_step, whole_loop
 from narrow import make_narrow
 
-pytestmark = pytest.mark.slow
-
 processes = multiprocessing.get_context("forkserver")
 # Imported once, so that a start does not take the time of all imports.
 processes.set_forkserver_preload(["FBCache_ms.pipelines.flux", "mindone.transformers"])
@@ -20,7 +18,9 @@ def folder(tmp_path_factory):
     return make_narrow(tmp_path_factory.mktemp("interleaving") / "narrow")
 
 
-@pytest.mark.parametrize("make", [whole_loop, cached_step])
+@pytest.mark.parametrize(
+    "make", [pytest.param(whole_loop, marks=pytest.mark.slow), pytest.param(cached_step, marks=pytest.mark.release)]
+)
 def test_requests_do_not_see_each_other(folder, make):
     with processes.Pool(1, maxtasksperchild=1) as pool:
         expected = dict(zip(REQUESTS, pool.starmap(alone, [(make, folder, name) for name in REQUESTS], chunksize=1)))

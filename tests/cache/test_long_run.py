@@ -6,8 +6,6 @@ from narrow import make_narrow
 
 import mindspore as ms
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
@@ -16,6 +14,7 @@ def checkpoint(tmp_path_factory):
     ms.set_context(mode=before)
 
 
+@pytest.mark.slow
 def test_a_known_shape_is_not_compiled_again_and_answers_stay_the_same(checkpoint):
     record = run(checkpoint, generations=40, different=8, kept_shapes=16)
     assert record["compilations"] == record["graphs"] == record["alive"] > 4
@@ -26,6 +25,7 @@ def test_a_known_shape_is_not_compiled_again_and_answers_stay_the_same(checkpoin
     assert row["Growth (MB per 100)"] == f"{growth(record):.2f}"
 
 
+@pytest.mark.release
 def test_graphs_beyond_the_bound_are_freed_and_answers_stay_the_same(checkpoint):
     record = run(checkpoint, generations=12, different=6, kept_shapes=1, seed=1)
     assert record["alive"] == 2 < record["graphs"] < record["compilations"]

@@ -22,6 +22,17 @@ def prefixes(report):
     return [line[2:].split(":")[0] for line in report.splitlines() if line.startswith(("- PASS", "- FAIL", "- SKIP"))]
 
 
+def test_one_npu_shares_no_picture(monkeypatch, tmp_path):
+    monkeypatch.setattr(ms.hal, "device_count", lambda kind: 1)
+    finding = acceptance_checks.check_sharing(Namespace(args=Namespace(device="Ascend", save_path=tmp_path)))
+    assert finding == Finding(None, "one NPU is here, and two have to share a picture")
+
+
+@pytest.mark.release
+def test_two_devices_share_a_picture_as_one_draws_it(tmp_path):
+    assert ascend_acceptance.main(["--limit", "1", "--only", "sharing", "--save_path", str(tmp_path)]) == 0
+
+
 @pytest.mark.slow
 def test_a_dry_run_goes_through_every_check(tmp_path, monkeypatch, capsys):
     def run_program(module, options, apart=acceptance_checks.run_program):
@@ -57,9 +68,9 @@ def test_a_dry_run_goes_through_every_check(tmp_path, monkeypatch, capsys):
         "4",
     ]
     options += ["--limit", "2", "--runs", "1", "--no-pynative", "--save_path", str(folder)]
-    assert ascend_acceptance.main([*options, "--into", str(page)]) == 0
+    assert ascend_acceptance.main([*options, "--skip", "sharing", "--into", str(page)]) == 0
     report = (folder / "acceptance.md").read_text()
-    assert prefixes(report) == [f"PASS {name}" for name in CHECKS]
+    assert prefixes(report) == [f"PASS {name}" for name in CHECKS if name != "sharing"]
     assert report.startswith("# Acceptance run: a dry run on a CPU\n") and "8 passed, 0 failed, 0 skipped." in report
     lines = [line[2:] for line in report.splitlines() if line.startswith("- PASS")]
     assert page.read_text().split("\n\n", 2)[2].splitlines() == [f"    {line}" for line in lines]

@@ -1,5 +1,6 @@
 """The command fbcache: what its help says, and what it hands to which program."""
 
+import ast
 import os
 import re
 import subprocess
@@ -53,6 +54,12 @@ def test_an_unknown_subcommand_is_told_its_neighbour(capsys):
     status, said, errors = said_at_exit(capsys, "swep", "--limit", "3")
     assert (status, said) == (2, "") and errors.count("\n") == 1
     assert errors.startswith("fbcache: error: ") and errors.endswith("; did you mean sweep?\n")
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "FBCache_ms").rglob("__main__.py")), ids=lambda file: file.parent.name)
+def test_a_file_that_is_started_imports_by_whole_names(file):
+    """MindSpore follows the imports of the file that was started, and knows no relative ones there."""
+    assert all(not node.level for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom))
 
 
 @pytest.mark.parametrize("name", fbcache.PROGRAMS)

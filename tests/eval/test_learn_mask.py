@@ -4,11 +4,14 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+from make_models import make
 from narrow import make_narrow
 
 from FBCache_ms.config import CacheConfig
 from FBCache_ms.eval import learn_mask
-from FBCache_ms.eval.learn_mask import POWER, Estimate, anneal, lagrange, starts, with_mask
+from FBCache_ms.eval.learn_mask import with_mask
+from FBCache_ms.eval.shared.closed_loop import ClosedLoop
+from FBCache_ms.eval.shared.masks import POWER, Estimate, anneal, lagrange, starts
 
 
 @pytest.mark.parametrize("steps, computed", [(28, 2), (28, 8), (50, 12), (5, 4)])
@@ -78,23 +81,21 @@ def test_a_mask_keeps_the_forecast_and_the_span_alone():
         with_mask(CacheConfig.preset("dicache"), (1, 0, 1))
 
 
-def test_learnt_masks_are_preset_files_that_cache_takes(tmp_path, capsys):
-    prompts, page = tmp_path / "prompts.txt", tmp_path / "page.md"
+@pytest.fixture
+def options(tmp_path):
+    """A small checkpoint, five steps, three prompts of which two are learnt from."""
+    prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat\ntwo dogs\nthree birds")
-    options = ["--ckpt", str(make_narrow(tmp_path / "narrow")), "--image_size", "32", "32", "--prompts", str(prompts)]
-    options += [
-        "--num_inference_steps",
-        "5",
-        "--learn_from",
-        "2",
-        "--evaluations",
-        "3",
-        "--cache",
-        "hicache",
-        "--into",
-        str(page),
-    ]
-    assert learn_mask.main([*options, "--computed", "2", "2", "3", "--save_path", str(tmp_path / "out")]) == 0
+    checkpoint = str(make_narrow(tmp_path / "narrow"))
+    model = ["--ckpt", checkpoint, "--image_size", "32", "32", "--num_inference_steps", "5"]
+    learnt = ["--prompts", str(prompts), "--learn_from", "2", "--evaluations", "3"]
+    return [*model, *learnt, "--save_path", str(tmp_path / "out")]
+
+
+def test_learnt_masks_are_preset_files_that_cache_takes(options, tmp_path, capsys):
+    page = tmp_path / "page.md"
+    arguments = [*options, "--cache", "hicache", "--computed", "2", "2", "3", "--into", str(page)]
+    assert learn_mask.main(arguments) == 0
     text = capsys.readouterr().out
     assert page.read_text().split("\n\n", 2)[2] == "".join(f"    {line}\n" for line in text.splitlines())
     for computed in (2, 3):
@@ -102,9 +103,35 @@ def test_learnt_masks_are_preset_files_that_cache_takes(tmp_path, capsys):
         assert f"use it: --cache {file}" in text
         config, preset = CacheConfig.named(str(file)), json.loads(file.read_text())
         assert sum(config.steps_computation_mask) == computed == preset["figures"]["computed_steps"]
+        assert config.forecast == "hicache" and "--cache hicache --computed 2 2 3" in preset["command"]
         assert preset["search"]["prompts"] == ["a cat", "two dogs"] and preset["prompts"] == ["three birds"]
         assert 0 < preset["search"]["latent_mse"] <= preset["search"]["latent_mse_at_the_start"]
     assert (tmp_path / "out" / "sweep.json").is_file()
+
+
+def test_fitted_weights_lie_nearer_and_a_second_run_draws_nothing_again(options, tmp_path, monkeypatch):
+    arguments = [*options, "--computed", "3", "--fitted", "2", "--iterations", "2", "--batch_size", "1"]
+    assert learn_mask.main(arguments) == 0
+    file = tmp_path / "out" / "fitted_3_of_5.json"
+    config, first = CacheConfig.named(str(file)), json.loads(file.read_text())
+    assert config.forecast == "table" and len(config.forecast_weights) == 2 * 3
+    assert 0 < first["search"]["latent_mse"] < first["search"]["latent_mse_before_the_fit"]
+    drawn = []
+    latents = ClosedLoop.latents
+    monkeypatch.setattr(ClosedLoop, "latents", lambda *given, **more: drawn.append(given) or latents(*given, **more))
+    assert learn_mask.main(arguments) == 0
+    # The uncached pictures alone.
+    assert len(drawn) == 1
+    assert json.loads(file.read_text())["search"] == first["search"]
+
+
+def test_weights_may_be_fitted_to_each_step_on_its_own(options, tmp_path):
+    assert learn_mask.main([*options, "--computed", "3", "--fit", "step"]) == 0
+    file = tmp_path / "out" / "stepwise_3_of_5.json"
+    config = CacheConfig.named(str(file))
+    assert config.forecast == "table" and len(config.forecast_weights) == 2 * 3
+    # The newest residual counts most, as in any forecast.
+    assert all(0.5 < weight < 2 for weight in config.forecast_weights[::3])
 
 
 @pytest.mark.parametrize(
@@ -114,6 +141,10 @@ def test_learnt_masks_are_preset_files_that_cache_takes(tmp_path, capsys):
         (["--learn_from", "14"], "raise --limit"),
         (["--cache", "dicache"], "dicache"),
         (["--evaluations", "0"], "--evaluations"),
+        (["--batch_size", "0"], "--batch_size"),
+        (["--iterations", "0"], "--iterations"),
+        (["--iterations", "3", "--fit", "step"], "--iterations is for --fit loop"),
+        (["--fitted", "3", "--cache", "taylorseer"], "--fitted is for a --cache with a forecast whose weights"),
     ],
 )
 def test_mistakes_are_one_line(options, message, tmp_path, capsys):
@@ -121,3 +152,12 @@ def test_mistakes_are_one_line(options, message, tmp_path, capsys):
         learn_mask.parse_arguments([*options, "--save_path", str(tmp_path)])
     assert caught.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family, settings", [("qwenimage", {}), ("flux2", {"layers": 31})])
+def test_another_familys_masks_are_learnt_too(family, settings, tmp_path):
+    options = ["--ckpt", str(make(tmp_path / family, family, **settings)), "--image_size", "64", "64", "--limit", "2"]
+    options += ["--num_inference_steps", "5", "--computed", "3", "--learn_from", "1", "--evaluations", "4"]
+    assert learn_mask.main([*options, "--fitted", "1", "--iterations", "1", "--save_path", str(tmp_path / "out")]) == 0
+    assert CacheConfig.named(str(tmp_path / "out" / "fitted_3_of_5.json")).steps_computation_mask[0] == 1

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from FBCache_ms.config import CacheConfig
+from FBCache_ms.eval.shared import ranks
 from FBCache_ms.eval.shared.arguments import exit_status
 from FBCache_ms.eval.shared.drawing import Setting, draw_missing
 from FBCache_ms.eval.shared.files import locked
@@ -167,6 +168,51 @@ def test_the_first_rank_waits_for_the_others_but_not_for_ever():
     wait_until_empty(lambda: next(left), poll=0)
     with pytest.raises(OSError, match="1 are missing, the first of them a"):
         wait_until_empty(lambda: ["a"], poll=0, patience=0.01)
+
+
+LIVING = """
+import sys, time
+from pathlib import Path
+from FBCache_ms.eval.shared import ranks
+ranks.BEAT = 0.1
+with ranks.signs_of_life(Path(sys.argv[1]), (1, 2)):
+    print("here", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_rank_that_was_killed_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(ranks, "BEAT", 0.1)
+    monkeypatch.setattr(ranks, "SILENCE", 2)
+    with ranks.signs_of_life(tmp_path, (0, 2)):
+        other = subprocess.Popen([sys.executable, "-c", LIVING, tmp_path], stdout=subprocess.PIPE)
+        try:
+            assert other.stdout.readline() == b"here\n"
+            # While it lives it is waited for.
+            with pytest.raises(OSError, match="no new picture for 0.5 s"):
+                wait_until_empty(lambda: ["a"], poll=0.1, patience=0.5)
+        finally:
+            other.kill()
+            other.wait()
+        with pytest.raises(OSError, match="rank 1 has given no sign of life for 2 s, and 1 files are missing"):
+            wait_until_empty(lambda: ["a"], poll=0.1, patience=30)
+    assert [file.name for file in tmp_path.iterdir()] == [".alive.1"]
+
+
+def test_what_a_killed_run_has_left_is_no_dead_rank(tmp_path):
+    old = tmp_path / ".alive.1"
+    old.touch()
+    os.utime(old, (0, 0))
+    with ranks.signs_of_life(tmp_path, (0, 2)):
+        assert not old.exists()
+        with pytest.raises(OSError, match="no new picture"):
+            wait_until_empty(lambda: ["a"], poll=0, patience=0.01)
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_process_alone_leaves_no_sign(tmp_path):
+    with ranks.signs_of_life(tmp_path, (0, 1)):
+        assert not list(tmp_path.iterdir())
 
 
 def test_numbers_that_json_lacks_are_null(folder):

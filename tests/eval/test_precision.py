@@ -153,6 +153,7 @@ def painter(tmp_path_factory):
     return Painter(precision.parse_arguments(arguments))
 
 
+@pytest.mark.slow
 def test_the_recorded_streams_are_those_that_the_cache_compares(painter):
     (prompt,) = painter.args.prompts
     probes, residuals = precision.record(painter, 0, prompt).changes(exact)

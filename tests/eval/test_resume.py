@@ -17,10 +17,8 @@ from narrow import make_narrow
 from FBCache_ms.eval import fid_mscoco
 from FBCache_ms.runtime.device import api
 
-pytestmark = pytest.mark.slow
-
-KILLS = 10
-PICTURES = 40
+KILLS = 5
+PICTURES = 24
 VARIES = ("seconds.*.jsonl", ".lock.*", ".*.part", "fid_mscoco.*", "logs/*")
 
 processes = multiprocessing.get_context("forkserver")
@@ -80,7 +78,8 @@ def undisturbed(tmp_path_factory):
     return options, folder / "out"
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.release), 2])
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(undisturbed, world, tmp_path):
     options, expected = undisturbed
     arguments, chance = [*options, "--save_path", str(tmp_path)], random.Random(world)
@@ -108,6 +107,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(undisturbed, world
     assert distances(tmp_path) == distances(expected)
 
 
+@pytest.mark.release
 def test_under_msrun_a_dead_rank_is_told_and_the_next_start_goes_on(undisturbed, tmp_path):
     options, expected = undisturbed
     folder = Path(sys.executable).parent

@@ -1,12 +1,13 @@
 import csv
 import json
 import re
+from argparse import Namespace
 
 import numpy as np
 import pytest
 from narrow import make_narrow
 
-from FBCache_ms.config import OPTIONS, CacheConfig
+from FBCache_ms.config import FITTED, OPTIONS, CacheConfig
 from FBCache_ms.eval import benchmark, fid_mscoco, sweep, tune
 from FBCache_ms.eval.shared.cases import CASES, UNCACHED, own_mask
 from FBCache_ms.eval.shared.drawing import Painter, Setting
@@ -55,6 +56,13 @@ def test_a_case_has_its_rows_in_few_structures(case, number, structures):
     rows = CASES[case]()
     assert len(rows) == number
     assert len({CacheConfig.named(row.cache).structure for row in rows}) == structures
+
+
+@pytest.mark.parametrize("steps", [28, 50, 20])
+def test_a_fitted_preset_is_swept_at_its_own_number_of_steps_alone(steps):
+    rows = sweep.rows_of(Namespace(cases=["masks"], cache=[], thresholds=None, num_inference_steps=steps))
+    fitted = [row.name for row in rows if row.name.startswith("fitted")]
+    assert fitted == [name for name in FITTED if name.endswith(f"_of_{steps}")] and len(fitted) == 3 * (steps != 20)
 
 
 def test_the_mask_of_ones_own_fits_the_steps():

@@ -1,5 +1,6 @@
 """Image prompts and joint_attention_kwargs reach the blocks that mindone hands them to."""
 
+import further
 import mindone.diffusers
 import numpy as np
 import pytest
@@ -87,7 +88,7 @@ def image_prompt(seen=1.0):
 TRUE_CFG = {"negative_prompt": "a green square", "true_cfg_scale": 2.0}
 
 
-@pytest.mark.parametrize("make", [whole_loop, cached_step])
+@pytest.mark.parametrize("make", further.after(1, [whole_loop, cached_step]))
 @pytest.mark.parametrize("guidance", [{}, TRUE_CFG], ids=["one branch", "true CFG"])
 def test_image_prompts(image_prompted, make, guidance):
     pipe = make(image_prompted, CacheConfig(0.0))

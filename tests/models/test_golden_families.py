@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import further
 import numpy as np
 import pytest
 from cases import FLUX2_CACHED, FLUX2_IMAGES, QWENIMAGE_CACHED, QWENIMAGE_IMAGES, call_arguments
@@ -46,7 +47,7 @@ def golden(family):
     return arrays
 
 
-@pytest.mark.parametrize("family, index", IMAGES)
+@pytest.mark.parametrize("family, index", further.after([(family, 0) for family in FAMILIES], IMAGES))
 def test_uncached_pictures_are_those_of_diffusers(pipeline, family, index):
     expected = golden(family)[f"images_{index}"]
     arguments = call_arguments(FAMILIES[family][1][index], ms.Tensor, family)
@@ -55,7 +56,11 @@ def test_uncached_pictures_are_those_of_diffusers(pipeline, family, index):
     assert np.abs(images - expected).max() < 1e-3
 
 
-@pytest.mark.parametrize("family, index", CACHED, ids=[f"{f}-{FAMILIES[f][2][i]['config']}-{i}" for f, i in CACHED])
+@pytest.mark.parametrize(
+    "family, index",
+    further.after([(family, index) for family in FAMILIES for index in (0, 3)], CACHED),
+    ids=[f"{f}-{FAMILIES[f][2][i]['config']}-{i}" for f, i in CACHED],
+)
 def test_decisions_differences_and_latents_are_those_of_cache_dit(pipeline, family, index):
     """In both branches, and by each gate; TaylorSeer after a warm-up of n + 3: it forms no difference before."""
     _, images, cached = FAMILIES[family]

@@ -4,8 +4,10 @@ import json
 import shutil
 from dataclasses import dataclass, replace
 from itertools import permutations
+from types import SimpleNamespace
 from typing import Any, Dict
 
+import further
 import mindone.diffusers
 import numpy as np
 import pytest
@@ -33,6 +35,7 @@ from FBCache_ms import (
     apply_cache_on_pipe,
     remove_cache_from_pipe,
 )
+from FBCache_ms.pipelines.flux2 import check_layers
 from FBCache_ms.pipelines.whole_loop import WholeLoop
 from FBCache_ms.runtime.checkpoint import check_checkpoint
 from FBCache_ms.runtime.device import graph_mode
@@ -323,6 +326,7 @@ def picture(seed, width, height):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
 
 
+@pytest.mark.slow
 def test_flux2_draws_after_pictures_as_mindones(flux2):
     """The first one says the size of what is drawn."""
     settings = {"image": [picture(0, 66, 70), picture(1, 64, 64)], "height": None, "width": None, "output_type": "np"}
@@ -386,7 +390,7 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", further.after(1, RULES))
 def test_rules_and_forecasts_run_and_reuse(family, rule):
     config, plain = RULES[rule](family.threshold), family.draw()
     got = family.draw(config=config)
@@ -504,6 +508,7 @@ LORAS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LORAS)
 def test_a_lora_acts_at_its_scale_until_it_is_unloaded(name, request):
     family = request.getfixturevalue(name)
@@ -658,3 +663,10 @@ def test_half_of_a_guidance_is_ignored_with_a_warning(qwen, caplog, settings, sa
     caplog.clear()
     np.testing.assert_array_equal(qwen.draw(**settings), expected)
     assert said in caplog.text if said else not caplog.text
+
+
+def test_layers_that_a_text_encoder_has_not_are_refused():
+    encoder = SimpleNamespace(config=SimpleNamespace(text_config=SimpleNamespace(num_hidden_layers=4)))
+    check_layers(encoder, (0, 2, 4))
+    with pytest.raises(ValueError, match=r"text_encoder_out_layers must be 0 to 4, .* not \(10, 20, 30\)"):
+        check_layers(encoder, (10, 20, 30))

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Dict, Tuple
 
+import further
 import mindone.diffusers
 import numpy as np
 import pytest
@@ -93,6 +94,15 @@ def controlnet(**more):
     return randomized(QwenImageControlNetModel(num_layers=1, axes_dims_rope=(8, 12, 12), **SIZES, **more))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def pynative_mode():
+    """mindone's autoencoder of Qwen-Image does not compile."""
+    before = ms.get_context("mode")
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+    yield
+    ms.set_context(mode=before)
+
+
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
     """The components of all pipelines."""
@@ -145,7 +155,7 @@ def break_off(pipe, step, timestep, tensors):
     return {}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", further.after(1, CASES))
 def test_off_it_is_mindones_on_it_is_near_removed_it_is_gone(parts, name):
     pipe = pipeline(name, parts)
     transformer, scheduler = pipe.transformer, pipe.scheduler

@@ -182,6 +182,7 @@ def test_what_is_no_scheduler_of_mindones_is_named():
     assert foreign_scheduler(FlowMatchEulerDiscreteScheduler()) is None
 
 
+@pytest.mark.slow
 def test_a_callback_sees_the_pipeline_as_it_is_in_mindone(pipe, mindone_pipe):
     def watch(pipe, step, timestep, tensors):
         parts = type(pipe.transformer).__name__, type(pipe.scheduler).__name__, type(pipe.vae).__name__
@@ -348,6 +349,7 @@ def test_adapters_that_a_callback_sets_act_under_an_applied_cache(adapted, mindo
     remove_cache_from_pipe(mindone_pipe)
 
 
+@pytest.mark.slow
 def test_threads_take_turns(pipe):
     want, got = {seed: draw(pipe, latents=noise(seed)) for seed in (1, 2)}, {}
     threads = [
@@ -410,6 +412,7 @@ def test_an_applied_cache_decides_as_the_loop_where_timesteps_ascend(pipe, mindo
 OWN = [1, 0.98, 0.96, 0.94, 0.9, 0.85, 0.7, 0.5, 0.3, 0.1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sigmas, cached",
     [(OWN, [6, 7]), (list(np.linspace(1, 0.1, 10)), [3, 4, 5, 6]), (None, [3, 4, 5, 6])],
@@ -433,6 +436,7 @@ def test_a_window_counts_from_the_whole_schedule_where_a_picture_is_given(loaded
     remove_cache_from_pipe(plain)
 
 
+@pytest.mark.usefixtures("compiled_parts")
 def test_models_that_nobody_has_changed_are_compiled_once(pipe, monkeypatch):
     dropped = []
     monkeypatch.setattr(kept_graphs, "drop_graphs", dropped.append)
@@ -441,6 +445,7 @@ def test_models_that_nobody_has_changed_are_compiled_once(pipe, monkeypatch):
     assert dropped == []
 
 
+@pytest.mark.usefixtures("compiled_parts")
 def test_a_dtype_goes_there_and_back(pipe):
     before = draw(pipe, cache_config=None)
     pipe.to(ms.float16)

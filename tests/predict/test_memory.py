@@ -3,6 +3,7 @@ from itertools import product
 
 import numpy as np
 import pytest
+from make_models import make
 
 import mindspore as ms
 
@@ -48,6 +49,14 @@ def test_the_formula_is_what_is_allocated_for_every_structure(gate):
         )
 
 
+def test_a_table_takes_a_row_for_each_step_that_there_may_be():
+    settings = {"taylorseer_derivative": 2, "gate": "static", "schedule": "fora", "schedule_interval": 2}
+    config = CacheConfig(forecast="table", forecast_weights=range(12), **settings)
+    context = CacheContext(1, 4, 8, config=config, steps=8)
+    assert cache_bytes(config, 1, 4, 8, itemsize=4) == context.nbytes
+    assert context.nbytes - cache_bytes(CacheConfig(**settings), 1, 4, 8, itemsize=4) == 3 * 1000 * 4
+
+
 def test_parts_of_flux_dev_are_counted_by_hand():
     """1024 x 1024, bfloat16: a tensor of the image stream takes 25 MB, one of the text stream 3 MB."""
     image, text = 4096 * 3072 * 2, 512 * 3072 * 2
@@ -89,6 +98,21 @@ def test_the_program_puts_its_table_where_it_is_told(tmp_path, capsys):
     assert json.loads((tmp_path / "memory.json").read_text())["bytes"][-1]["1024 x 1024, batch 1"] == cache_bytes(
         CacheConfig.preset("fora"), 1, 4096, 3072
     )
+
+
+def test_the_program_counts_for_another_model(tmp_path):
+    ckpt = make(tmp_path / "qwenimage", "qwenimage")
+    options = ["--ckpt", str(ckpt), "--sides", "64", "--batch_sizes", "1", "--text_len", "8"]
+    assert memory.main([*options, "--save_path", str(tmp_path / "out")]) == 0
+    rows = {row["Cache"]: row for row in json.loads((tmp_path / "out" / "memory.json").read_text())["bytes"]}
+    width = json.loads((ckpt / "transformer" / "config.json").read_text())
+    width = width["num_attention_heads"] * width["attention_head_dim"]
+    counted = rows["First-Block Cache, order 0"]["64 x 64, batch 1"]
+    assert counted == cache_bytes(CacheConfig.named("F1B0_W0_T0O0_R0.12"), 1, 16, width, 8, 1, 2)
+    # It has one stack, and fewer blocks than that.
+    assert "double gate" not in rows and "DBCache, last blocks run" not in rows
+    with pytest.raises(SystemExit):
+        memory.main([*options, "--cache", "double_gate", "--save_path", str(tmp_path / "out")])
 
 
 @pytest.mark.parametrize(

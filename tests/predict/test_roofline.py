@@ -234,10 +234,18 @@ def test_a_blocks_attention_and_weights_by_hand():
         assert products.bytes == 2 * weights * 3072**2 + operands * stream
 
 
+def test_int8_weights_are_read_in_half_the_bytes_and_nothing_else_changes():
+    dense, quantised = (step(replace(SHAPES, weight_itemsize=size), PLAIN, RICH) for size in (None, 1))
+    saved = sum(work.bytes for work in dense) - sum(work.bytes for work in quantised)
+    # 36 squares of the width in a double block, 15 in a single one.
+    assert saved == (2 * 36 + 3 * 15) * SHAPES.width**2
+    assert [work.operations for work in dense] == [work.operations for work in quantised]
+
+
+@pytest.mark.parametrize("design", [PER_STEP, RICH])
 @pytest.mark.parametrize(
     "tag", ["F1B0_W0_R0.12", "F2B1_W0_R0.12", "F1B0_W0_R0.12,span=stacks", "teacache", "delta_dit"]
 )
-@pytest.mark.parametrize("design", [PER_STEP, RICH])
 def test_operations_are_those_of_the_blocks_that_run(tag, design):
     config, costs = CacheConfig.named(tag), step_costs(SMALL, 1, 256, 64)
     gates = plan(config)

@@ -248,6 +248,7 @@ def halve(file, name):
     save_file(tensors, file, metadata={"format": "np"})
 
 
+@pytest.mark.slow
 def test_a_second_process_starts_from_the_folder_with_its_own_numbers_and_weights(tmp_path):
     ckpt, folder, out = make_narrow(tmp_path / "narrow"), tmp_path / "graphs", tmp_path / "pictures.npy"
     plain, order = "F1B0_W0_R0.9", "F1B0_W0_T1O1_R0.9"
@@ -294,7 +295,7 @@ def test_other_sources_are_another_graph(tmp_path):
         file
         for pattern in ("*.py", "*.cc")
         for file in package.rglob(pattern)
-        if file.relative_to(package).parts[0] not in ("eval", "comfyui", "predict", *names_only)
+        if file.relative_to(package).parts[0] not in ("eval", "comfyui", "predict", "serve", *names_only)
     )
 
 

@@ -58,6 +58,7 @@ def lora(seed):
     return tensors
 
 
+@pytest.mark.release
 def test_adapters_and_weights_are_seen(first):
     """In each state the picture is that of a pipeline that has compiled nothing before."""
     pipe, stepwise, pictures = whole_loop(first), cached_step(first), []
@@ -97,6 +98,8 @@ CHANGES = {
 }
 
 
+@pytest.mark.release
+@pytest.mark.usefixtures("compiled_parts")
 @pytest.mark.parametrize("changed", CHANGES)
 def test_the_other_models_adapters_and_weights_are_seen(changed, tmp_path, capfd):
     """The picture is that of a pipeline that has compiled nothing before, and what it was when all is undone."""
@@ -241,6 +244,7 @@ def test_a_method_that_a_user_puts_on_a_class_is_seen(monkeypatch):
     assert made_of(blocks)[0] == before[0]
 
 
+@pytest.mark.release
 def test_swapped_layers_are_drawn_with(first):
     """In each state the picture is that of a pipeline that has compiled nothing before, and is found again."""
     pipe, stepwise, pictures = whole_loop(first), cached_step(first), []

@@ -1,10 +1,12 @@
-"""Makes the pictures of pages in docs/ anew: report.png and cost_model.png, as the pages show them.
+"""Makes the pictures of pages in docs/ anew: report.png, cost_model.png and frontier.png, as the pages show them.
 
     .venv/bin/python tools/docs/pictures.py report
     .venv/bin/python tools/docs/pictures.py cost_model
+    .venv/bin/python tools/docs/pictures.py frontier --html results/frontier/50_steps/frontier.html
 
 The report is that of docs/results/sweep.md, which is drawn first and takes minutes; a killed one goes on where it was.
-Both need Debian's chromium and chromium-driver, and FBCache_ms[test].
+The frontier's page is one that benchmarks/frontier.py has written.
+All need Debian's chromium and chromium-driver, and FBCache_ms[test].
 """
 
 import sys
@@ -21,7 +23,7 @@ from FBCache_ms.eval.shared.files import check_folder, say_written
 
 DOCS = Path(__file__).parents[2] / "docs"
 SWEEP = ("--cases", "fbcache", "teacache")
-WIDTH, HEIGHT = 1280, 960
+WIDTH, HEIGHT, FRONTIER_HEIGHT = 1280, 960, 440
 PATIENCE, SECONDS = 60, 2
 """Seconds that a page may take until its plots are there, and that they have to settle in."""
 
@@ -33,14 +35,19 @@ DRAWN = (
 
 def parse_arguments(argv=None):
     """The command line."""
-    parser = Parser(__name__, "pictures", "report|cost_model [options]", description=__doc__)
+    parser = Parser(__name__, "pictures", "report|cost_model|frontier [options]", description=__doc__)
     parser.add_argument("page", choices=PAGES, help="which page")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="the frontier's, as benchmarks/frontier.py wrote it")
     parser.add_argument("--limit", type=int, default=20, metavar="N", help="how many prompts the sweep has")
     parser.add_argument("--docs", type=Path, default=DOCS, metavar="FOLDER", help="where the picture is written")
     add_save_path(parser.add_argument, "./results/docs", "the page and what it shows")
     args = parser.parse_args(argv)
     try:
         check_range("limit", args.limit, 1)
+        if (args.page == "frontier") != (args.html is not None):
+            raise ValueError("--html is the frontier's page, which no other page has and the frontier needs")
+        if args.html is not None and not args.html.is_file():
+            raise ValueError(f"--html {args.html} is no file; run benchmarks/frontier.py")
         if missing():
             raise ValueError(f"there is no {' and no '.join(missing())}: apt-get install chromium chromium-driver")
         check_folder(args.docs, "docs")
@@ -65,7 +72,12 @@ def cost_model_page(args):
     return folder / "cost_model.html", None
 
 
-PAGES = {"report": report_page, "cost_model": cost_model_page}
+def frontier_page(args):
+    """The page that was written, and the height to show."""
+    return args.html, FRONTIER_HEIGHT
+
+
+PAGES = {"report": report_page, "cost_model": cost_model_page, "frontier": frontier_page}
 
 
 def run(program, *options):
@@ -80,7 +92,7 @@ def picture_of(page, height=None):
         browser = open_browser(profile)
         try:
             browser.execute_cdp_cmd("Emulation.setScrollbarsHidden", {"hidden": True})
-            show(browser, WIDTH, HEIGHT)
+            show(browser, WIDTH, height or HEIGHT)
             browser.get(page.resolve().as_uri())
             WebDriverWait(browser, PATIENCE).until(lambda browser: browser.execute_script(DRAWN))
             if height is None:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from FBCache_ms.config import OPTIONS, PRESETS
+from FBCache_ms.config import FITTED, OPTIONS, PRESETS
 from FBCache_ms.eval.fbcache import PROGRAMS
 from FBCache_ms.eval.shared.arguments import GROUPS
 from FBCache_ms.eval.shared.tables import markdown
@@ -40,7 +40,10 @@ def field(name, option):
 
 def fields_page():
     """docs/fields.md."""
-    presets = [{"Preset": f"`{name}`", "Tag": f"`{tag}`"} for name, tag in PRESETS.items()]
+    tags = {name: f"`{tag}`" for name, tag in PRESETS.items()}
+    # A table of weights is no reading.
+    tags.update({name: f"in `FBCache_ms/presets/{name}.json`" for name in FITTED})
+    presets = [{"Preset": f"`{name}`", "Tag": tag} for name, tag in tags.items()]
     parts = [
         "# Every field and preset\n\nWritten from the declarations by `tools/docs/reference.py`. "
         "[Settings](settings.md#words) defines the words.\n",

@@ -451,14 +451,14 @@ def make_flux2_tokenizer(folder):
     return ids
 
 
-def make_mistral_encoder(folder, ids, width):
-    """Writes a Mistral3ForConditionalGeneration whose hidden states are so wide, with a vision tower for form."""
+def make_mistral_encoder(folder, ids, width, layers):
+    """Writes a Mistral3ForConditionalGeneration of so many layers and so wide, with a vision tower for form."""
     text = {
         "model_type": "mistral",
         "vocab_size": len(ids),
         "hidden_size": width,
         "intermediate_size": 2 * width,
-        "num_hidden_layers": max(FLUX2_LAYERS) + 1,
+        "num_hidden_layers": layers,
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
         "head_dim": width // 2,
@@ -609,10 +609,10 @@ def make_qwenimage(folder):
     )
 
 
-def make_flux2(folder):
-    """Writes a checkpoint of FLUX.2's kind."""
+def make_flux2(folder, layers=max(FLUX2_LAYERS) + 1):
+    """Writes a checkpoint of FLUX.2's kind, with so many layers in its text encoder."""
     ids, width = make_flux2_tokenizer(folder / "tokenizer"), 32
-    make_mistral_encoder(folder / "text_encoder", ids, width)
+    make_mistral_encoder(folder / "text_encoder", ids, width, layers)
     latent = make_flux2_vae(folder / "vae")
     make_flux2_transformer(folder / "transformer", 4 * latent, len(FLUX2_LAYERS) * width)
     make_scheduler(folder / "scheduler", max_image_seq_len=4096, max_shift=1.15, shift=3.0, shift_terminal=None)
@@ -629,16 +629,17 @@ def make_flux2(folder):
 FAMILIES = {"qwenimage": make_qwenimage, "flux2": make_flux2}
 
 
-def make(folder, family):
-    """Writes a family's checkpoint into a new folder; returns the folder.
+def make(folder, family, **settings):
+    """Writes a family's checkpoint into a new folder; returns the folder. ``settings`` are those of its function.
 
     Raises ValueError for a family that is not in FAMILIES.
     """
     if family not in FAMILIES:
         raise ValueError(f"family must be one of {', '.join(FAMILIES)}, not {family!r}")
-    FAMILIES[family](Path(folder))
+    FAMILIES[family](Path(folder), **settings)
     return Path(folder)
 
 
 if __name__ == "__main__":
-    make(sys.argv[1], sys.argv[2])
+    # So many that programs, which name no layers, find those that FLUX.2's are.
+    make(sys.argv[1], sys.argv[2], **({"layers": 31} if sys.argv[2] == "flux2" else {}))

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -129,22 +131,13 @@ def check_decisions(run):
     On the CPU, two processes, whose differences have to be equal.
     """
 
-    def options(device):
-        names = {"ckpt": TINY_FLUX, "device": device, "dtype": "float32", "save_path": run.args.save_path / "decisions"}
-        return [text for name, value in names.items() for text in (f"--{name}", str(value))]
-
-    run_program(fbcache_flux, options("CPU"))
+    folder = run.args.save_path / "decisions"
+    run_program(fbcache_flux, embedded_in_float32("CPU", folder))
     reports = (
-        json.loads((run.args.save_path / "decisions" / "run.json").read_text()),
-        fbcache_flux.run(fbcache_flux.parse_arguments(options(run.args.device))),
+        json.loads((folder / "run.json").read_text()),
+        fbcache_flux.run(fbcache_flux.parse_arguments(embedded_in_float32(run.args.device, folder))),
     )
-    cpu, here = (
-        {
-            "reused": [step in report["cached_steps"] for step in range(report["steps"])],
-            "residual_diffs": report["residual_diffs"],
-        }
-        for report in reports
-    )
+    cpu, here = map(_trace_of, reports)
     tolerance = 0 if run.args.device == "CPU" else AGREEMENT["float32"][0]
     threshold, size = CacheConfig().residual_diff_threshold, image_size(TINY_FLUX)
     passed, text = agree(cpu, here, threshold, tolerance)
@@ -164,6 +157,50 @@ def check_decisions(run):
 def _decision(trace, step):
     difference = trace["residual_diffs"][step]
     return ("reused" if trace["reused"][step] else "computed") + ("" if difference is None else f", {difference:.5f}")
+
+
+def embedded_in_float32(device, folder):
+    """The options with which a device draws the embedded checkpoint into a folder."""
+    names = {"ckpt": TINY_FLUX, "device": device, "dtype": "float32", "save_path": folder}
+    return [text for name, value in names.items() for text in (f"--{name}", str(value))]
+
+
+def _trace_of(report):
+    """What ``agree`` compares, of a run.json."""
+    reused = [step in report["cached_steps"] for step in range(report["steps"])]
+    return {"reused": reused, "residual_diffs": report["residual_diffs"]}
+
+
+def check_sharing(run):
+    """The embedded checkpoint on two devices that share the picture against one device: decisions and pictures."""
+    device, folder = run.args.device, run.args.save_path / "sharing"
+    if device == "Ascend":
+        import mindspore as ms
+
+        if ms.hal.device_count("Ascend") < 2:
+            return Finding(None, "one NPU is here, and two have to share a picture")
+    run_program(fbcache_flux, embedded_in_float32(device, folder / "one"))
+    launcher = Path(sys.executable).parent / "msrun"
+    command = [launcher, "--worker_num=2", "--local_worker_num=2", "--join=True", f"--master_port={free_port()}"]
+    command += [f"--log_dir={folder / 'logs'}", fbcache_flux.__file__, "--context_parallel", "2"]
+    # msrun starts whatever "python" it finds.
+    environment = {**os.environ, "PATH": f"{launcher.parent}:{os.environ['PATH']}"}
+    command += embedded_in_float32(device, folder / "two")
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"msrun ended with status {done.returncode}: {folder / 'logs'} has what the devices said")
+    tolerance, floor = AGREEMENT["CPU" if device == "CPU" else "float32"]
+    one, two = (_trace_of(json.loads((folder / name / "run.json").read_text())) for name in ("one", "two"))
+    near = psnr(*(read_picture(folder / name / "output_0.png") for name in ("one", "two")))
+    passed, text = agree(one, two, CacheConfig().residual_diff_threshold, tolerance)
+    return Finding(passed and near >= floor, f"two devices share the picture: {near_text(near, floor)}, {text}")
+
+
+def free_port():
+    """One that nobody listens at."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def check_speed(run):
@@ -207,7 +244,8 @@ def check_memory(run):
     channels, rows = transformer.proj_out.weight.shape[0], []
     for tag in STRUCTURES:
         config, settings = CacheConfig.named(tag), {"text_len": text_len, "channels": channels}
-        context = CacheContext(*shape, mindspore_dtype=dtype, config=config, steps=steps, **settings)
+        # A mask or a table may be for another number of steps, and changes no byte.
+        context = CacheContext(*shape, mindspore_dtype=dtype, config=config.switched_off(), steps=steps, **settings)
         rows.append((tag, context.nbytes, cache_bytes(config, *shape, itemsize=itemsize, **settings)))
     formula = cache_bytes(cached.config, *shape, text_len, 1, itemsize)
     rows.append((f"{ROWS[-1]}, after its run", folders[cached].record(0)["cache_bytes"], formula))
@@ -381,6 +419,7 @@ CHECKS = {
     "environment": check_environment,
     "unit_tests": check_unit_tests,
     "decisions": check_decisions,
+    "sharing": check_sharing,
     "speed": check_speed,
     "memory": check_memory,
     "graph": check_graph,

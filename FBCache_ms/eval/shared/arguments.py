@@ -11,14 +11,19 @@ from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
 
+from FBCache_ms.cache.gates import check_steps
 from FBCache_ms.config import OPTIONS, PRESETS, CacheConfig
 from FBCache_ms.eval.shared.files import Into, check_folder
+from FBCache_ms.eval.shared.ranks import group_and_groups
 from FBCache_ms.rules.options import did_you_mean, value_text
-from FBCache_ms.rules.schedules import MAX_STEPS, step_actions
+from FBCache_ms.rules.schedules import MAX_STEPS
 from FBCache_ms.runtime.checkpoint import TINY_FLUX, block_counts, check_checkpoint, family_of, image_unit
+from FBCache_ms.runtime.quantize import QUANT_TYPES, QuantizeConfig, check_parts
 
-AUTO = object()
-"""Stands for the user's own folder of compiled graphs."""
+
+class AUTO:
+    """Stands for the user's own folder of compiled graphs, in every process."""
+
 
 TYPED = ContextVar("TYPED", default=None)
 """What a person typed to start a program, where it is another one that starts it, as fbcache does."""
@@ -90,6 +95,17 @@ def one_line(error):
     return " ".join(str(error).split())
 
 
+def add_context_parallel(add):
+    """--context_parallel, for programs whose pictures several devices may share."""
+    add(
+        "--context_parallel",
+        type=int,
+        default=1,
+        metavar="N",
+        help="how many devices share a picture, under msrun (default: 1)",
+    )
+
+
 def add_model_options(add, deterministic=False, compile_cache=False):
     """--ckpt, and where and how it runs; ``deterministic`` is that option's default.
 
@@ -101,6 +117,13 @@ def add_model_options(add, deterministic=False, compile_cache=False):
         default=TINY_FLUX,
         metavar="PATH",
         help="folder in diffusers layout (default: the embedded checkpoint)",
+    )
+    add(
+        "--quantize",
+        nargs="+",
+        metavar=("KIND", "COMPONENT"),
+        help=f"round weights to int8 while loading: {' or '.join(QUANT_TYPES)} (its layers' inputs, too), and which "
+        "components (default: the transformer), such as transformer text_encoder_2",
     )
     add("--device", choices=("auto", "Ascend", "CPU"), default="auto", help="auto: Ascend where there is one")
     add(
@@ -153,9 +176,15 @@ def add_picture_options(add):
     add("--seed", type=int, default=0, metavar="N", help="of the noise that a picture begins as")
 
 
-def add_drawing_options(parser, limit, save_path, deterministic=True):
-    """The options of every program that draws many prompts; the rest of the arguments are their defaults."""
-    add_model_options(parser.add_argument_group("model").add_argument, deterministic)
+def add_drawing_options(parser, limit, save_path, deterministic=True, context_parallel=True):
+    """The options of every program that draws many prompts; the rest of the arguments are their defaults.
+
+    ``context_parallel`` says whether several devices may share a picture.
+    """
+    add = parser.add_argument_group("model").add_argument
+    add_model_options(add, deterministic)
+    if context_parallel:
+        add_context_parallel(add)
     add = parser.add_argument_group("pictures").add_argument
     add(
         "--prompts",
@@ -203,7 +232,14 @@ def check_model_and_size(args):
     """Raises ValueError or OSError for a checkpoint, a seed or a size that cannot work."""
     check_range("num_inference_steps", args.num_inference_steps, 1, MAX_STEPS)
     check_range("seed", args.seed, 0)
-    check_checkpoint(args.ckpt)
+    check_quantized(args, check_checkpoint(args.ckpt))
+    if hasattr(args, "context_parallel"):
+        check_range("context_parallel", args.context_parallel, 1)
+        group_and_groups(args.context_parallel)
+        if args.context_parallel > 1 and os.environ.get("MS_ROLE") == "MS_SCHED":
+            # msrun's scheduler draws nothing; it serves the cluster until that ends.
+            device_of(args)
+            sys.exit(0)
     check_guidance(args, "guidance_scale")
     if args.image_size is not None:
         unit = image_unit(args.ckpt)
@@ -211,6 +247,18 @@ def check_model_and_size(args):
             raise ValueError(
                 f"--image_size must be positive multiples of {unit}, not {' '.join(map(str, args.image_size))}"
             )
+
+
+def check_quantized(args, tensors):
+    """Sets args.quantize to a QuantizeConfig, or None; ``tensors`` are the checkpoint's.
+
+    Raises ValueError for an unknown kind or component, or one that is quantised already.
+    """
+    if args.quantize is not None:
+        kind, *components = args.quantize
+        chosen = {"components_to_quantize": components} if components else {}
+        args.quantize = QuantizeConfig(kind, **chosen)
+        check_parts(args.ckpt, tensors, args.quantize)
 
 
 def check_guidance(args, name):
@@ -243,7 +291,7 @@ def check_range(name, value, low, high=None):
 def check_cache(config, ckpt, steps):
     """Raises ValueError for a CacheConfig that this checkpoint or this number of steps does not allow."""
     config.check_blocks(*block_counts(ckpt))
-    step_actions(config, steps, ())
+    check_steps(config, steps)
 
 
 GROUPS = {
@@ -297,15 +345,24 @@ def quiet():
 def device_of(args):
     """Sets the process to the device that the options name and returns its Device.
 
+    Where devices share a picture, msrun's scheduler process stays here.
+
     Raises ValueError for what cannot be, OSError for a --compile_cache that cannot be written to.
     """
     from FBCache_ms.runtime.device import choose_device
+    from FBCache_ms.runtime.imports import quick_imports
 
     automatic = args.compile_cache is AUTO
     compile_cache = None if automatic else args.compile_cache
     if compile_cache is not None:
         check_folder(compile_cache, "compile_cache")
-    device = choose_device(args.device, args.dtype, args.jit_level, args.lazy_inline, args.deterministic, compile_cache)
+    options = args.device, args.dtype, args.jit_level, args.lazy_inline, args.deterministic, compile_cache
+    with quick_imports():
+        device = choose_device(*options)
+    if getattr(args, "context_parallel", 1) > 1:
+        from FBCache_ms.runtime.parallel import begin_communication
+
+        begin_communication()
     # Nobody has tried it on an NPU yet, where it has to be asked for.
     return replace(device, compile_cache=users_compile_cache()) if automatic and device.name == "CPU" else device
 
@@ -339,8 +396,14 @@ def exit_status(program, work):
         work()
     except KeyboardInterrupt:
         print(f"{program}: interrupted; what is made stays", file=sys.stderr)
-        return 130
+        return ended(130)
     except (OSError, TypeError, ValueError) as error:
         print(f"{program}: error: {one_line(reason(error))}", file=sys.stderr)
-        return 2
+        return ended(2)
     return 0
+
+
+def ended(status):
+    """The status; a process that others wait for ends here."""
+    parallel = sys.modules.get("FBCache_ms.runtime.parallel")
+    return status if parallel is None else parallel.leave(status)

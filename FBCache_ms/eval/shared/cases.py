@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Optional
 
+from FBCache_ms.config import FITTED, CacheConfig
 from FBCache_ms.rules.schedules import LEARNT, MASKS
 
 UNCACHED = "F0B0_W0_R0.12,gate=none"
@@ -45,6 +46,12 @@ class Row:
 
 
 BASELINE = Row("Baseline", "no cache", UNCACHED)
+
+
+def is_for(cache, steps):
+    """Whether a tag, a preset or its file has no mask, or one for so many steps."""
+    mask = CacheConfig.named(cache).steps_computation_mask
+    return mask is None or len(mask) == steps
 
 
 def own_mask(steps):
@@ -114,7 +121,7 @@ def dbcache():
 
 def masks():
     """Schedules that are known before the loop."""
-    names = (*MASKS, "magcache", "fora", "taylorseer", "hicache", *LEARNT)
+    names = (*MASKS, "magcache", "fora", "taylorseer", "hicache", "spectrum", *LEARNT, *FITTED)
     return tuple(Row("static", name, name) for name in names)
 
 
@@ -164,6 +171,12 @@ def rules():
             "Newton in sigma",
             "F0B0_W0_T1O2_R0.12,gate=static,schedule=taylorseer,forecast=newton,forecast_coordinate=sigma",
         ),
+        Row("Spectrum", "Spectrum, 14 of 50", "spectrum"),
+        Row(
+            "Spectrum",
+            "Spectrum, 10 of 50",
+            "F0B0_W0_T1O4_R0.12,gate=static,schedule=spectrum_10,forecast=spectrum",
+        ),
         Row("FORA", "FORA", "fora"),
         Row("Delta-DiT", "Delta-DiT", "delta_dit"),
         Row("MagCache", "MagCache", "magcache"),
@@ -173,6 +186,7 @@ def rules():
         Row("DiCache", "DiCache's gate, reuse", "F1B0_W6_R0.4,gate=dicache"),
         Row("here", "decision by the worst sample", "F1B0_W0_R0.12,batch_reduction=max"),
         *(Row("here", "learnt mask", name) for name in LEARNT),
+        *(Row("here", "fitted weights", name) for name in FITTED),
     )
 
 

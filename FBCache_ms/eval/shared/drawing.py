@@ -1,5 +1,6 @@
 """Draws many prompts under many settings into folders, and goes on where a killed run ended."""
 
+import sys
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from FBCache_ms.eval.shared.arguments import device_of, guidance_of
 from FBCache_ms.eval.shared.cases import UNCACHED
 from FBCache_ms.eval.shared.files import locked
 from FBCache_ms.eval.shared.pictures import PictureFolder
-from FBCache_ms.eval.shared.ranks import rank_and_world, wait_until_empty
+from FBCache_ms.eval.shared.ranks import group_and_groups, is_follower, signs_of_life, wait_until_empty
 from FBCache_ms.predict.flops import step_costs
 from FBCache_ms.runtime.checkpoint import family_of, fingerprint, image_size, image_unit
 
@@ -85,6 +86,7 @@ class Painter:
             "mindspore": ms.__version__,
             "mindone": mindone.__version__,
             "FBCache_ms": version("FBCache_ms"),
+            "quantize": args.quantize and args.quantize.to_dict(),
         }
         self._pipe, self._warm = None, set()
         self._embeds = lru_cache(KEPT_PROMPTS)(lambda prompt: self.pipe.embeddings(prompt))
@@ -106,18 +108,46 @@ class Painter:
     def pipe(self):
         """The pipeline."""
         if self._pipe is None:
-            from mindone.diffusers.utils import logging
+            from FBCache_ms.runtime.imports import quick_imports
 
-            import FBCache_ms
+            with quick_imports():
+                from mindone.diffusers.utils import logging
 
+                import FBCache_ms
+
+                kind = getattr(FBCache_ms, family_of(self.args.ckpt).PIPELINE)
             logging.disable_progress_bar()
-            kind = getattr(FBCache_ms, family_of(self.args.ckpt).PIPELINE)
-            self._pipe = kind.from_pretrained(str(self.args.ckpt), device=self.device)
+            self._pipe = kind.from_pretrained(
+                str(self.args.ckpt), device=self.device, quantize_config=self.args.quantize
+            )
             self._pipe.set_progress_bar_config(disable=True)
             reason = self._pipe.why_not_cached()
             if reason:
                 raise ValueError(f"checkpoint {self.args.ckpt} cannot run with the cache: {reason}")
+            if self.is_shared:
+                from FBCache_ms.runtime.parallel import ContextParallelConfig
+
+                self._pipe.enable_parallelism(ContextParallelConfig(self.args.context_parallel))
         return self._pipe
+
+    @property
+    def is_shared(self):
+        """Whether several processes draw each picture together."""
+        return getattr(self.args, "context_parallel", 1) > 1
+
+    def follow(self):
+        """Draws what the process that stands for this one draws, until that is done."""
+        while True:
+            told = self.pipe.sharing.tell()
+            if told is None:
+                return
+            self.image_size = told["image_size"]
+            self._draw(told["index"], told["prompt"], Setting.named(told["cache"], told["steps"], told["graph"]))
+
+    def dismiss(self):
+        """Lets those go that follow."""
+        if self.is_shared:
+            self.pipe.sharing.tell()
 
     @property
     def image_tokens(self):
@@ -159,6 +189,9 @@ class Painter:
         import numpy as np
 
         pipe = self.pipe
+        if self.is_shared and not is_follower(self.args.context_parallel):
+            drawn = {"index": index, "prompt": prompt, "image_size": self.image_size}
+            pipe.sharing.tell({**drawn, "cache": str(setting.config), "steps": setting.steps, "graph": setting.graph})
         arguments = self.arguments(index, prompt, setting.steps)
         pipe.use_graph_mode = setting.graph
         reset_peak(self.device.name)
@@ -180,10 +213,19 @@ class Painter:
 
 @contextmanager
 def session(args):
-    """A Painter, this process's rank and how many there are, while no other run is let into --save_path."""
-    ranks = rank_and_world()
-    with locked(args.save_path, ranks[0]):
-        yield Painter(args), ranks
+    """A Painter, this process's rank and how many there are, while no other run is let into --save_path.
+
+    A process that another one stands for draws with that one, and ends here.
+    """
+    shared = getattr(args, "context_parallel", 1)
+    ranks = group_and_groups(shared)
+    if is_follower(shared):
+        Painter(args).follow()
+        sys.exit(0)
+    with locked(args.save_path, ranks[0]), signs_of_life(args.save_path, ranks):
+        painter = Painter(args)
+        yield painter, ranks
+        painter.dismiss()
 
 
 def draw_and_finish(args, prompts, settings, finish, name="pictures", **how):

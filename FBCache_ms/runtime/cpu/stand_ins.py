@@ -23,6 +23,7 @@ from mindone.diffusers.models import (
 import mindspore as ms
 from mindspore import mint, ops
 
+from ...models import kernels as model_kernels
 from ...models.mindones import is_mindones
 from ...rules import kernels as rule_kernels
 from . import kernels
@@ -364,7 +365,8 @@ def fused_weighted_sum(weights, derivatives):
     """arithmetic.weighted_sum; None for what the kernel does not do."""
     if derivatives.shape[0] not in (2, 3, 4) or derivatives.dtype != ms.float32:
         return None
-    return kernels.WEIGHTED_SUM[derivatives.shape[0] - 1](derivatives, number(1.0), *weights[1:])
+    first = number(weights[0]) if isinstance(weights[0], float) else weights[0]
+    return kernels.WEIGHTED_SUM[derivatives.shape[0] - 1](derivatives, first, *weights[1:])
 
 
 def fused_finite_differences(value, derivatives, filled, gaps):
@@ -372,6 +374,28 @@ def fused_finite_differences(value, derivatives, filled, gaps):
     if derivatives.shape[0] not in (2, 3, 4) or not value.dtype == derivatives.dtype == ms.float32:
         return None
     return kernels.FINITE_DIFFERENCES[derivatives.shape[0] - 1](value, derivatives, filled.astype(ms.float32), *gaps)
+
+
+def int8_weight_product(rows, weight, scale):
+    """quantized.Int8WeightOnlyLinear.product."""
+    return ops.MatMul(transpose_b=True)(rows, ops.cast(weight, rows.dtype)) * scale
+
+
+EXACT = 1024
+"""So many products of two numbers up to 127 are summed exactly in float32, in any order."""
+
+
+def int8_product(rows, weight, scale):
+    """quantized.Int8Linear.product: DynamicQuant's numbers, and the exact sums of their products."""
+    greatest = ops.ReduceMax(keep_dims=True)(ops.abs(rows), -1)
+    token_scale = ops.select(greatest > 0, greatest / 127, ops.ones_like(greatest))
+    quantised, weight = ops.round(rows / token_scale), ops.cast(weight, rows.dtype)
+    width = rows.shape[-1]
+    total = 0
+    for start in range(0, width, EXACT):
+        stop = min(start + EXACT, width)
+        total = total + ops.MatMul(transpose_b=True)(quantised[:, start:stop], weight[:, start:stop]).astype(ms.int32)
+    return total.astype(rows.dtype) * token_scale * scale
 
 
 STAND_INS = (
@@ -397,6 +421,8 @@ STAND_INS = (
     (normalization.AdaLayerNormZeroSingle, "construct", ada_layer_norm_zero_single_cell),
     (attention_dispatch, "scaled_dot_product_attention", scaled_dot_product_attention),
     (attention_processor.Attention, "scaled_dot_product_attention", attention_cell_scaled_dot_product),
+    (model_kernels, "int8_weight_product", int8_weight_product),
+    (model_kernels, "int8_product", int8_product),
 )
 """Owner, attribute, stand-in."""
 
