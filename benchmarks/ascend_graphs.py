@@ -49,6 +49,7 @@ class Graph:
         quantize: the quant_type of its blocks' weights, None for bfloat16.
         ranks: how many devices share the picture's tokens.
         cfg_parallel: whether as many others have the negative prompt.
+        scheme: what the devices exchange in attention.
     """
 
     kind: str
@@ -60,6 +61,7 @@ class Graph:
     quantize: Optional[str] = None
     ranks: int = 1
     cfg_parallel: bool = False
+    scheme: str = "gather"
 
 
 GRAPHS = {
@@ -106,16 +108,20 @@ GRAPHS = {
     "loop_8_ranks": Graph("loop", "F1B0_W0_T1O1_R0.12", ranks=8),
     "loop_4_ranks_true_CFG_int8": Graph("loop", "F1B0_W0_R0.12", branches=2, quantize="int8", ranks=4),
     "qwenimage_loop_4_ranks": Graph("loop", "F1B0_W0_R0.12", branches=2, family="qwenimage", ranks=4),
+    "loop_2_ranks_Ulysses": Graph("loop", "F1B0_W0_T1O1_R0.12", ranks=2, scheme="ulysses"),
+    "qwenimage_loop_2_ranks_Ulysses": Graph("loop", branches=2, family="qwenimage", ranks=2, scheme="ulysses"),
+    "flux2_loop_2_ranks_Ulysses": Graph("loop", family="flux2", ranks=2, scheme="ulysses"),
     "flux2_loop_4_ranks": Graph("loop", "F1B0_W0_R0.12", family="flux2", ranks=4),
 }
 """What is compiled, by name."""
 
 
 @lru_cache(maxsize=None)
-def transformer(family, guidance, quantized, number, doubles, singles):
+def transformer(family, guidance, quantized, number, scheme, doubles, singles):
     """mindone's transformer in bfloat16, with so many blocks of either kind, of two heads and 16 channels.
 
-    ``quantized`` is the quant_type of the blocks' weights, None for bfloat16; ``number`` devices share a picture.
+    ``quantized`` is the quant_type of the blocks' weights, None for bfloat16; ``number`` devices share a picture
+    by a ``scheme``.
     """
     import mindone.diffusers as mindones
 
@@ -144,17 +150,17 @@ def transformer(family, guidance, quantized, number, doubles, singles):
     if quantized is not None:
         quantize(model, QuantizeConfig(quantized))
     if number > 1:
-        share(model, ranks(number))
+        share(model, ranks(number, scheme))
     return model
 
 
 @lru_cache(maxsize=None)
-def ranks(number):
+def ranks(number, scheme="gather"):
     """The first of so many devices that share a picture, without the others."""
-    from FBCache_ms.models.gathered import Ranks
+    from FBCache_ms.models.gathered import SCHEMES
 
     with other_ranks(number):
-        return Ranks(number, 0, "hccl_world_group")
+        return SCHEMES[scheme](number, 0, "hccl_world_group")
 
 
 def other_ranks(number):
@@ -278,10 +284,9 @@ def export(names, folder, lazy_inline=False, depth=None):
     # Before the first one is compiled: after that MindSpore runs nothing on a CPU where lazy_inline is in use.
     models = {}
     for name in names:
-        kind = GRAPHS[name].family
-        models[name] = transformer(
-            kind, GRAPHS[name].guidance, GRAPHS[name].quantize, GRAPHS[name].ranks, *(depth or DEPTHS[kind])
-        )
+        graph = GRAPHS[name]
+        how = graph.family, graph.guidance, graph.quantize, graph.ranks, graph.scheme
+        models[name] = transformer(*how, *(depth or DEPTHS[graph.family]))
         # Its file gives mindone's class a cached_model.
         family(models[name])
     cells = {name: build(GRAPHS[name], model) for name, model in models.items()}

@@ -9,13 +9,14 @@ on one Atlas 800I A2 card and 11.45 s on two, by Ulysses.
 
 import sys
 from dataclasses import replace
+from itertools import product
 
 from FBCache_ms.eval.shared.arguments import Parser, add_into_option, add_save_path, exit_status, reason
 from FBCache_ms.eval.shared.files import check_folder, check_into
 from FBCache_ms.eval.shared.published import ATLAS, PLAIN, SHAPES, best
 from FBCache_ms.eval.shared.tables import markdown, publish
 from FBCache_ms.predict.roofline import WHOLE_LOOP
-from FBCache_ms.predict.sharing import Links, shared_step_seconds
+from FBCache_ms.predict.sharing import SCHEMES, Links, shared_step_seconds
 
 LINKS = Links("19.3 GB/s, measured", 19.3e9), Links("56 GB/s, specified", 56e9)
 SIDES, RANKS, STEPS = (1024, 2048), (1, 2, 4, 8), 28
@@ -37,25 +38,25 @@ def parse_arguments(argv=None):
     return args
 
 
-def run_seconds(fit, links, shapes, config, ranks, reuses):
+def run_seconds(fit, links, shapes, config, reuses, ranks=1, scheme=SCHEMES[0]):
     """Of a generation with so many reused steps."""
 
     def once(reused=()):
-        return shared_step_seconds(fit.device, WHOLE_LOOP, links, shapes, config, ranks, reused)
+        return shared_step_seconds(fit.device, WHOLE_LOOP, links, shapes, config, ranks, reused, scheme)
 
     return (STEPS - reuses) * once() + reuses * once(("fbcache",)) if reuses else STEPS * once()
 
 
 def rows_of(fit):
-    """A row for each side, kind of links and number of cards."""
-    cached, reuses = ATLAS.configs[-1], fit.reused[-1]
-    for side in SIDES:
+    """A row for each side, kind of links, number of cards and scheme."""
+    runs = (PLAIN, 0), (ATLAS.configs[-1], fit.reused[-1])
+    for side, links, ranks, scheme in product(SIDES, LINKS, RANKS, SCHEMES):
+        if ranks == 1 and scheme != SCHEMES[0]:
+            continue
         shapes = replace(SHAPES, image_tokens=(side // 16) ** 2)
-        for links in LINKS:
-            for ranks in RANKS:
-                times = [run_seconds(fit, links, shapes, *how) for how in ((PLAIN, ranks, 0), (cached, ranks, reuses))]
-                one = [run_seconds(fit, links, shapes, *how) for how in ((PLAIN, 1, 0), (cached, 1, reuses))]
-                yield {"side": side, "links": links.name, "cards": ranks, "seconds": times, "one": one}
+        times = [run_seconds(fit, links, shapes, *run, ranks, scheme) for run in runs]
+        one = [run_seconds(fit, links, shapes, *run) for run in runs]
+        yield {"side": side, "links": links.name, "cards": ranks, "scheme": scheme, "seconds": times, "one": one}
 
 
 def main(argv=None):
@@ -70,6 +71,7 @@ def main(argv=None):
                 "Picture": f"{row['side']} x {row['side']}",
                 "Links": row["links"],
                 "Cards": row["cards"],
+                "Scheme": row["scheme"] if row["cards"] > 1 else "",
                 "Uncached, predicted (s)": f"{row['seconds'][0]:.2f}",
                 "Gain": f"{row['one'][0] / row['seconds'][0]:.2f}x",
                 "Cached at 0.12, predicted (s)": f"{row['seconds'][1]:.2f}",

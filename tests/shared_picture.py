@@ -37,6 +37,10 @@ CASES = {
     "DiCache": (FLUX, "F1B0_W0_T1O1_R0.4,gate=dicache,forecast=dicache", {}),
     "static": (FLUX, "taylorseer", {}),
     "cfg_parallel": (FLUX, "F1B0_W0_T1O1_R0.3", {"cfg_parallel": True, **CFG}),
+    "Ulysses, true CFG": (FLUX, "F1B0_W0_T1O1_R0.3", {"scheme": "ulysses", **CFG}),
+    "Ulysses, Qwen-Image": (QWEN, "F1B0_W0_R0.3", {"scheme": "ulysses", **QWEN_CFG}),
+    "Ulysses, FLUX.2": (FLUX2, "F1B0_W0_R0.3", {"scheme": "ulysses", "text_encoder_out_layers": [1, 2, 3]}),
+    "Ulysses, applied": (FLUX, "F1B0_W0_R0.3", {"scheme": "ulysses", "applied": True, **CFG}),
     "cfg_parallel, Qwen-Image": (QWEN, "taylorseer", {"cfg_parallel": True, **QWEN_CFG}),
     "cfg_parallel, EasyCache": (FLUX, EASYCACHE, {"cfg_parallel": True, **CFG}),
     "Qwen-Image, true CFG": (QWEN, "F1B0_W0_T1O1_R0.3", QWEN_CFG),
@@ -66,9 +70,9 @@ def draw(folder, name, shared=False):
         pipe.cache_config = CacheConfig.named(tag)
         shares, stats = pipe, lambda: pipe.cache_stats
     pipe.set_progress_bar_config(disable=True)
-    cfg_parallel = settings.pop("cfg_parallel", False)
+    how = {name: settings.pop(name) for name in ("cfg_parallel", "scheme") if name in settings}
     if shared:
-        shares.enable_parallelism(ContextParallelConfig(cfg_parallel=cfg_parallel))
+        shares.enable_parallelism(ContextParallelConfig(**how))
     stop = settings.pop("interrupted", None)
     if settings.pop("pieces", False) or stop:
 

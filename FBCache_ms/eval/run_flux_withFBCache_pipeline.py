@@ -212,7 +212,9 @@ def run(args):
     if args.context_parallel > 1:
         from FBCache_ms.runtime.parallel import ContextParallelConfig
 
-        pipe.enable_parallelism(ContextParallelConfig(args.context_parallel, cfg_parallel=args.cfg_parallel))
+        pipe.enable_parallelism(
+            ContextParallelConfig(args.context_parallel, args.context_parallel_scheme, args.cfg_parallel)
+        )
     pictures = generate(pipe, args, args.config)
     stats, bytes_of_cache = pipe.cache_stats, pipe.cache_bytes
     seconds = {"imports": imported - begin, "load": loaded - imported, **pipe.seconds}
@@ -234,6 +236,7 @@ def run(args):
         "cache_bytes": bytes_of_cache,
         "quantize": quantized_as(pipe),
         "context_parallel": args.context_parallel,
+        "context_parallel_scheme": args.context_parallel_scheme,
         "cfg_parallel": args.cfg_parallel,
         "device": device.name,
         "mode": "GRAPH_MODE" if args.use_graph_mode else "PYNATIVE_MODE",

@@ -66,8 +66,8 @@ def token_norms(velocity):
 def attend(processor, query, key, value, mask):
     """Attention of (B, L, heads, d), over the tokens of all ranks where the processor is one of models/gathered.py."""
     if hasattr(processor, "ranks"):
-        key, value = processor.ranks.keys_and_values(key, value)
-    return attention_dispatch.dispatch_attention_fn(
+        query, key, value = processor.ranks.attended(query, key, value)
+    attention = attention_dispatch.dispatch_attention_fn(
         query,
         key,
         value,
@@ -75,6 +75,7 @@ def attend(processor, query, key, value, mask):
         backend=processor._attention_backend,
         parallel_config=processor._parallel_config,
     )
+    return processor.ranks.own(attention) if hasattr(processor, "ranks") else attention
 
 
 def joint_attention(attn, image, text, rotary, keys):

@@ -1,8 +1,8 @@
-"""Attention where several devices share a picture's tokens: each has queries of its own, and keys and values of all.
+"""Attention where several devices share a picture's tokens.
 
-Everything else in a transformer sees each token by itself. A device holds a part of the text and a part of the image,
-and once a block it is handed the others' keys and values, gathered behind norm and rotary embedding, where the order of
-the tokens does not matter any more.
+Everything else in a transformer sees each token by itself. A device holds a part of the text and a part of the image.
+In attention it has its own queries, and the keys and values of all (Ranks); or all tokens' of a part of the heads
+(UlyssesRanks). They are exchanged behind norm and rotary embedding, where the order of the tokens does not matter.
 """
 
 from mindone.diffusers.models import embeddings
@@ -13,12 +13,13 @@ from mindone.diffusers.models.transformers.transformer_qwenimage import QwenDoub
 import mindspore as ms
 from mindspore import mint, ops
 
+from . import kernels
 from .blocks import attend, joint_attention
 
 
 @ms.jit_class
 class Ranks:
-    """The devices that share a picture, as a graph uses them.
+    """The devices that share a picture, as a graph uses them; attention gathers keys and values.
 
     Args:
         number: how many.
@@ -35,10 +36,19 @@ class Ranks:
         gathered = self.all_gather(values.unsqueeze(0)).swapaxes(0, 1)
         return gathered.reshape((values.shape[0], self.number * values.shape[1]) + values.shape[2:])
 
-    def keys_and_values(self, key, value):
-        """Those of all tokens, (B, L, heads, d) each, in one exchange."""
+    def attended(self, query, key, value):
+        """What a device's attention is of: its own queries, and keys and values of all tokens, in one exchange."""
+        width = key.shape[-1]
         both = self.tokens(mint.cat((key, value), dim=-1))
-        return both[..., : key.shape[-1]], both[..., key.shape[-1] :]
+        return query, both[..., :width], both[..., width:]
+
+    def own(self, attention):
+        """What attention gives for this device's tokens, (B, L / n, heads, d)."""
+        return attention
+
+    def why_not(self, cell):
+        """What stands in the way of an attention cell, in words, or None."""
+        return None
 
     def mean(self, values, axes=None):
         """arithmetic.mean over the equal shares of all ranks, summed in their order, so that all have the same bits."""
@@ -52,8 +62,44 @@ class Ranks:
         return tuple([total[place] / self.number for place in range(len(values))])
 
 
+@ms.jit_class
+class UlyssesRanks(Ranks):
+    """Ranks whose attention is of all tokens and a part of the heads: DeepSpeed-Ulysses (arXiv 2309.14509).
+
+    Two exchanges a block, together 2 / n of what keys and values are.
+    """
+
+    def __init__(self, number, rank, group):
+        Ranks.__init__(self, number, rank, group)
+        self.to_heads = ops.AlltoAll(number, 2, 1, group) if number > 1 else None
+        self.to_tokens = ops.AlltoAll(number, 1, 2, group) if number > 1 else None
+
+    def attended(self, query, key, value):
+        """See Ranks: all tokens' (B, L, heads / n, d)."""
+        width = key.shape[-1]
+        parts = mint.cat((query, key, value), dim=-1)
+        by_kernel = kernels.all_to_all(self, parts, 2, 1)
+        parts = by_kernel if by_kernel is not None else self.to_heads(parts)
+        return parts[..., :width], parts[..., width : 2 * width], parts[..., 2 * width :]
+
+    def own(self, attention):
+        """See Ranks."""
+        by_kernel = kernels.all_to_all(self, attention, 1, 2)
+        return by_kernel if by_kernel is not None else self.to_tokens(attention)
+
+    def why_not(self, cell):
+        """See Ranks."""
+        return (
+            f"{cell.heads} heads cannot be shared by {self.number} devices evenly" if cell.heads % self.number else None
+        )
+
+
+SCHEMES = {"gather": Ranks, "ulysses": UlyssesRanks}
+"""What attention exchanges, by name."""
+
+
 class Gathered:
-    """An attention processor that sees the keys and values of all ranks.
+    """An attention processor that sees the tokens of all ranks.
 
     Args:
         ranks: the Ranks.

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import sys
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Optional
@@ -22,9 +23,7 @@ from mindspore import nn, ops
 from mindspore.communication import GlobalComm, create_group, get_rank, init
 
 from ..models import family
-from ..models.gathered import PROCESSORS, Gathered, Ranks
-
-SCHEMES = ("gather",)
+from ..models.gathered import PROCESSORS, SCHEMES, Gathered, Ranks
 
 NODE_TIMEOUT = 30
 """Seconds after which msrun's scheduler gives up a process that is gone."""
@@ -39,7 +38,8 @@ class ContextParallelConfig:
 
     Args:
         degree: how many share one; None: all that msrun has started. Groups of so many draw pictures of their own.
-        scheme: "gather": keys and values of all tokens on each device, once a block.
+        scheme: what attention exchanges: "gather", keys and values of all tokens, once a block; or "ulysses", all
+            tokens of a part of the heads, there and back: with four devices half the bytes, with eight a quarter.
         cfg_parallel: whether one half of them takes the prompt of a true classifier-free guidance, and the other half
             the negative prompt, with an exchange a step; only pictures with both are drawn then.
 
@@ -79,25 +79,26 @@ def groups_of(config):
     first, place = divmod(get_rank(), number)
     everyone = range(first * number, (first + 1) * number)
     if not config.cfg_parallel:
-        ranks = ranks_of(everyone)
+        ranks = ranks_of(everyone, SCHEMES[config.scheme])
         return ranks, ranks, None
     branch, place = divmod(place, number // 2)
     half = number // 2
-    return ranks_of(everyone[branch * half :][:half]), ranks_of(everyone), ranks_of(everyone[place::half])
+    sharing = ranks_of(everyone[branch * half :][:half], SCHEMES[config.scheme])
+    return sharing, ranks_of(everyone), ranks_of(everyone[place::half])
 
 
-def ranks_of(members):
+def ranks_of(members, kind=Ranks):
     """The Ranks of a group of processes, this one among them. Raises ValueError for one that the device has not."""
     number, rank = len(members), members.index(get_rank())
     if number == world():
-        return Ranks(number, rank, GlobalComm.WORLD_COMM_GROUP)
+        return kind(number, rank, GlobalComm.WORLD_COMM_GROUP)
     if number == 1:
-        return Ranks(1, 0, None)
+        return kind(1, 0, None)
     if ms.get_context("device_target") == "CPU":
         raise ValueError(f"{number} processes: on a CPU all {world()} have to be one group")
     group = f"fbcache_{'_'.join(map(str, members))}"
     create_group(group, list(members))
-    return Ranks(number, rank, group)
+    return kind(number, rank, group)
 
 
 @lru_cache(maxsize=None)
@@ -107,7 +108,8 @@ def begin_communication():
     MindSpore's own end of a process would wait for the others, which wait for this one.
     """
     os.environ.setdefault("MS_NODE_TIMEOUT", str(NODE_TIMEOUT))
-    init()
+    with in_turn():
+        init()
     hook = sys.excepthook
 
     def end(*error):
@@ -115,6 +117,26 @@ def begin_communication():
         leave(1)
 
     sys.excepthook = end
+
+
+@contextmanager
+def in_turn():
+    """Lets this thread, and those that it starts, wait for each other on one core; afterwards they are free again.
+
+    MindSpore 2.7.0 connects to msrun's scheduler in a race of two threads: where its event loop hears of a connection
+    before the other thread has noted it, the connection is given up after seconds, and tried again for minutes.
+    """
+    cores, policy, before = os.sched_getaffinity(0), os.sched_getscheduler(0), set(os.listdir("/proc/self/task"))
+    os.sched_setaffinity(0, {min(cores)})
+    # A thread of this kind does not interrupt another when it wakes up.
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    try:
+        yield
+    finally:
+        for thread in {"0", *os.listdir("/proc/self/task")} - before:
+            with suppress(ProcessLookupError):
+                os.sched_setaffinity(int(thread), cores)
+                os.sched_setscheduler(int(thread), policy, os.sched_param(0))
 
 
 def leave(status):
@@ -224,7 +246,7 @@ class Sharing:
 
         None where one rank has all tokens.
         """
-        self.agree(weights=weights_of(transformer))
+        self.agree(scheme=type(self.ranks).__name__, weights=weights_of(transformer))
         return self.ranks.mean if self.ranks.number > 1 else None
 
     def both_traces(self, trace):
@@ -271,6 +293,9 @@ def share(transformer, ranks):
                 f"attention processor {type(cell.processor).__name__} cannot be shared by several devices; only "
                 f"{', '.join(kind.__name__ for kind in PROCESSORS)} can"
             )
+        reason = ranks.why_not(cell)
+        if reason:
+            raise ValueError(reason)
     for cell in cells:
         cell.processor = PROCESSORS[type(cell.processor)](ranks, cell.processor)
 

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from threading import Event, Thread
 
 import numpy as np
 import pytest
@@ -16,9 +17,10 @@ from shared_picture import CASES, FLUX, FLUX2, QWEN, draw
 import mindspore as ms
 
 from FBCache_ms import ContextParallelConfig
+from FBCache_ms.predict import sharing
 from FBCache_ms.runtime import parallel
 
-QUICK = ("order 1, true CFG", "cfg_parallel")
+QUICK = ("order 1, true CFG", "cfg_parallel", "Ulysses, true CFG")
 BIN = Path(sys.executable).parent
 
 
@@ -122,8 +124,10 @@ def test_two_ranks_draw_and_decide_what_one_does_in_every_case(others, checkpoin
 
 @pytest.mark.release
 def test_four_ranks_draw_and_decide_what_one_does(checkpoints, tmp_path):
-    drawn = Drawn(4, QUICK[:1], checkpoints, tmp_path)
-    drawn.compare(*QUICK[:1], checkpoints)
+    names = QUICK[0], QUICK[2]
+    drawn = Drawn(4, names, checkpoints, tmp_path)
+    for name in names:
+        drawn.compare(name, checkpoints)
 
 
 DISAGREEING = """
@@ -166,7 +170,7 @@ def test_ranks_that_were_given_different_things_are_told_so_and_end(what, checkp
 
 BAD = {
     "degree must be a number from 1 on or None, not 0": {"degree": 0},
-    "scheme must be one of gather, not 'ring'": {"scheme": "ring"},
+    "scheme must be one of gather, ulysses, not 'ring'": {"scheme": "ring"},
     "degree must be even with cfg_parallel, not 3": {"degree": 3, "cfg_parallel": True},
 }
 
@@ -190,6 +194,37 @@ def test_what_cannot_be_shared_is_refused(pipe, monkeypatch):
         parallel.share(pipe.transformer, ranks)
     monkeypatch.undo()
     assert pipe.transformer.transformer_blocks[0].attn.processor is processor
+
+
+def test_heads_that_cannot_be_shared_evenly_are_refused(pipe):
+    ranks = parallel.SCHEMES["ulysses"](1, 0, None)
+    ranks.number, heads = 5, pipe.transformer.transformer_blocks[0].attn.heads
+    with pytest.raises(ValueError, match=f"{heads} heads cannot be shared by 5 devices evenly"):
+        parallel.share(pipe.transformer, ranks)
+
+
+def test_threads_are_free_again_behind_the_connections():
+    found, ready, done = {}, Event(), Event()
+
+    def work():
+        found["within"] = os.sched_getaffinity(0), os.sched_getscheduler(0)
+        ready.set()
+        done.wait()
+        found["after"] = os.sched_getaffinity(0), os.sched_getscheduler(0)
+
+    before = os.sched_getaffinity(0), os.sched_getscheduler(0)
+    thread = Thread(target=work)
+    with parallel.in_turn():
+        thread.start()
+        ready.wait()
+    done.set()
+    thread.join()
+    assert found["within"] == ({min(before[0])}, os.SCHED_BATCH)
+    assert found["after"] == before == (os.sched_getaffinity(0), os.sched_getscheduler(0))
+
+
+def test_the_programs_know_every_scheme():
+    assert tuple(parallel.SCHEMES) == sharing.SCHEMES
 
 
 def test_a_group_of_one_hands_on_what_it_has():

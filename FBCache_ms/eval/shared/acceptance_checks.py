@@ -22,6 +22,7 @@ from FBCache_ms.eval.shared.measure import Judge, cell_of, write_sweep
 from FBCache_ms.eval.shared.metrics import psnr, read_picture
 from FBCache_ms.eval.shared.tables import markdown
 from FBCache_ms.predict.memory import cache_bytes
+from FBCache_ms.predict.sharing import SCHEMES
 from FBCache_ms.runtime.checkpoint import TINY_FLUX, image_size
 
 TESTS = Path(__file__).parents[3] / "tests"
@@ -180,20 +181,33 @@ def check_sharing(run):
         if ms.hal.device_count("Ascend") < 2:
             return Finding(None, "one NPU is here, and two have to share a picture")
     run_program(fbcache_flux, embedded_in_float32(device, folder / "one"))
+    tolerance, floor = AGREEMENT["CPU" if device == "CPU" else "float32"]
+    one, passed, said = _traced(folder / "one"), True, []
+    for scheme in SCHEMES:
+        draw_on_two(device, folder / scheme, scheme)
+        near = psnr(*(read_picture(folder / name / "output_0.png") for name in ("one", scheme)))
+        agreed, text = agree(one, _traced(folder / scheme), CacheConfig().residual_diff_threshold, tolerance)
+        passed = passed and agreed and near >= floor
+        said.append(f"{scheme}: {near_text(near, floor)}, {text}")
+    return Finding(passed, f"two devices share the picture; {'; '.join(said)}")
+
+
+def _traced(folder):
+    """_trace_of what a program has drawn into a folder."""
+    return _trace_of(json.loads((folder / "run.json").read_text()))
+
+
+def draw_on_two(device, folder, scheme):
+    """Draws check_sharing's picture by two devices. Raises RuntimeError where they fail."""
     launcher = Path(sys.executable).parent / "msrun"
     command = [launcher, "--worker_num=2", "--local_worker_num=2", "--join=True", f"--master_port={free_port()}"]
     command += [f"--log_dir={folder / 'logs'}", fbcache_flux.__file__, "--context_parallel", "2"]
+    command += ["--context_parallel_scheme", scheme, *embedded_in_float32(device, folder)]
     # msrun starts whatever "python" it finds.
     environment = {**os.environ, "PATH": f"{launcher.parent}:{os.environ['PATH']}"}
-    command += embedded_in_float32(device, folder / "two")
     done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"msrun ended with status {done.returncode}: {folder / 'logs'} has what the devices said")
-    tolerance, floor = AGREEMENT["CPU" if device == "CPU" else "float32"]
-    one, two = (_trace_of(json.loads((folder / name / "run.json").read_text())) for name in ("one", "two"))
-    near = psnr(*(read_picture(folder / name / "output_0.png") for name in ("one", "two")))
-    passed, text = agree(one, two, CacheConfig().residual_diff_threshold, tolerance)
-    return Finding(passed and near >= floor, f"two devices share the picture: {near_text(near, floor)}, {text}")
 
 
 def free_port():

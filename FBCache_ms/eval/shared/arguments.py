@@ -15,6 +15,7 @@ from FBCache_ms.cache.gates import check_steps
 from FBCache_ms.config import OPTIONS, PRESETS, CacheConfig
 from FBCache_ms.eval.shared.files import Into, check_folder
 from FBCache_ms.eval.shared.ranks import group_and_groups
+from FBCache_ms.predict.sharing import SCHEMES
 from FBCache_ms.rules.options import did_you_mean, value_text
 from FBCache_ms.rules.schedules import MAX_STEPS
 from FBCache_ms.runtime.checkpoint import TINY_FLUX, block_counts, check_checkpoint, family_of, image_unit
@@ -96,13 +97,19 @@ def one_line(error):
 
 
 def add_context_parallel(add):
-    """--context_parallel, for programs whose pictures several devices may share."""
+    """--context_parallel and its scheme, for programs whose pictures several devices may share."""
     add(
         "--context_parallel",
         type=int,
         default=1,
         metavar="N",
         help="how many devices share a picture, under msrun (default: 1)",
+    )
+    add(
+        "--context_parallel_scheme",
+        choices=SCHEMES,
+        default=SCHEMES[0],
+        help="what they exchange in attention: keys and values (default), or heads there and back",
     )
 
 
@@ -235,6 +242,9 @@ def check_model_and_size(args):
     check_quantized(args, check_checkpoint(args.ckpt))
     if hasattr(args, "context_parallel"):
         check_range("context_parallel", args.context_parallel, 1)
+        scheme = args.context_parallel_scheme
+        if args.context_parallel == 1 and scheme != SCHEMES[0]:
+            raise ValueError(f"--context_parallel_scheme {scheme} needs a --context_parallel above 1")
         group_and_groups(args.context_parallel)
         if args.context_parallel > 1 and os.environ.get("MS_ROLE") == "MS_SCHED":
             # msrun's scheduler draws nothing; it serves the cluster until that ends.

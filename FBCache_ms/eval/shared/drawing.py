@@ -127,7 +127,9 @@ class Painter:
             if self.is_shared:
                 from FBCache_ms.runtime.parallel import ContextParallelConfig
 
-                self._pipe.enable_parallelism(ContextParallelConfig(self.args.context_parallel))
+                self._pipe.enable_parallelism(
+                    ContextParallelConfig(self.args.context_parallel, self.args.context_parallel_scheme)
+                )
         return self._pipe
 
     @property

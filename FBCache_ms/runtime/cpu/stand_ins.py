@@ -398,6 +398,13 @@ def int8_product(rows, weight, scale):
     return total.astype(rows.dtype) * token_scale * scale
 
 
+def all_to_all(ranks, values, split, concat):
+    """gathered.UlyssesRanks' exchange, for which there is no kernel: each rank is handed all, and keeps a part."""
+    size = values.shape[split] // ranks.number
+    parts = piece(ranks.all_gather(values.expand_dims(0)), split + 1, ranks.rank * size, size)
+    return ops.concat(ops.unstack(parts, 0), concat)
+
+
 STAND_INS = (
     (ms.Tensor, "repeat", repeat),
     (mint, "chunk", chunk),
@@ -423,6 +430,7 @@ STAND_INS = (
     (attention_processor.Attention, "scaled_dot_product_attention", attention_cell_scaled_dot_product),
     (model_kernels, "int8_weight_product", int8_weight_product),
     (model_kernels, "int8_product", int8_product),
+    (model_kernels, "all_to_all", all_to_all),
 )
 """Owner, attribute, stand-in."""
 
