@@ -3,7 +3,7 @@
     python -m venv tools/tiny_flux/venv
     tools/tiny_flux/venv/bin/pip install -r tools/tiny_flux/requirements.txt
     export PYTHONPATH=.:tools/tiny_flux:tools/tiny_models
-    tools/tiny_flux/venv/bin/python tools/tiny_qwenimage/train_qwenimage.py --work results/qwenimage --out results/trained_qwenimage
+    tools/tiny_flux/venv/bin/python tools/tiny_qwenimage/train_qwenimage.py --work results/training --out results/qwen
 
 The tokenizer and the forms of the text encoder are those of tools/tiny_models; the autoencoder is Qwen-Image's own, of
 a factor of 4, so that a picture has 64 tokens as with the embedded Flux. Two stages, each of which leaves its result in
@@ -132,9 +132,10 @@ def make_optimizer(model):
 
 
 def train_flow(work, steps, batch=32, peak=1e-3, scenes=32_000):
-    """Rectified flow: the velocity noise - clean, times drawn logit-normally, weights averaged; one caption in ten empty.
+    """Rectified flow: the velocity noise - clean, times drawn logit-normally, weights averaged.
 
-    All captions of a step have as many tokens, those of one object or those of two, so that there is no padding.
+    One step in ten is without captions, for classifier-free guidance. All captions of a step have as many tokens, those
+    of one object or those of two, so that there is no padding.
     """
     vae = AutoencoderKLQwenImage.from_pretrained(work / "vae").eval()
     path = work / "scenes.pt"
