@@ -1,15 +1,19 @@
 """One picture on several devices: processes that msrun starts on this host's CPU."""
 
 import os
+import random
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from threading import Event, Thread
 
 import numpy as np
+import psutil
 import pytest
 import shared_picture
+from make_coco import make_coco
 from make_models import make
 from narrow import make_narrow
 from shared_picture import CASES, FLUX, FLUX2, QWEN, draw
@@ -17,9 +21,12 @@ from shared_picture import CASES, FLUX, FLUX2, QWEN, draw
 import mindspore as ms
 
 from FBCache_ms import ContextParallelConfig
+from FBCache_ms.eval import fid_mscoco
 from FBCache_ms.predict import sharing
 from FBCache_ms.runtime import parallel
 
+KILLS = 10
+PICTURES = 12
 QUICK = ("order 1, true CFG", "cfg_parallel", "Ulysses, true CFG")
 BIN = Path(sys.executable).parent
 
@@ -166,6 +173,48 @@ def test_ranks_that_were_given_different_things_are_told_so_and_end(what, checkp
     process.communicate(timeout=240)
     said = "something went wrong here" if what == "nothing" else f"disagree on {what}: rank 1 of the group"
     assert process.returncode != 0 and said in logs(tmp_path)
+
+
+def ended(process):
+    """A process's status, once it has ended."""
+    process.communicate(timeout=600)
+    return process.returncode
+
+
+def contents(folder):
+    """{name: bytes} of the pictures in a folder."""
+    return {file.relative_to(folder): file.read_bytes() for file in sorted(folder.rglob("*.png"))}
+
+
+@pytest.mark.release
+def test_killed_at_random_moments_all_end_within_a_minute_and_the_same_command_goes_on(checkpoints, tmp_path):
+    make_coco(tmp_path / "coco", PICTURES)
+    options = ["--ckpt", checkpoints / FLUX, "--coco_root", tmp_path / "coco", "--image_size", "64", "64"]
+    options += ["--num_inference_steps", "4", "--cache", "F1B0_W1_R1", "--limit", PICTURES, "--context_parallel", "2"]
+    options += ["--compile_cache", tmp_path / "graphs", "--save_path"]
+    begin = time.monotonic()
+    assert ended(start(2, fid_mscoco.__file__, *options, tmp_path / "undisturbed", folder=tmp_path)) == 0
+    longest, chance, met = time.monotonic() - begin, random.Random(0), 0
+    for kill in range(KILLS):
+        process = start(2, fid_mscoco.__file__, *options, tmp_path / "killed", folder=tmp_path)
+        moment, pictures = chance.uniform(0, longest), len(contents(tmp_path / "killed"))
+        if kill % 2:
+            # Into the drawing, where ranks wait for each other.
+            while len(contents(tmp_path / "killed")) == pictures and process.poll() is None:
+                time.sleep(0.01)
+        else:
+            time.sleep(moment)
+        victim = str(chance.randrange(2))
+        for worker in psutil.Process(process.pid).children() if process.poll() is None else []:
+            if worker.status() != psutil.STATUS_ZOMBIE and worker.environ().get("MS_NODE_ID") == victim:
+                worker.kill()
+                met += 1
+                said, _ = process.communicate(timeout=60)
+                assert process.returncode != 0 and f"Worker process {worker.pid} exit with exception" in said
+        ended(process)
+    assert met >= KILLS // 2
+    assert ended(start(2, fid_mscoco.__file__, *options, tmp_path / "killed", folder=tmp_path)) == 0
+    assert contents(tmp_path / "killed") == contents(tmp_path / "undisturbed") != {}
 
 
 BAD = {
