@@ -25,11 +25,11 @@ from FBCache_ms.eval.shared.tables import markdown, publish, spread
 from FBCache_ms.predict.sharing import SCHEMES
 
 ALONE = "alone"
-SIDE = 256
+SIDE = 192
 """Pixels of the picture."""
-WIDE = {"num_attention_heads": 16, "attention_head_dim": 64, "axes_dims_rope": (16, 24, 24)}
-WIDE.update(num_layers=2, num_single_layers=4, joint_attention_dim=64)
-SETTINGS = {"uncached": (UNCACHED, 4), "First-Block Cache": ("F1B0_W0_R0.12", 28)}
+WIDE = {"num_attention_heads": 32, "attention_head_dim": 64, "axes_dims_rope": (16, 24, 24)}
+WIDE.update(num_layers=1, num_single_layers=3)
+SETTINGS = {"uncached": (UNCACHED, 4), "First-Block Cache": ("F1B0_W0_R0.6", 12)}
 """A configuration by its name, and the steps that are drawn with it."""
 
 
@@ -55,7 +55,9 @@ def wide_pipeline(scheme):
 
     from FBCache_ms import ContextParallelConfig, FluxPipeline
     from FBCache_ms.models.gathered import PROCESSORS, Ranks
+    from FBCache_ms.models.transformer_flux_withFBCache import BY_TOKEN
     from FBCache_ms.runtime.checkpoint import TINY_FLUX
+    from FBCache_ms.runtime.parallel import Sharing
 
     tiny = FluxPipeline.from_pretrained(str(TINY_FLUX))
     prompt = tiny.encode_prompt(PROMPT, max_sequence_length=tiny.tokenizer_2.model_max_length)[:2]
@@ -73,9 +75,11 @@ def wide_pipeline(scheme):
         def attended(self, query, key, value):
             return query, key, value
 
+    alone = Alone(1, 0, None)
     for _, cell in pipe.transformer.cells_and_names():
         if type(getattr(cell, "processor", None)) in PROCESSORS:
-            cell.processor = PROCESSORS[type(cell.processor)](Alone(1, 0, None), cell.processor)
+            cell.processor = PROCESSORS[type(cell.processor)](alone, cell.processor)
+    pipe.sharing = Sharing(alone, alone, None, BY_TOKEN)
     return pipe, prompt
 
 
@@ -88,7 +92,7 @@ def worker(scheme, core):
     pipe, prompt = wide_pipeline(scheme)
     for line in sys.stdin:
         tag, steps = SETTINGS[line.strip()]
-        print("seconds", denoise(pipe, prompt, CacheConfig.named(tag), steps)[0], flush=True)
+        print("drawn", *denoise(pipe, prompt, CacheConfig.named(tag), steps), flush=True)
 
 
 def free_port():
@@ -123,18 +127,18 @@ class Group:
         self.ranks = self.processes[: len(cores)]
 
     def draw(self, setting):
-        """The seconds of a denoise loop, those of the slowest process. Raises RuntimeError where one has ended."""
+        """The slowest process's seconds of a denoise loop, and its computed steps. Raises RuntimeError if one ended."""
         for process in self.ranks:
             process.stdin.write(setting + "\n")
             process.stdin.flush()
-        return max(map(self.seconds, self.ranks))
+        return max(map(self.drawn, self.ranks))
 
     @staticmethod
-    def seconds(process):
+    def drawn(process):
         """What a process has printed."""
         for line in process.stdout:
-            if line.startswith("seconds "):
-                return float(line.split()[1])
+            if line.startswith("drawn "):
+                return float(line.split()[1]), int(line.split()[2])
         raise RuntimeError(f"a process that draws has ended with status {process.wait()}")
 
     def end(self):
@@ -144,36 +148,40 @@ class Group:
             process.wait()
 
 
-def measure(runs, log):
-    """{setting: {scheme: [seconds of each turn]}}, after a first time of each."""
-    groups = {}
+def measure(scheme, runs, log):
+    """{setting: {ALONE or the scheme: [seconds of each turn]}}, and {setting: computed steps}.
+
+    A first time of each is not counted. Raises RuntimeError where both compute different steps.
+    """
+    groups, computed = {}, {}
     try:
-        for scheme in (ALONE, *SCHEMES):
-            groups[scheme] = Group(scheme, log)
+        for name in (ALONE, scheme):
+            groups[name] = Group(name, log)
             for setting in SETTINGS:
-                groups[scheme].draw(setting)
-        seconds = {setting: {scheme: [] for scheme in groups} for setting in SETTINGS}
+                steps = groups[name].draw(setting)[1]
+                if computed.setdefault(setting, steps) != steps:
+                    raise RuntimeError(f"{name} computes {steps} steps, {ALONE} {computed[setting]}: {setting}")
+        seconds = {setting: {name: [] for name in groups} for setting in SETTINGS}
         for _ in range(runs):
             for setting, taken in seconds.items():
-                for scheme, group in groups.items():
-                    taken[scheme].append(group.draw(setting))
-        return seconds
+                for name, group in groups.items():
+                    taken[name].append(group.draw(setting)[0])
+        return seconds, computed
     finally:
         for group in groups.values():
             group.end()
 
 
-def rows_of(seconds):
-    """A row for each setting and scheme."""
+def rows_of(scheme, seconds, computed):
+    """A row for each setting."""
     for setting, taken in seconds.items():
-        for scheme in SCHEMES:
-            yield {
-                "Setting": f"{setting}, {SETTINGS[setting][1]} steps",
-                "Scheme": scheme,
-                "One process (s)": spread(taken[ALONE]),
-                "Two processes (s)": spread(taken[scheme]),
-                "Ratio": spread(ratios(taken[ALONE], taken[scheme])),
-            }
+        yield {
+            "Setting": f"{setting}, {SETTINGS[setting][1]} steps, {computed[setting]} computed",
+            "Scheme": scheme,
+            "One process (s)": spread(taken[ALONE]),
+            "Two processes (s)": spread(taken[scheme]),
+            "Ratio": spread(ratios(taken[ALONE], taken[scheme])),
+        }
 
 
 def main(argv=None):
@@ -183,11 +191,12 @@ def main(argv=None):
     def work():
         args.save_path.mkdir(parents=True, exist_ok=True)
         with open(args.save_path / "sharing.log", "w") as log:
-            seconds = measure(args.runs, log)
-        step = statistics.median(seconds["uncached"][ALONE]) / SETTINGS["uncached"][1]
-        rows = list(rows_of(seconds))
+            measured = {scheme: measure(scheme, args.runs, log) for scheme in SCHEMES}
+        rows = [row for scheme, found in measured.items() for row in rows_of(scheme, *found)]
+        uncached = measured[SCHEMES[0]][0]["uncached"][ALONE]
+        step = statistics.median(uncached) / SETTINGS["uncached"][1]
         text = f"{markdown(rows)}\nA computed step of one process takes {step:.2f} s.\n"
-        data = {"settings": {**machine(), "runs": args.runs}, "seconds": seconds}
+        data = {"settings": {**machine(), "runs": args.runs}, "measured": measured}
         publish(args.save_path, "sharing", text, rows, data, args.into)
 
     return exit_status("sharing", work)

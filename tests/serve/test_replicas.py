@@ -1,10 +1,12 @@
 """Several drawing processes behind one server: on this host, and where a Ray cluster has room for them."""
 
 import os
+import random
 import re
 import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from threading import Thread
 
@@ -16,6 +18,8 @@ from test_server import draw, is_ready, metric, wait_for
 
 from FBCache_ms.eval.serve import main
 from FBCache_ms.serve.child import device_of
+
+KILLS = 10
 
 CLUSTER = """
 import ray
@@ -100,15 +104,23 @@ def painters():
     return [each for each in psutil.process_iter(["cmdline"]) if "FBCache_ms.serve.painter" in each.info["cmdline"]]
 
 
+@contextmanager
+def asked(client, number):
+    """Asks for the same picture so many times at once; what came back, once it is over."""
+    found = []
+    threads = [Thread(target=lambda: found.append(draw(client, seed=1)["b64_json"])) for _ in range(number)]
+    for thread in threads:
+        thread.start()
+    yield found
+    for thread in threads:
+        thread.join()
+
+
 @pytest.mark.slow
 def test_two_of_a_ray_clusters_npus_give_the_same_bytes_and_one_that_dies_is_replaced():
     with cluster() as address, served("--ray", address, "--replicas", "2") as client:
-        found = []
-        threads = [Thread(target=lambda: found.append(draw(client, seed=1)["b64_json"])) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with asked(client, 4) as found:
+            pass
         assert len(found) == 4 and len(set(found)) == 1
         devices = {each.environ()["ASCEND_RT_VISIBLE_DEVICES"] for each in painters()}
         # Ray's own would be 1.
@@ -118,6 +130,22 @@ def test_two_of_a_ray_clusters_npus_give_the_same_bytes_and_one_that_dies_is_rep
         assert draw(client, seed=1)["b64_json"] == found[0]
         wait_for(lambda: metric(client, "fbcache_painters_ready") == 2)
         assert metric(client, "fbcache_painter_restarts_total") == 1
+    wait_for(lambda: not painters(), 30)
+
+
+@pytest.mark.release
+def test_killed_or_stopped_at_random_moments_a_ray_replica_is_replaced_and_its_picture_is_drawn():
+    chance = random.Random(0)
+    with cluster() as address, served("--ray", address, "--replicas", "2", "--painter_timeout", "5") as client:
+        expected = draw(client, seed=1)["b64_json"]
+        for kill in range(KILLS):
+            with asked(client, 4) as found:
+                time.sleep(chance.uniform(0, 1))
+                os.kill(chance.choice(painters()).pid, signal.SIGSTOP if kill % 2 else signal.SIGKILL)
+            assert found == 4 * [expected]
+            wait_for(lambda: metric(client, "fbcache_painters_ready") == 2)
+        # One that was stopped while it had nothing to do is found out by the next request.
+        assert metric(client, "fbcache_painter_restarts_total") >= KILLS // 2
     wait_for(lambda: not painters(), 30)
 
 
