@@ -30,6 +30,7 @@ KEYS = {
     "cache_bytes",
     "quantize",
     "context_parallel",
+    "context_parallel_scheme",
     "cfg_parallel",
     "device",
     "mode",
@@ -138,6 +139,10 @@ def test_another_size_and_true_cfg_and_operator_by_operator(tmp_path):
         (["--guidance_scale", "nan"], "guidance_scale"),
         (["--true_cfg_scale", "4"], "negative_prompt"),
         (["--cfg_parallel"], "--cfg_parallel needs an even --context_parallel, not 1"),
+        (
+            ["--context_parallel_scheme", "ulysses"],
+            "--context_parallel_scheme ulysses needs a --context_parallel above 1",
+        ),
         (["--ckpt", "no/such/place"], "no/such/place"),
         (["--device", "Ascend"], "Ascend"),
         (["--device", "GPU"], "GPU"),
