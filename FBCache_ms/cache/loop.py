@@ -82,18 +82,41 @@ class DenoiseLoop(nn.Cell):
         # Never read; no constants, as which MindSpore 2.10.0 then takes what the loop puts in their places.
         reached = filled(shapes, call.to(latents.dtype))
         positive = ops.zeros_like(latents)
-        call, latents, positive, reached = reused_calls(
-            self, call, last, latents, positive, reached, conditions, updates
-        )
-        while call < last:
+        # MindSpore 2.7.0 and 2.10.0 never free what a condition in this place was handed when it ended the loop: a
+        # kilobyte a weight and launch.
+        while True:
+            call, latents, positive, reached = self.reused_calls(
+                call, last, latents, positive, reached, conditions, updates
+            )
+            if call >= last:
+                break
             given = self.condition(call, conditions)[1]
             given = given if gate.whole_model else model.resume(given, reached["pending"])
             image, text = compute(model, gate, reached, given)
             latents, positive = self.advance(call, latents, positive, self.output(image, text, given), updates)
-            call, latents, positive, reached = reused_calls(
-                self, call + 1, last, latents, positive, reached, conditions, updates
-            )
+            call = call + 1
         return latents
+
+    def reused_calls(self, call, last, latents, positive, reached, conditions, updates):
+        """Calls that reuse, up to one that has to compute, under the one gate; what that begins with is handed over.
+
+        That is ``reached``: what ``approach`` returns, and as "pending" what of ``given`` depends on the step. The loop
+        is one of its own, since a graph's branch is handed the weights of the blocks within it, taken or not, and with
+        57 blocks that takes a CPU's host longer than all that a reuse runs.
+        """
+        model, gate = self.model, self.cache.gates[0]
+        while call < last:
+            text, given = self.condition(call, conditions)
+            reached = approach(model, gate, 0, begin(model, self.cache, latents), text, given)
+            # A reuse of the whole model does not embed the time, and has none to hand over.
+            if not gate.whole_model:
+                reached["pending"] = model.pending(given)
+            if not gate.decide(part(reached, "probes")):
+                break
+            image, text = reuse(gate, reached)
+            latents, positive = self.advance(call, latents, positive, self.output(image, text, given), updates)
+            call = call + 1
+        return call, latents, positive, reached
 
     def condition(self, call, conditions):
         """What a call gets beside the latents: the text stream, and what every block gets; turns the cache to it."""
@@ -146,29 +169,6 @@ class DenoiseLoop(nn.Cell):
     def release(self):
         """Gives the cache's memory back."""
         self.cache.release()
-
-
-def reused_calls(loop, call, last, latents, positive, reached, conditions, updates):
-    """Calls that reuse, up to one that has to compute, under the one gate; what that begins with is handed over.
-
-    That is ``reached``: what ``approach`` returns, and as "pending" what of ``given`` depends on the step. The loop is
-    one of its own, since a graph's branch is handed the weights of the blocks within it, taken or not, and with 57
-    blocks that takes a CPU's host longer than all that a reuse runs. It is no method, since MindSpore holds one that a
-    graph calls twice, and its cell with it, for good.
-    """
-    model, gate = loop.model, loop.cache.gates[0]
-    while call < last:
-        text, given = loop.condition(call, conditions)
-        reached = approach(model, gate, 0, begin(model, loop.cache, latents), text, given)
-        # A reuse of the whole model does not embed the time, and has none to hand over.
-        if not gate.whole_model:
-            reached["pending"] = model.pending(given)
-        if not gate.decide(part(reached, "probes")):
-            break
-        image, text = reuse(gate, reached)
-        latents, positive = loop.advance(call, latents, positive, loop.output(image, text, given), updates)
-        call = call + 1
-    return call, latents, positive, reached
 
 
 def filled(shapes, value):

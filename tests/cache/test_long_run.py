@@ -1,10 +1,13 @@
 """Many generations in one process; benchmarks/long_run.py makes it 500."""
 
+import psutil
 import pytest
 from long_run import growth, rows_of, run
 from narrow import make_narrow
 
 import mindspore as ms
+
+from FBCache_ms import CacheConfig
 
 
 @pytest.fixture(scope="module")
@@ -12,6 +15,26 @@ def checkpoint(tmp_path_factory):
     before = ms.get_context("mode")
     yield make_narrow(tmp_path_factory.mktemp("long_run") / "narrow")
     ms.set_context(mode=before)
+
+
+LAUNCHES = 60
+LEFT = 6e6
+"""Bytes that may be left by so many."""
+
+
+def test_launches_of_a_loop_leave_no_memory(pipe):
+    embeds = pipe.embeddings("a big red circle in the center, blue background")
+
+    def draw():
+        pipe(**embeds, num_inference_steps=8, output_type="latent", cache_config=CacheConfig(0.3))
+
+    for _ in range(10):
+        draw()
+    process = psutil.Process()
+    before = process.memory_info().rss
+    for _ in range(LAUNCHES):
+        draw()
+    assert process.memory_info().rss - before < LEFT
 
 
 @pytest.mark.slow
