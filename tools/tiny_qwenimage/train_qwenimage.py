@@ -131,7 +131,7 @@ def make_optimizer(model):
     return torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.01)
 
 
-def train_flow(work, steps, batch=32, peak=1e-3, scenes=32_000):
+def train_flow(work, steps, scenes, batch=32, peak=1e-3):
     """Rectified flow: the velocity noise - clean, times drawn logit-normally, weights averaged.
 
     One step in ten is without captions, for classifier-free guidance. All captions of a step have as many tokens, those
@@ -199,12 +199,13 @@ def main():
     parser.add_argument("--out", type=Path, required=True, help="where the finished pipeline goes")
     parser.add_argument("--vae-steps", type=int, default=1600)
     parser.add_argument("--flow-steps", type=int, default=10400)
+    parser.add_argument("--scenes", type=int, default=32_000, help="that the flow is trained on")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     if not (args.work / "vae").exists():
         train_vae(args.work, args.vae_steps)
     if not (args.work / "flow_average.pt").exists():
-        train_flow(args.work, args.flow_steps)
+        train_flow(args.work, args.flow_steps, args.scenes)
     export(args.work, args.out)
 
 
