@@ -127,14 +127,16 @@ def in_turn():
     before the other thread has noted it, the connection is given up after seconds, and tried again for minutes.
     """
     cores, policy, before = os.sched_getaffinity(0), os.sched_getscheduler(0), set(os.listdir("/proc/self/task"))
-    os.sched_setaffinity(0, {min(cores)})
-    # A thread of this kind does not interrupt another when it wakes up.
-    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    # A container may forbid it, and then it takes as long as it takes.
+    with suppress(PermissionError):
+        os.sched_setaffinity(0, {min(cores)})
+        # A thread of this kind does not interrupt another when it wakes up.
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     try:
         yield
     finally:
         for thread in {"0", *os.listdir("/proc/self/task")} - before:
-            with suppress(ProcessLookupError):
+            with suppress(ProcessLookupError, PermissionError):
                 os.sched_setaffinity(int(thread), cores)
                 os.sched_setscheduler(int(thread), policy, os.sched_param(0))
 

@@ -280,6 +280,16 @@ def test_threads_are_free_again_behind_the_connections():
     assert found["after"] == before == (os.sched_getaffinity(0), os.sched_getscheduler(0))
 
 
+def test_where_threads_may_not_be_bound_ranks_meet_all_the_same(monkeypatch):
+    def forbidden(*arguments):
+        raise PermissionError("not here")
+
+    monkeypatch.setattr(os, "sched_setaffinity", forbidden)
+    monkeypatch.setattr(os, "sched_setscheduler", forbidden)
+    with parallel.in_turn():
+        pass
+
+
 def test_the_programs_know_every_scheme():
     assert tuple(parallel.SCHEMES) == sharing.SCHEMES
 
