@@ -3,7 +3,8 @@
     .venv/bin/python benchmarks/quantized.py
 
 The pictures are the embedded checkpoint's, of captions that it was not trained on. Each is compared with the same
-setting's in float32. Memory is that of loading a random transformer of FLUX.1's width, a process each.
+setting's in float32. Memory is that of loading a random transformer of FLUX.1's width, a process each. A killed run
+goes on with the kind of weights it was at.
 """
 
 import json
@@ -11,12 +12,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 
 from FBCache_ms.config import CacheConfig
 from FBCache_ms.eval.shared.arguments import Parser, add_into_option, add_save_path, check_range, exit_status, reason
+from FBCache_ms.eval.shared.closed_loop import Ledger
 from FBCache_ms.eval.shared.files import check_folder, check_into
 from FBCache_ms.eval.shared.machine import machine
 from FBCache_ms.eval.shared.metrics import psnr, ssim
@@ -131,7 +134,7 @@ def text_of(rows):
                 "Threshold": f"{row['threshold']:g}",
                 "Order": row["order"],
                 "Steps reused": f"{row['reused']:.0%}",
-                "PSNR (dB)": f"{row['psnr']:.1f}" if np.isfinite(row["psnr"]) else "equal",
+                "PSNR (dB)": f"{row['psnr']:.1f}" if row["psnr"] is not None else "equal",
                 "SSIM": f"{row['ssim']:.4f}",
                 "Prompt score": f"{row['prompt_score']:.1%}",
                 "Decisions changed": f"{row['changed']} of {row['decisions']}",
@@ -236,12 +239,21 @@ def main(argv=None):
         captions = held_out_captions(args.limit)
         configs = [CacheConfig(value, order) for value in THRESHOLDS for order in ORDERS]
         configs.append(CacheConfig(0))
-        rows, sizes, truth = [], [], None
+        rows, sizes = [], []
+        ledger = Ledger(args.save_path / f"of_{args.limit}_captions", (0, 1))
+
+        @cache
+        def truth():
+            return drawn("float32", configs, captions)
+
+        def of(kind):
+            found, size = truth() if kind == "float32" else drawn(kind, configs, captions)
+            return {"rows": list(rows_of(kind, found, truth()[0], captions)), "bytes": size}
+
         for kind in tqdm(KINDS, desc="weights"):
-            found, size = drawn(kind, configs, captions)
-            truth = truth or found
-            rows += rows_of(kind, found, truth, captions)
-            sizes.append({"weights": kind, "bytes": size})
+            measured = ledger.found(kind, lambda: of(kind))
+            rows += measured["rows"]
+            sizes.append({"weights": kind, "bytes": measured["bytes"]})
         memory = memory_rows()
         text = f"{text_of(rows)}\n{memory_text(memory)}"
         data = {"settings": {**machine(), "captions": captions}, "rows": rows, "sizes": sizes, "memory": memory}

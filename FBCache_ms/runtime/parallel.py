@@ -177,6 +177,7 @@ class Sharing:
         self.ranks, self.pair, self.by_token = ranks, pair, by_token
         self.exchange, self.exchange_tokens = Exchange(everyone), Exchange(ranks)
         self.exchange_prompts = pair and Exchange(pair)
+        self.dismissed = False
 
     def part(self, values, axis, text=0):
         """This rank's share of a tensor's tokens along an axis; the first ``text`` of them are shared by themselves.
@@ -242,6 +243,12 @@ class Sharing:
             raise ValueError(f"a message of {len(text)} bytes is longer than {MESSAGE}")
         told = self.firsts(ms.Tensor(np.frombuffer(text, np.int32)))
         return json.loads(told.asnumpy().tobytes())
+
+    def dismiss(self):
+        """Tells those who wait for a message, once, that none will come: ``tell`` gives them None."""
+        if not self.dismissed:
+            self.dismissed = True
+            self.tell()
 
     def over_ranks(self, transformer):
         """The mean over all ranks' tokens, for a new graph; raises ValueError where their transformers differ.

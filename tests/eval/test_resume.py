@@ -7,7 +7,9 @@ import random
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -15,6 +17,7 @@ from make_coco import make_coco
 from narrow import make_narrow
 
 from FBCache_ms.eval import fid_mscoco
+from FBCache_ms.eval.shared import drawing
 from FBCache_ms.runtime.device import api
 
 KILLS = 5
@@ -128,3 +131,12 @@ def test_under_msrun_a_dead_rank_is_told_and_the_next_start_goes_on(undisturbed,
     assert subprocess.run(command, env=environment, capture_output=True).returncode == 0
     assert contents(tmp_path / "out") == contents(expected)
     assert distances(tmp_path / "out") == distances(expected)
+
+
+def test_who_follows_may_go_before_the_first_rank_evaluates(monkeypatch):
+    met, painter = [], SimpleNamespace(dismiss=lambda: met.append("dismissed"))
+    monkeypatch.setattr(drawing, "session", lambda args: nullcontext((painter, (0, 1))))
+    monkeypatch.setattr(drawing, "draw_missing", lambda *args, **how: met.append("drawn"))
+    monkeypatch.setattr(drawing, "wait_for_all", lambda *args: met.append("all there"))
+    drawing.draw_and_finish(None, [], [], lambda *args: met.append("finished"))
+    assert met == ["drawn", "dismissed", "all there", "finished"]

@@ -177,8 +177,8 @@ def test_ranks_that_were_given_different_things_are_told_so_and_end(what, checkp
 
 
 def ended(process):
-    """A process's status, once it has ended."""
-    process.communicate(timeout=600)
+    """A process's status, once it has ended; pytest shows what it said where a test fails."""
+    print(process.communicate(timeout=600)[0])
     return process.returncode
 
 
@@ -258,6 +258,15 @@ def test_heads_that_cannot_be_shared_evenly_are_refused(pipe):
     ranks.number, heads = 5, pipe.transformer.transformer_blocks[0].attn.heads
     with pytest.raises(ValueError, match=f"{heads} heads cannot be shared by 5 devices evenly"):
         parallel.share(pipe.transformer, ranks)
+
+
+def test_who_follows_is_let_go_once(monkeypatch):
+    ranks, told = parallel.SCHEMES["gather"](1, 0, None), []
+    sharing = parallel.Sharing(ranks, ranks, None, {})
+    monkeypatch.setattr(sharing, "tell", lambda: told.append(None))
+    sharing.dismiss()
+    sharing.dismiss()
+    assert told == [None]
 
 
 def test_threads_are_free_again_behind_the_connections():

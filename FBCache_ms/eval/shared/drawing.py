@@ -147,9 +147,9 @@ class Painter:
             self._draw(told["index"], told["prompt"], Setting.named(told["cache"], told["steps"], told["graph"]))
 
     def dismiss(self):
-        """Lets those go that follow."""
+        """Lets those go that follow; nothing is drawn from then on."""
         if self.is_shared:
-            self.pipe.sharing.tell()
+            self.pipe.sharing.dismiss()
 
     @property
     def image_tokens(self):
@@ -238,6 +238,8 @@ def draw_and_finish(args, prompts, settings, finish, name="pictures", **how):
     with session(args) as (painter, ranks):
         folders = {setting: painter.folder(args.save_path / name, setting) for setting in settings}
         draw_missing(painter, folders, prompts, ranks, **how)
+        # MindSpore's CPU gives a collective up whose ranks do not meet within a minute.
+        painter.dismiss()
         if ranks[0] == 0:
             wait_for_all(folders, len(prompts))
             finish(painter, folders)
