@@ -51,6 +51,9 @@ PRESETS = {
     "taylorseer": "F0B0_W0M0MC0_T1O1_R0.12,gate=static,schedule=taylorseer,schedule_interval=5",
     "hicache": "F0B0_W0M0MC0_T1O2_R0.12,gate=static,schedule=taylorseer,schedule_interval=5,forecast=hicache",
     "spectrum": "F0B0_W0M0MC0_T1O4_R0.12,gate=static,schedule=spectrum_14,forecast=spectrum",
+    "meancache": (
+        "F0B0_W0M0MC0_T1O3_R0.12,gate=static,schedule=meancache_10,forecast=meancache,meancache_steps=2/1/1/1/1/1/1/4"
+    ),
     "fora": "F0B0_W0M0MC0_T0O0_R0.12,gate=static,schedule=fora,schedule_interval=3",
     "delta_dit": "F0B0_W0M0MC0_T0O0_R0.12,gate=static,schedule=fora,schedule_interval=3,span=single",
     "magcache": "F0B0_W0M0MC0_T0O0_R0.12,gate=static,schedule=magcache",
@@ -203,7 +206,8 @@ OPTIONS = {
         "span",
         "what a reuse stands for: the blocks between F and B; the rest of the double and of the single stack, each "
         "under a gate of its own (Nunchaku); the single stack alone (Delta-DiT); the whole model, embedding and head "
-        "too (EasyCache); default: blocks, or model where the gate looks at the latents",
+        "too (EasyCache, MeanCache); default: blocks, or model where the gate looks at the latents or the forecast is "
+        "of the velocity",
         shapes_graph=True,
     ),
     "forecast": Option(
@@ -213,6 +217,15 @@ OPTIONS = {
         "forecast",
         "from the differences of order 0 to taylorseer_derivative: "
         + "; ".join(forecast.text for forecast in FORECASTS.values()),
+        shapes_graph=True,
+    ),
+    "forecast_target": Option(
+        None,
+        str,
+        ("residual", "output"),
+        "forecast",
+        "what is forecast: what the span adds to what goes into it, or what it gives, the velocity where the span is "
+        "the model; default: residual, or output where the forecast is of the velocity (MeanCache, FreqCa)",
         shapes_graph=True,
     ),
     "forecast_coordinate": Option(
@@ -292,11 +305,12 @@ class CacheConfig(_Fields):
         return GATES[self.gate].every_rule
 
     def _default(self, name):
-        """A field's default, which for those in _FOLLOWING is the gate's."""
-        gate = GATES[self.gate]
+        """A field's default, which for those in _FOLLOWING is the gate's or the forecast's."""
+        gate, of_velocity = GATES[self.gate], FORECASTS[self.forecast].of_velocity
         following = {
             "Fn_compute_blocks": int(gate.needs_a_block),
-            "span": "model" if gate.before_embedding else "blocks",
+            "span": "model" if gate.before_embedding or of_velocity else "blocks",
+            "forecast_target": "output" if of_velocity else "residual",
         }
         return following.get(name, OPTIONS[name].default)
 
@@ -340,14 +354,21 @@ class CacheConfig(_Fields):
                 )
         if forecast.only_order not in (None, order):
             raise ValueError(
-                f"forecast {self.forecast!r} is made of two residuals, so taylorseer_derivative must be "
+                f"forecast {self.forecast!r} is made of two computed steps, so taylorseer_derivative must be "
                 f"{forecast.only_order}, not {order}"
+            )
+        if forecast.of_velocity and (self.span, self.forecast_target) != ("model", "output"):
+            raise ValueError(
+                f"forecast {self.forecast!r} is of the velocity, so span must be 'model' and forecast_target 'output', "
+                f"not {self.span!r} and {self.forecast_target!r}"
             )
         if forecast.takes_ratio and not gate.gives_ratio:
             names = gates_where(lambda other: other.gives_ratio)
             raise ValueError(
                 f"forecast {self.forecast!r} is scaled by the probe's changes, so gate must be {' or '.join(names)}"
             )
+        if self.forecast_target == "output" and not gate.is_there:
+            raise ValueError(f"forecast_target {self.forecast_target!r} has no effect with gate {self.gate!r}")
         default = OPTIONS["forecast"].default, OPTIONS["forecast_coordinate"].default
         if (self.forecast, self.forecast_coordinate) != default and order == 0:
             raise ValueError(
@@ -369,7 +390,7 @@ class CacheConfig(_Fields):
             raise ValueError(f"start={self.start} is behind end={self.end}")
 
     def changed(self, **changes):
-        """A copy with other fields; Fn_compute_blocks and span follow the gate unless they were chosen."""
+        """A copy with other fields; those in _FOLLOWING follow the gate and the forecast unless they were chosen."""
         for name in _FOLLOWING:
             if getattr(self, name) == self._default(name):
                 changes.setdefault(name, None)
@@ -430,15 +451,20 @@ class CacheConfig(_Fields):
         return steps <= FEW_STEPS and reuses and not said
 
     @property
+    def by_noise(self):
+        """Whether a forecast's distances are measured in the noise level."""
+        return self.forecast_coordinate == "sigma" or FORECASTS[self.forecast].by_noise
+
+    @property
     def depends_on_steps(self):
         """Whether the same step may be treated otherwise in a generation with another number of steps."""
         masked = self.steps_computation_mask is not None or (
             self.schedule is not None and SCHEDULES[self.schedule].depends_on_steps
         )
-        whole = (self.start, self.end, self.forecast_coordinate) == (0, 1, "step")
         return (
             masked
-            or not whole
+            or self.by_noise
+            or (self.start, self.end) != (0, 1)
             or FORECASTS[self.forecast].rows is not None
             or any(rule.computes_last for rule in self.rules)
         )
@@ -528,7 +554,7 @@ class CacheConfig(_Fields):
         return tag
 
 
-_FOLLOWING = "Fn_compute_blocks", "span"
+_FOLLOWING = "Fn_compute_blocks", "span", "forecast_target"
 _STRUCTURE = tuple(name for name, option in OPTIONS.items() if option.shapes_graph)
 _TAGGED = (
     "residual_diff_threshold",

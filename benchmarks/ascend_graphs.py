@@ -81,6 +81,7 @@ GRAPHS = {
     "loop_static": Graph("loop", "F0B0_W0_T1O1_R0.12,gate=static,schedule=taylorseer"),
     "loop_table": Graph("loop", PRESETS["fitted_8_of_28"]),
     "loop_Spectrum": Graph("loop", PRESETS["spectrum"]),
+    "loop_MeanCache": Graph("loop", PRESETS["meancache"], branches=2),
     "loop_EasyCache": Graph("loop", "F0B0_W3_R0.12,gate=easycache"),
     "loop_CG_Taylor": Graph("loop", "F2B1_W0_T1O1_R0.12,gate=cg_taylor"),
     "loop_DiCache": Graph(

@@ -103,6 +103,7 @@ ROWS = (
     Row("DuCa N=10", 606.91, 0.8382, 31.759),
     Row("FoCa N=8", 596.07, 0.9502, 32.706, static("taylorseer", 8, 2, FOCA)),
     Row("*Spectrum, 14 steps*", None, None, None, "spectrum"),
+    Row("*MeanCache, 10 steps*", None, None, None, "meancache"),
     Row("*fitted here, 10 steps*", None, None, None, "fitted_10_of_50"),
     Row("*fitted here, 8 steps*", None, None, None, "fitted_8_of_50"),
     Row("*fitted here, 6 steps*", None, None, None, "fitted_6_of_50"),

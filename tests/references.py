@@ -211,6 +211,22 @@ def spectrum(computed, step, steps, order, penalty):
     return (here @ coefficients).reshape(computed[0][1].shape)
 
 
+def meancache(velocities, mask, sigmas, spans):
+    """Each step's velocity: where it is reused the last one, less JVP_K times the stride; K is that of its run."""
+    latents, used, run = [0 * velocities[0].astype(np.float64)], [], -1
+    for step, computed in enumerate(mask):
+        run += not computed and mask[step - 1]
+        if computed:
+            used.append(velocities[step])
+        else:
+            before = max(step - spans[min(run, len(spans) - 1)], 0)
+            way = sigmas[step] - sigmas[before]
+            jvp = (used[before] - (latents[step] - latents[before]) / way) / way
+            used.append(used[-1] - jvp * (sigmas[step + 1] - sigmas[step]))
+        latents.append(latents[-1] + (sigmas[step + 1] - sigmas[step]) * used[-1])
+    return np.array(used)
+
+
 def newton(computed, x, order):
     """The polynomial through the last order + 1 computed values, in Lagrange's form."""
     points = computed[-order - 1 :]

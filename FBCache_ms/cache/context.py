@@ -10,6 +10,7 @@ from mindspore import Parameter, ops
 from ..config import CacheConfig
 from ..rules.arithmetic import (
     finite_differences,
+    last_values,
     mean,
     probe_ratio,
     relative_difference,
@@ -17,7 +18,7 @@ from ..rules.arithmetic import (
     weighted_sum,
     within_limits,
 )
-from ..rules.forecasts import FORECASTS
+from ..rules.forecasts import FORECASTS, SUMS, VALUES
 from ..rules.schedules import MAX_STEPS
 from ..rules.when import COMPUTED, FORECAST, PREVIOUS, PROBE, SPAN
 from .gates import (
@@ -65,15 +66,17 @@ class Buffer:
 
 @ms.jit_class
 class Differences:
-    """A tensor's finite differences over the computed steps, (K, *shape), order 0 first; or sums of it over these."""
+    """A tensor's finite differences over the computed steps, (K, *shape), order 0 first, or what else is kept of it."""
 
-    def __init__(self, derivatives, accumulates=False):
-        self.derivatives, self.accumulates = derivatives, accumulates
+    def __init__(self, derivatives, keeps):
+        self.derivatives, self.sums, self.values = derivatives, keeps == SUMS, keeps == VALUES
 
     def update(self, value, filled, gaps):
         """Takes over the value at a computed step."""
         before = self.derivatives.read()
-        if self.accumulates:
+        if self.values:
+            self.derivatives.write(last_values(value, before))
+        elif self.sums:
             self.derivatives.write(running_sums(value, before, gaps))
         else:
             self.derivatives.write(finite_differences(value, before, filled, gaps))
@@ -81,6 +84,11 @@ class Differences:
     def forecast(self, weights):
         """What the tensor is expected to be, in float32."""
         return weighted_sum(weights, self.derivatives.read())
+
+    def used(self, value):
+        """Takes over what it was taken to be at a reused step."""
+        if self.values:
+            self.derivatives.write(last_values(value, self.derivatives.read()))
 
 
 @ms.jit_class
@@ -201,6 +209,7 @@ class Gate:
         self.orders, self.takes_ratio = config.taylorseer_derivative + 1, forecast.takes_ratio
         self.has_rows = forecast.rows is not None
         self.forecast_weights, self.forecast_gaps = forecast.weights, forecast.gaps
+        self.of_output = config.forecast_target == "output"
         self.looks_at = tuple(config.probe if rule.looks_at == PROBE else rule.looks_at for rule in plan.rules)
         self.factor, self.batch_reduction = config.downsample_factor, config.batch_reduction
 
@@ -209,7 +218,7 @@ class Gate:
 
         def differences(name, shape):
             kept = ms.float32 if config.derivatives_dtype == "float32" else dtype
-            return Differences(named(name, (self.orders, *shape), dtype=kept), forecast.accumulates)
+            return Differences(named(name, (self.orders, *shape), dtype=kept), forecast.keeps)
 
         self.filled = named("filled", (), dtype=ms.int32)
         self.nodes = named("nodes", (self.orders,))
@@ -298,8 +307,17 @@ class Gate:
         nodes = self.nodes.read()
         return tuple([nodes[order] for order in range(self.orders)])
 
+    def kept(self, before, behind):
+        """What of a stream the differences are of: what the span adds to it, or what it gives."""
+        return behind if self.of_output else behind - before
+
+    def behind(self, before, forecast):
+        """A stream behind the span, from what ``kept`` is expected to be."""
+        forecast = forecast.to(before.dtype)
+        return forecast if self.of_output else before + forecast
+
     def forecast(self, added):
-        """The span's residual at this step in float32: (image stream, text stream or None).
+        """What is expected of ``kept`` at this step in float32: (image stream, text stream or None).
 
         ``added`` is what the blocks before the span have added, (B, S, D), in a tuple, empty where nobody asks.
         """
@@ -307,10 +325,13 @@ class Gate:
         if self.takes_ratio:
             nodes = self.last_nodes()
             ratio = probe_ratio(added[0], self.probe_differences.derivatives.read(), nodes[0] - nodes[1], self.mean)
-        weights = self.weights(ratio)
+        weights, text = self.weights(ratio), None
+        image = self.residual.forecast(weights)
+        self.residual.used(image)
         if self.needs_text:
-            return self.residual.forecast(weights), self.text_residual.forecast(weights)
-        return self.residual.forecast(weights), None
+            text = self.text_residual.forecast(weights)
+            self.text_residual.used(text)
+        return image, text
 
     def stats(self, steps, branch):
         """The trace of the first ``steps`` steps of a guidance branch, a GateStats."""
@@ -321,16 +342,16 @@ class Gate:
         compared = (diffs != NOT_COMPARED) & np.isfinite(diffs)
         return GateStats(self.name, decisions, tuple(np.where(compared, diffs, None).tolist()))
 
-    def store(self, probes, added, before, behind, text_residual):
-        """Takes over a computed step, from the image stream before and behind the span and from what the text gained.
+    def store(self, probes, added, before, behind, text, text_behind):
+        """Takes over a computed step, from the image and the text stream before and behind the span.
 
-        Its probes are the references, and what the span added goes into the differences, as ``added`` does.
+        Its probes are the references, and what is kept of the streams goes into the differences, as ``added`` does.
         """
         filled, x, nodes = self.filled.read(), self.tables.x(), self.last_nodes()
-        gaps = self.forecast_gaps(x, nodes)
-        self.residual.update(behind - before, filled, gaps)
+        gaps = () if self.forecast_gaps is None else self.forecast_gaps(x, nodes)
+        self.residual.update(self.kept(before, behind), filled, gaps)
         if self.needs_text:
-            self.text_residual.update(text_residual, filled, gaps)
+            self.text_residual.update(self.kept(text, text_behind), filled, gaps)
         if self.forecasts_probe:
             self.probe_differences.update(added[0] if self.takes_ratio else probes[0], filled, gaps)
         for place in range(len(self.rules)):
@@ -433,7 +454,7 @@ class CacheContext:
         Args:
             config: one of the same structure.
             steps: how many steps a generation has; only for a config that depends on it.
-            sigmas: (steps,) or longer, the noise levels; only for forecast_coordinate="sigma".
+            sigmas: (steps + 1,) or longer, the noise levels; only where the config is ``by_noise``.
             progress: as for schedules.step_actions.
 
         Raises ValueError if the structure is another, or steps or sigmas are missing.

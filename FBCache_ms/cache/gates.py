@@ -153,13 +153,15 @@ def gate_numbers(config, gate):
     return numbers
 
 
-def weights_table(config, actions):
+def weights_table(config, actions, sigmas=None):
     """The table of a forecast's rows (1000, K): 0 but at the steps that ``actions`` reuse.
 
-    Raises ValueError where there are more or fewer rows.
+    ``sigmas`` are the noise levels, (N + 1,) or longer. Raises ValueError as the forecast's ``rows`` does.
     """
+    if sigmas is not None:
+        sigmas = np.asarray(sigmas, float)[: len(actions) + 1]
     table = np.zeros((MAX_STEPS, config.taylorseer_derivative + 1), np.float32)
-    table[: len(actions)][actions == REUSE] = FORECASTS[config.forecast].rows(config, actions)
+    table[: len(actions)][actions == REUSE] = FORECASTS[config.forecast].rows(config, actions, sigmas)
     return table
 
 
@@ -167,7 +169,8 @@ def check_steps(config, steps):
     """Raises ValueError for a mask or a table that is for another number of steps."""
     actions = step_actions(config, steps, ())
     if FORECASTS[config.forecast].rows:
-        weights_table(config, actions)
+        # Whether there is a row for each does not depend on the noise levels.
+        weights_table(config, actions, np.linspace(1, 0, steps + 1))
 
 
 def step_tables(config, steps, sigmas=None, progress=None):
@@ -176,7 +179,7 @@ def step_tables(config, steps, sigmas=None, progress=None):
     Args:
         config: the CacheConfig.
         steps: N, the generation's number of steps, in [1, 1000].
-        sigmas: (N,) or longer, the noise levels; for forecast_coordinate="sigma" only.
+        sigmas: (N + 1,) or longer, the noise levels; only where distances are measured in them.
         progress: as for schedules.step_actions.
 
     Returns:
@@ -188,8 +191,8 @@ def step_tables(config, steps, sigmas=None, progress=None):
 
     Raises ValueError where sigmas are missing, or where a mask or a table is for another number of steps.
     """
-    if config.forecast_coordinate == "sigma" and sigmas is None:
-        raise ValueError("forecast_coordinate 'sigma' needs the schedule's sigmas")
+    if config.by_noise and sigmas is None:
+        raise ValueError(f"{config} measures distances in the noise level and needs the schedule's sigmas")
     gates, forecast = every_gate(plan(config)), FORECASTS[config.forecast]
     limits = np.full((max(len(gates), 1), MAX_STEPS, LIMITS), -np.inf, np.float32)
     numbers = np.zeros((max(len(gates), 1), numbers_width(config)), np.float32)
@@ -205,9 +208,9 @@ def step_tables(config, steps, sigmas=None, progress=None):
         own = gate_numbers(config, gate)
         numbers[index, : len(own)] = own
         if forecast.rows:
-            numbers[index, -table_width(config) :] = weights_table(config, actions).ravel()
+            numbers[index, -table_width(config) :] = weights_table(config, actions, sigmas).ravel()
     coordinates = np.arange(MAX_STEPS, dtype=np.float32)
-    if config.forecast_coordinate == "sigma":
+    if config.by_noise:
         coordinates[:steps] = np.asarray(sigmas)[:steps]
     if forecast.coordinate:
         coordinates[:steps] = forecast.coordinate(steps)

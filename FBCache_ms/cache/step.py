@@ -94,14 +94,14 @@ def reuse(gate, reached):
     """Both streams behind a gate's span, forecast from where ``approach`` has come to."""
     image, text = before_span(gate, reached["image"]), reached["text"]
     gate.tallies.hit()
-    image_residual, text_residual = gate.forecast(part(reached, "added"))
+    image_forecast, text_forecast = gate.forecast(part(reached, "added"))
     if gate.needs_text:
-        text = text + text_residual.to(text.dtype)
-    return image + image_residual.to(image.dtype), text
+        text = gate.behind(text, text_forecast)
+    return gate.behind(image, image_forecast), text
 
 
 def compute(model, gate, reached, given):
-    """Both streams behind a gate's span, from where ``approach`` has come to; the gate keeps what the span adds."""
+    """Both streams behind a gate's span, from where ``approach`` has come to; the gate keeps what the span does."""
     first, last = gate.span(*model.stacks)
     image, text = reached["image"], reached["text"]
     if not gate.inner:
@@ -114,7 +114,7 @@ def compute(model, gate, reached, given):
     image, behind = run_gates(model, gate.inner, first, last, image, text, given)
     if gate.whole_model:
         image = model.head(image, given)
-    gate.store(part(reached, "probes"), part(reached, "added"), before, image, behind - text)
+    gate.store(part(reached, "probes"), part(reached, "added"), before, image, text, behind)
     return image, behind
 
 

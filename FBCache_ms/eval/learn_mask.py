@@ -26,16 +26,19 @@ from FBCache_ms.eval.shared.closed_loop import ClosedLoop, Ledger
 from FBCache_ms.eval.shared.drawing import Setting, draw_missing, session, wait_for_all
 from FBCache_ms.eval.shared.files import check_folder, check_into, json_bytes, put_into, say_written, write_file
 from FBCache_ms.eval.shared.fitting import DAMPINGS, Factors, levenberg_marquardt, stepwise_weights
-from FBCache_ms.eval.shared.masks import Estimate, anneal, starts
+from FBCache_ms.eval.shared.masks import Estimate, ShortestPath, anneal, starts
 from FBCache_ms.eval.shared.measure import Judge, cell_of, clip_folder, means, write_sweep
 from FBCache_ms.eval.shared.prompts import choose_prompts
 from FBCache_ms.eval.shared.published import ATLAS, best, predict
 from FBCache_ms.eval.shared.tables import KINDS
 from FBCache_ms.predict.roofline import WHOLE_LOOP
-from FBCache_ms.rules.forecasts import FORECASTS
+from FBCache_ms.rules.forecasts import FORECASTS, MEANCACHE
 
 TABLE = "F0B0_W0M0MC0_T1O2_R0.12,gate=static,schedule=taylorseer,forecast=table"
 """What is learnt for: weights of the residual, its slope and its curvature."""
+
+SEARCHES = "error", "path"
+"""What a mask is found by: the error at the end of the generation, or MeanCache's shortest path."""
 
 FITS = "loop", "step"
 """What a table's weights are fitted by: the error at the end of the generation, or each step's own."""
@@ -63,7 +66,14 @@ def parse_arguments(argv=None):
         metavar="K",
         help="how many steps are computed, a mask each",
     )
-    add("--evaluations", type=int, default=60, metavar="E", help="masks tried for each of them")
+    add(
+        "--search",
+        choices=SEARCHES,
+        default=SEARCHES[0],
+        help="what a mask is found by: the error at the end of the generation, or MeanCache's shortest path through "
+        "the uncached run, for forecast=meancache (default: %(default)s)",
+    )
+    add("--evaluations", type=int, default=60, metavar="E", help="masks tried for each of them, by their error")
     add(
         "--learn_from",
         type=int,
@@ -100,6 +110,8 @@ def parse_arguments(argv=None):
             mask = next(iter(starts(args.num_inference_steps, computed)))
             check_cache(configured(CacheConfig.named(args.cache), mask), args.ckpt, args.num_inference_steps)
         check_range("evaluations", args.evaluations, 1)
+        if args.search == SEARCHES[1] and CacheConfig.named(args.cache).forecast != MEANCACHE.name:
+            raise ValueError(f"--search {args.search} is for a --cache with forecast={MEANCACHE.name}")
         check_range("learn_from", args.learn_from, 1)
         args.batch_size = args.learn_from if args.batch_size is None else args.batch_size
         check_range("batch_size", args.batch_size, 1)
@@ -160,7 +172,7 @@ class Search:
 
     def estimate(self):
         """The Estimate of a mask's error, from the uncached run."""
-        by_sigma, order = self.config.forecast_coordinate == "sigma", self.config.taylorseer_derivative
+        by_sigma, order = self.config.by_noise, self.config.taylorseer_derivative
         # Before a fit the forecast is a straight line.
         return Estimate(self.loop.path, self.loop.sigmas, 1 if self.fitted else order, by_sigma)
 
@@ -209,6 +221,8 @@ class Search:
         iteration of the fit is then a mask's error, in a search that begins from the best ones.
         """
         args = self.args
+        if args.search == SEARCHES[1]:
+            return self.along_shortest_path(computed)
         begin = {self.estimate().best(computed), *starts(args.num_inference_steps, computed)}
         errors = self._anneal(self.error, begin, args.evaluations, f"{computed} of {args.num_inference_steps} steps")
         best = min(errors, key=errors.get)
@@ -240,6 +254,17 @@ class Search:
             "fitted_masks": len(fits),
             "iterations": args.iterations,
         }
+
+    def along_shortest_path(self, computed):
+        """The CacheConfig of MeanCache's schedule, and the evidence."""
+        most = self.config.taylorseer_derivative + 1
+        mask, spans = ShortestPath(self.loop.path, self.loop.sigmas, most).best(computed)
+        config = with_mask(self.config, mask, **({"meancache_steps": spans} if spans else {}))
+        name = f"path_{name_of(mask)}"
+        error = number(self.ledger.found(name, lambda: self.loop.error(self.loop.latents(config))))
+        # The uncached run, and this one.
+        evidence = {"computed": computed, "latent_mse": error, "evaluations": 1, "search": self.args.search}
+        return config, {**evidence, "latent_mse_at_the_start": error, "pictures": 2 * self.args.learn_from}
 
     def stepwise(self, mask):
         """The CacheConfig of a mask and of the weights that are best for each step on its own."""
@@ -363,6 +388,7 @@ def run(args):
         for row, evidence in searches.items():
             preset = preset_of(args, painter, cells[row], evidence)
             kind = {None: "mask", FITS[0]: "fitted", FITS[1]: "stepwise"}[evidence.get("fit")]
+            kind = evidence.get("search", kind)
             file = args.save_path / f"{kind}_{evidence['computed']}_of_{steps}.json"
             write_file(file, lambda stream: stream.write(json_bytes(preset)))
             texts.append(text_of(args, preset, file))

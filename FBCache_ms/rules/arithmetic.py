@@ -88,6 +88,11 @@ def running_sums(value, sums, factors):
     return mint.stack(new, 0).astype(sums.dtype)
 
 
+def last_values(value, values):
+    """The last K values, newest first, (K, ...), with one more."""
+    return mint.cat((value.expand_dims(0).astype(values.dtype), values[:-1]), 0)
+
+
 def weighted_sum(weights, derivatives):
     """sum_i w_i D_i in float32, from (K, ...)."""
     by_kernel = kernels.weighted_sum(weights, derivatives)

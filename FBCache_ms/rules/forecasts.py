@@ -14,6 +14,10 @@ from numpy.polynomial.chebyshev import chebvander
 from .options import Option
 from .schedules import COMPUTE, REUSE
 
+DIFFERENCES, SUMS, VALUES = "differences", "sums", "values"
+"""What is kept, K of each: finite differences over the computed steps; sums over them; the values of the last K steps,
+newest first, those of reused steps as they were forecast."""
+
 
 @dataclass(frozen=True)
 class Forecast:
@@ -25,30 +29,35 @@ class Forecast:
         text: what it does, behind its name.
         weights: weights(x, nodes, number, ratio), a scalar for each order; ``number`` is its own field's, and ``ratio``
             the one of the probe's changes where it takes that.
-        gaps: gaps(x, nodes), what each order of the differences is divided by at a computed step; where the forecast
-            ``accumulates``, what each of the sums takes of the new value.
+        gaps: gaps(x, nodes), what each order of the differences is divided by at a computed step; what each of the
+            sums takes of the new value; None for values.
         options: {field of CacheConfig: Option}, at most one; a number, unless ``rows`` reads it.
         only_order: the one taylorseer_derivative that it works with, None for all.
         takes_ratio: whether the probe's changes scale it.
         in_any_coordinate: whether distances may be measured in the noise level too.
-        rows: rows(config, actions), the weights of each reused step (R, K), where they are known before the loop:
-            ``actions`` are those of schedules.step_actions. Then ``number`` is this step's row.
+        rows: rows(config, actions, sigmas), the weights of each reused step (R, K), where they are known before the
+            loop: ``actions`` are those of schedules.step_actions, ``sigmas`` the noise levels (N + 1,), or None unless
+            it is ``by_noise``. Then ``number`` is this step's row.
         coordinate: coordinate(N), each step's (N,), for one that is neither its number nor its noise level.
-        accumulates: whether it keeps K sums over the computed steps in the place of differences.
+        keeps: DIFFERENCES, SUMS or VALUES.
+        by_noise: whether it always looks at the noise levels.
+        of_velocity: whether it is of the velocity, so that its span is the whole model.
     """
 
     name: str
     source: str
     text: str
     weights: Callable
-    gaps: Callable
+    gaps: Optional[Callable]
     options: Mapping[str, Option] = field(default_factory=dict)
     only_order: Optional[int] = None
     takes_ratio: bool = False
     in_any_coordinate: bool = False
     rows: Optional[Callable] = None
     coordinate: Optional[Callable] = None
-    accumulates: bool = False
+    keeps: str = DIFFERENCES
+    by_noise: bool = False
+    of_velocity: bool = False
 
 
 def newest_gap(x, nodes):
@@ -98,7 +107,7 @@ def known(x, nodes, row, ratio):
     return row
 
 
-def fitted(config, actions):
+def fitted(config, actions, sigmas):
     """forecast_weights, a row for each reused step. Raises ValueError where there are more or fewer of them."""
     weights, orders, reused = config.forecast_weights or (), config.taylorseer_derivative + 1, (actions == REUSE).sum()
     if len(weights) != orders * reused:
@@ -122,7 +131,7 @@ def chebyshev(x, nodes):
     return values[: len(nodes)]
 
 
-def ridge(config, actions):
+def ridge(config, actions, sigmas):
     """t_s (X^T X + lambda I)^-1: by ridge regression on the computed steps before step s, X their Chebyshev values."""
     points = chebvander(around_the_middle(len(actions)), config.taylorseer_derivative)
     penalty = config.spectrum_ridge * np.eye(points.shape[1])
@@ -131,6 +140,28 @@ def ridge(config, actions):
         before = points[:step][actions[:step] == COMPUTE]
         rows.append(np.linalg.solve(before.T @ before + penalty, points[step]))
     return np.reshape(rows, (-1, points.shape[1]))
+
+
+def mean_velocity(config, actions, sigmas):
+    """v + (s - t) J with J = (u - v_r) / (t - r), u the mean velocity from noise level r to t (MeanCache, ICLR 2026).
+
+    t and s are the noise levels before and behind this step, r that of K steps ago; v is the last step's velocity.
+    Raises ValueError where K is more than the velocities that are kept.
+    """
+    kept, spans, strides = config.taylorseer_derivative + 1, config.meancache_steps, np.diff(sigmas)
+    if not set(spans) <= set(range(1, kept + 1)):
+        raise ValueError(
+            f"meancache_steps must be whole numbers from 1 to taylorseer_derivative + 1 = {kept}, not {spans}"
+        )
+    runs, rows = np.cumsum(np.diff(actions == REUSE, prepend=False) & (actions == REUSE)), []
+    for step in np.flatnonzero(actions == REUSE):
+        span = min(int(spans[min(runs[step], len(spans)) - 1]), step)
+        way = sigmas[step] - sigmas[step - span]
+        slope = np.zeros(kept)
+        slope[:span] = strides[step - span : step][::-1] / way
+        slope[span - 1] -= 1
+        rows.append(np.eye(kept)[0] + strides[step] / way * slope)
+    return np.reshape(rows, (-1, kept))
 
 
 TAYLOR = Forecast(
@@ -205,7 +236,28 @@ SPECTRUM = Forecast(
     },
     rows=ridge,
     coordinate=around_the_middle,
-    accumulates=True,
+    keeps=SUMS,
+)
+MEANCACHE = Forecast(
+    "meancache",
+    "MeanCache, arXiv 2601.19961",
+    "MeanCache's, from the velocities of the last steps and the mean velocity over them",
+    known,
+    None,
+    options={
+        "meancache_steps": Option(
+            (2,),
+            tuple,
+            (1, 100),
+            "forecast",
+            "K of MeanCache's JVP_K, for each run of reused steps in turn, the last number also for the runs behind: "
+            "the mean velocity is that of so many steps, at most taylorseer_derivative + 1; 1: plain reuse",
+        )
+    },
+    rows=mean_velocity,
+    keeps=VALUES,
+    by_noise=True,
+    of_velocity=True,
 )
 
-FORECASTS = {forecast.name: forecast for forecast in (TAYLOR, HICACHE, NEWTON, DICACHE, TABLE, SPECTRUM)}
+FORECASTS = {forecast.name: forecast for forecast in (TAYLOR, HICACHE, NEWTON, DICACHE, TABLE, SPECTRUM, MEANCACHE)}

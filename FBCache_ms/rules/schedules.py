@@ -42,6 +42,13 @@ SPECTRUM = {
 }
 """{steps: those computed} (Spectrum, CVPR 2026)."""
 
+MEANCACHE = {
+    "meancache_25": {50: (*range(17), 24, 32, 40, 43, 45, 47, 48, 49)},
+    "meancache_17": {50: (*range(9), 10, 17, 24, 31, 38, 45, 48, 49)},
+    "meancache_10": {50: (0, 1, 3, 7, 14, 21, 28, 35, 42, 49)},
+}
+"""{steps: those computed}, the shortest paths for Qwen-Image (MeanCache4Qwen-Image)."""
+
 LEARNT = {
     "learnt_6": {
         28: (0, 7, 12, 18, 23, 26),
@@ -176,6 +183,7 @@ SCHEDULES = {
             for name, (computed, reused) in MASKS.items()
         ),
         *(Schedule(name, "Spectrum", partial(learnt, tables=tables)) for name, tables in SPECTRUM.items()),
+        *(Schedule(name, "MeanCache", partial(learnt, tables=tables)) for name, tables in MEANCACHE.items()),
         *(Schedule(name, "FBCache_ms", partial(learnt, tables=tables), learnt=True) for name, tables in LEARNT.items()),
     )
 }
@@ -187,8 +195,8 @@ SCHEDULE_OPTIONS = {
         tuple(SCHEDULES),
         "schedule",
         "steps that are computed: taylorseer, the first three and every N-th from there; fora, every N-th; magcache; "
-        "cache-dit's four masks; Spectrum's two; learnt_N, N steps in all, learnt on the embedded checkpoint. At the "
-        "others the gate decides, or with the static gate they are reused",
+        "cache-dit's four masks; Spectrum's two; MeanCache's three; learnt_N, N steps in all, learnt on the embedded "
+        "checkpoint. At the others the gate decides, or with the static gate they are reused",
     ),
     "schedule_interval": Option(5, Integral, (1, None), "schedule", "N, in steps (TaylorSeer, FORA, Delta-DiT)"),
     "steps_computation_mask": Option(

@@ -11,7 +11,7 @@ from FBCache_ms.config import CacheConfig
 from FBCache_ms.eval import learn_mask
 from FBCache_ms.eval.learn_mask import with_mask
 from FBCache_ms.eval.shared.closed_loop import ClosedLoop
-from FBCache_ms.eval.shared.masks import POWER, Estimate, anneal, lagrange, starts
+from FBCache_ms.eval.shared.masks import PEAKS, POWER, Estimate, ShortestPath, anneal, lagrange, starts
 
 
 @pytest.mark.parametrize("steps, computed", [(28, 2), (28, 8), (50, 12), (5, 4)])
@@ -73,6 +73,29 @@ def test_dynamic_programming_finds_the_least_estimate_of_all_masks(order, by_sig
     assert total(best) == pytest.approx(min(map(total, everything)))
 
 
+def test_the_shortest_path_is_the_least_of_all_paths(uncached_run):
+    path, sigmas = uncached_run
+
+    def error(start, stop, span):
+        """By MeanCache's own terms."""
+        velocity = (path[start + 1] - path[start]) / (sigmas[start + 1] - sigmas[start])
+        way = sigmas[start] - sigmas[start - span]
+        older = (path[start - span + 1] - path[start - span]) / (sigmas[start - span + 1] - sigmas[start - span])
+        jvp = ((path[start] - path[start - span]) / way - older) / way if span > 1 else 0
+        mean = (path[stop] - path[start]) / (sigmas[stop] - sigmas[start])
+        return np.abs(velocity + (sigmas[stop] - sigmas[start]) * jvp - mean).mean()
+
+    def total(places):
+        ways = list(zip(places, (*places[1:], 9)))
+        best = [min((error(*way, span), span) for span in (1, 2, 3) if span <= max(way[0], 1)) for way in ways]
+        spans = [span for (_, span), (start, stop) in zip(best, ways) if stop > start + 1]
+        return sum(least**PEAKS for least, _ in best), places, tuple(spans)
+
+    mask, spans = ShortestPath(path, sigmas, 3).best(4)
+    _, places, expected = min(total((0, *rest)) for rest in combinations(range(1, 9), 3))
+    assert tuple(np.flatnonzero(mask)) == places and spans == expected
+
+
 def test_a_mask_keeps_the_forecast_and_the_span_alone():
     config = with_mask(CacheConfig.preset("hicache"), (1, 0, 1))
     assert (config.gate, config.steps_computation_mask, config.schedule) == ("static", (1, 0, 1), None)
@@ -90,6 +113,15 @@ def options(tmp_path):
     model = ["--ckpt", checkpoint, "--image_size", "32", "32", "--num_inference_steps", "5"]
     learnt = ["--prompts", str(prompts), "--learn_from", "2", "--evaluations", "3"]
     return [*model, *learnt, "--save_path", str(tmp_path / "out")]
+
+
+def test_meancaches_schedule_is_a_preset_file(options, tmp_path, capsys):
+    assert learn_mask.main([*options, "--cache", "meancache", "--search", "path", "--computed", "3"]) == 0
+    config = CacheConfig.named(str(tmp_path / "out" / "path_3_of_5.json"))
+    assert sum(config.steps_computation_mask) == 3 and config.forecast == "meancache"
+    with pytest.raises(SystemExit):
+        learn_mask.main([*options, "--cache", "taylorseer", "--search", "path", "--computed", "3"])
+    assert "--search path is for a --cache with forecast=meancache" in capsys.readouterr().err
 
 
 def test_learnt_masks_are_preset_files_that_cache_takes(options, tmp_path, capsys):

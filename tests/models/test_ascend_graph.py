@@ -38,6 +38,7 @@ RUNS = {
     "loop_static": ((), ALL),
     "loop_table": ((), ALL),
     "loop_Spectrum": ((), ALL),
+    "loop_MeanCache": ((), ALL),
     "loop_EasyCache": ((), ALL),
     "loop_CG_Taylor": ((0, 1, -1), ALL),
     "loop_DiCache": PLAIN,

@@ -240,6 +240,48 @@ def test_spectrum_is_a_ridge_regression_on_all_computed_steps(order, data, steps
 
 
 @quick
+@given(st.data(), st.integers(2, 24), seeds, st.lists(st.integers(1, 4), min_size=1, max_size=4))
+def test_meancache_follows_the_mean_velocity_of_the_last_steps(data, steps, seed, spans):
+    streams = Streams(seed, steps)
+    mask = [1] + data.draw(st.lists(st.integers(0, 1), min_size=steps - 1, max_size=steps - 1))
+    config = CacheConfig(
+        taylorseer_derivative=3,
+        gate="static",
+        steps_computation_mask=mask,
+        forecast="meancache",
+        meancache_steps=spans,
+    )
+    sigmas = np.linspace(1, 0, steps + 1) ** 1.5
+    outputs, stats = replay(config, streams, sigmas)
+    assert list(stats.reused) == [not computed for computed in mask]
+    expected = ref.meancache(streams.latents[:steps] + streams.span(0, BLOCKS), mask, sigmas, spans)
+    np.testing.assert_allclose(outputs, expected, rtol=2e-4, atol=2e-4 * np.abs(expected).max())
+
+
+@quick
+@given(st.data(), st.integers(2, 24), seeds)
+@pytest.mark.parametrize("span, order", [("blocks", 0), ("blocks", 2), ("model", 0), ("model", 2)])
+def test_what_the_span_gives_is_forecast_in_the_place_of_what_it_adds(span, order, data, steps, seed):
+    streams = Streams(seed, steps)
+    mask = [1] + data.draw(st.lists(st.integers(0, 1), min_size=steps - 1, max_size=steps - 1))
+    config = CacheConfig(
+        taylorseer_derivative=order,
+        gate="static",
+        steps_computation_mask=mask,
+        span=span,
+        forecast_target="output",
+    )
+    outputs, _ = replay(config, streams)
+    behind, computed = streams.latents[:steps] + streams.span(0, BLOCKS), []
+    for step in range(steps):
+        if mask[step]:
+            computed.append((step, behind[step]))
+        expected = behind[step] if mask[step] else ref.taylor(computed, step, order)
+        scale = max(1, np.abs(expected).max())
+        np.testing.assert_allclose(outputs[step] / scale, expected / scale, atol=2e-4)
+
+
+@quick
 @given(st.data(), st.integers(2, 24), seeds)
 @pytest.mark.parametrize(
     "forecast, order",

@@ -27,7 +27,7 @@ from FBCache_ms.predict import sharing
 from FBCache_ms.runtime import parallel
 
 KILLS = 10
-PICTURES = 100
+PICTURES = 40
 QUICK = ("order 1, true CFG", "cfg_parallel", "Ulysses, true CFG")
 BIN = Path(sys.executable).parent
 

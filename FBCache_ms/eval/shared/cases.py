@@ -177,6 +177,12 @@ def rules():
             "Spectrum, 10 of 50",
             "F0B0_W0_T1O4_R0.12,gate=static,schedule=spectrum_10,forecast=spectrum",
         ),
+        Row("MeanCache", "MeanCache, 10 of 50", "meancache"),
+        Row(
+            "MeanCache",
+            "MeanCache, 17 of 50",
+            "F0B0_W0_T1O3_R0.12,gate=static,schedule=meancache_17,forecast=meancache,meancache_steps=2/1/1/1/1/1/4",
+        ),
         Row("FORA", "FORA", "fora"),
         Row("Delta-DiT", "Delta-DiT", "delta_dit"),
         Row("MagCache", "MagCache", "magcache"),

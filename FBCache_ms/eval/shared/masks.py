@@ -125,6 +125,64 @@ class Estimate:
         return tuple(int(step in places) for step in range(steps))
 
 
+PEAKS = 5
+"""The power of an error in MeanCache's sum, which keeps the greatest ones small."""
+
+
+class ShortestPath:
+    """MeanCache's schedule: the path from the first step to the end with the least sum of errors^5 (arXiv 2601.19961).
+
+    A path goes over the computed steps. The error of a way from step t to s is the mean absolute difference between
+    the mean velocity over it, on the uncached run, and the one that MeanCache expects from t on, at the best K.
+
+    Args:
+        path: (N + 1, ...), the latents before, between and behind the uncached run's steps.
+        sigmas: (N + 1,), the noise levels.
+        most: the greatest K.
+    """
+
+    def __init__(self, path, sigmas, most):
+        self.path, self.sigmas, self.most = path.reshape(len(path), -1).astype(float), sigmas, most
+
+    def mean_velocity(self, start, stop):
+        """From step ``start`` to ``stop``."""
+        return (self.path[stop] - self.path[start]) / (self.sigmas[stop] - self.sigmas[start])
+
+    def way(self, start, stop):
+        """The least error of a way between two computed steps, and the K that gives it; none without reused steps."""
+        if stop == start + 1:
+            return 0.0, None
+        errors, sigmas = (
+            {1: np.abs(self.mean_velocity(start, start + 1) - self.mean_velocity(start, stop)).mean()},
+            self.sigmas,
+        )
+        for span in range(2, min(self.most, start) + 1):
+            before = start - span
+            slope = self.mean_velocity(before, start) - self.mean_velocity(before, before + 1)
+            expected = slope * (sigmas[stop] - sigmas[start]) / (sigmas[start] - sigmas[before])
+            expected = expected + self.mean_velocity(start, start + 1)
+            errors[span] = np.abs(expected - self.mean_velocity(start, stop)).mean()
+        span = min(errors, key=errors.get)
+        return errors[span], span
+
+    def best(self, computed):
+        """The mask with so many computed steps, the first one among them, and the K of each run of reused steps."""
+        steps, way = len(self.path) - 1, lru_cache(None)(self.way)
+
+        @lru_cache(None)
+        def rest(start, left):
+            """The least sum from a computed step on, and the ``left`` computed steps behind it that give it."""
+            if left == 0:
+                return way(start, steps)[0] ** PEAKS, ()
+            tails = {step: rest(step, left - 1) for step in range(start + 1, steps - left + 1)}
+            step = min(tails, key=lambda step: way(start, step)[0] ** PEAKS + tails[step][0])
+            return way(start, step)[0] ** PEAKS + tails[step][0], (step, *tails[step][1])
+
+        places = (0, *rest(0, computed - 1)[1])
+        spans = [way(start, stop)[1] for start, stop in zip(places, (*places[1:], steps))]
+        return tuple(int(step in places) for step in range(steps)), tuple(filter(None, spans))
+
+
 def lagrange(nodes, x):
     """The weights of the values at ``nodes`` in the polynomial through them, at x."""
     return [math.prod((x - other) / (node - other) for other in nodes if other != node) for node in nodes]
