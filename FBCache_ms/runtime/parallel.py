@@ -25,7 +25,7 @@ from mindspore.communication import GlobalComm, create_group, get_rank, init
 from ..models import family
 from ..models.gathered import PROCESSORS, SCHEMES, Gathered, Ranks
 
-NODE_TIMEOUT = 30
+NODE_TIMEOUT = 20
 """Seconds after which msrun's scheduler gives up a process that is gone."""
 
 MESSAGE = 4096
