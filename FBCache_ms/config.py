@@ -55,6 +55,8 @@ PRESETS = {
         "F0B0_W0M0MC0_T1O3_R0.12,gate=static,schedule=meancache_10,forecast=meancache,meancache_steps=2/1/1/1/1/1/1/4"
     ),
     "fora": "F0B0_W0M0MC0_T0O0_R0.12,gate=static,schedule=fora,schedule_interval=3",
+    "toca": "F0B0_W0M0MC0_T0O0_R0.12,gate=refresh,schedule=toca,schedule_interval=12",
+    "duca": "F0B0_W0M0MC0_T0O0_R0.12,gate=refresh,schedule=duca,schedule_interval=5",
     "delta_dit": "F0B0_W0M0MC0_T0O0_R0.12,gate=static,schedule=fora,schedule_interval=3,span=single",
     "magcache": "F0B0_W0M0MC0_T0O0_R0.12,gate=static,schedule=magcache",
     "mask_slow": "F0B0_W0M0MC0_T0O0_R0.12,gate=static,schedule=mask_slow",
@@ -304,6 +306,11 @@ class CacheConfig(_Fields):
         """Every Rule that decides, those of a gate within another included."""
         return GATES[self.gate].every_rule
 
+    @property
+    def refreshes(self):
+        """Whether there may be steps that refresh chosen tokens."""
+        return GATES[self.gate].refreshes
+
     def _default(self, name):
         """A field's default, which for those in _FOLLOWING is the gate's or the forecast's."""
         gate, of_velocity = GATES[self.gate], FORECASTS[self.forecast].of_velocity
@@ -369,6 +376,17 @@ class CacheConfig(_Fields):
             )
         if self.forecast_target == "output" and not gate.is_there:
             raise ValueError(f"forecast_target {self.forecast_target!r} has no effect with gate {self.gate!r}")
+        if gate.refreshes and ((self.span, *blocks) != ("blocks", 0, 0) or order > 0):
+            raise ValueError(
+                f"gate {self.gate!r} keeps what every block gives and reuses the stream behind the last: span must be "
+                "'blocks', and Fn_compute_blocks, Bn_compute_blocks and taylorseer_derivative 0"
+            )
+        if self.schedule is not None and SCHEDULES[self.schedule].refreshes and not gate.refreshes:
+            names = gates_where(lambda other: other.refreshes)
+            raise ValueError(
+                f"schedule {self.schedule!r} has steps that refresh chosen tokens, so gate must be "
+                f"{' or '.join(names)}, not {self.gate!r}"
+            )
         default = OPTIONS["forecast"].default, OPTIONS["forecast_coordinate"].default
         if (self.forecast, self.forecast_coordinate) != default and order == 0:
             raise ValueError(
@@ -376,7 +394,7 @@ class CacheConfig(_Fields):
                 "give an order of 1 or more"
             )
         if forecast.rows and (not gate.is_there or gate.rules):
-            names = gates_where(lambda other: other.is_there and not other.rules)
+            names = gates_where(lambda other: other.is_there and not other.rules and not other.refreshes)
             raise ValueError(
                 f"forecast {self.forecast!r} has weights for steps that are known to be reused, so gate must be "
                 f"{' or '.join(names)}, not {self.gate!r}"

@@ -33,7 +33,8 @@ from .gates import (
     step_tables,
     table_width,
 )
-from .stats import BRANCHES, NOT_COMPARED, NOT_REACHED, REUSED, CacheStats, GateStats, skipped_share
+from .refresh import kept_blocks
+from .stats import BRANCHES, NOT_COMPARED, NOT_REACHED, REFRESHED, REUSED, CacheStats, GateStats, skipped_share
 
 
 @ms.jit_class
@@ -197,7 +198,9 @@ class Gate:
 
     span = GatePlan.span
 
-    def __init__(self, plan, order, config, shape, text_len, channels, dtype, tables, tallies, buffer, over_ranks):
+    def __init__(
+        self, plan, order, config, shape, text_len, channels, dtype, tables, tallies, buffer, over_ranks, blocks=()
+    ):
         self.over_ranks, self.mean = over_ranks, over_ranks or mean
         batch, tokens, width = shape
         shape = (batch, tokens, channels) if plan.whole_model else shape
@@ -207,7 +210,7 @@ class Gate:
         self.stack, self.first, self.last = plan.stack, plan.first, plan.last
         self.needs_text, self.probes_text = plan.needs_text, plan.probes_text
         self.orders, self.takes_ratio = config.taylorseer_derivative + 1, forecast.takes_ratio
-        self.has_rows = forecast.rows is not None
+        self.has_rows, self.refreshes, self.blocks = forecast.rows is not None, plan.refreshes, blocks
         self.forecast_weights, self.forecast_gaps = forecast.weights, forecast.gaps
         self.of_output = config.forecast_target == "output"
         self.looks_at = tuple(config.probe if rule.looks_at == PROBE else rule.looks_at for rule in plan.rules)
@@ -289,13 +292,23 @@ class Gate:
 
     def trace(self, reuse, asked, differences):
         """Writes down the decision, and the first rule's difference if the gate was asked."""
-        here = self.tables.every_step == self.tables.step.read()
-        self.reused.write(ops.where(here, reuse.astype(ms.int32), self.reused.read()))
+        here, mark = self.tables.every_step == self.tables.step.read(), reuse.astype(ms.int32)
+        if self.refreshes:
+            mark = ops.where(self.refresh() > 0, REFRESHED, mark)
+        self.reused.write(ops.where(here, mark, self.reused.read()))
         if len(differences) > 0:
             difference = ops.where(asked, differences[0], NOT_COMPARED)
             self.diffs.write(ops.where(here, difference, self.diffs.read()))
             if len(self.inner) == 0:
                 self.tallies.compare(differences[0], asked)
+
+    def refresh(self):
+        """Which of the generation's refreshes this step is, from 1 on, int32; 0 for any other step.
+
+        Where nothing is kept yet, as in a context that goes on with another's generation, a step computes.
+        """
+        number = self.tables.row(self.index)[0].astype(ms.int32)
+        return ops.where(self.filled.read() > 0, number, 0)
 
     def weights(self, ratio):
         """The forecast's weights at this step, a scalar for each order."""
@@ -338,9 +351,10 @@ class Gate:
         reused, diffs = (
             buffer.value.asnumpy().reshape(-1, MAX_STEPS)[branch, :steps] for buffer in (self.reused, self.diffs)
         )
-        decisions = tuple(None if mark == NOT_REACHED else mark == REUSED for mark in reused.tolist())
+        refreshed = tuple(np.flatnonzero(reused == REFRESHED).tolist())
+        decisions = tuple(None if mark == NOT_REACHED else mark in (REUSED, REFRESHED) for mark in reused.tolist())
         compared = (diffs != NOT_COMPARED) & np.isfinite(diffs)
-        return GateStats(self.name, decisions, tuple(np.where(compared, diffs, None).tolist()))
+        return GateStats(self.name, decisions, tuple(np.where(compared, diffs, None).tolist()), refreshed)
 
     def store(self, probes, added, before, behind, text, text_behind):
         """Takes over a computed step, from the image and the text stream before and behind the span.
@@ -383,6 +397,7 @@ class CacheContext:
         text_len: T, text tokens; only where blocks run behind the span, or the single stack has a gate of its own.
         steps, sigmas: as in configure.
         channels: C, of the velocity; only where a reuse stands for the whole model.
+        stacks: how many double and how many single blocks; only where chosen tokens are refreshed.
         over_ranks: where several devices share the tokens, the mean over those of all, as arithmetic.mean is called.
 
     Raises:
@@ -404,6 +419,7 @@ class CacheContext:
         sigmas=None,
         channels=0,
         over_ranks=None,
+        stacks=(0, 0),
     ):
         if config is None:
             config = CacheConfig(taylorseer_derivative=taylorseer_derivative or 0)
@@ -411,7 +427,7 @@ class CacheContext:
             raise ValueError(
                 f"taylorseer_derivative is {taylorseer_derivative}, but {config.taylorseer_derivative} in the config"
             )
-        check_shape(config, batch_size, seq_len, inner_dim, text_len, branches, channels)
+        check_shape(config, batch_size, seq_len, inner_dim, text_len, branches, channels, stacks)
         plans = plan(config)
         self.structure, self.branches = config.structure, branches
         self.shape, self.text_len = (batch_size, seq_len, inner_dim), text_len
@@ -427,6 +443,9 @@ class CacheContext:
         self.step = buffer("step", (), 0, ms.int32)
         self.timestep = buffer("timestep", (), 0, ms.float32)
         self.tables = StepTables(config, self.step)
+        blocks, self.token_order = (), None
+        if any(gate.refreshes for gate in plans):
+            blocks, self.token_order = kept_blocks(buffer, self.shape, text_len, stacks, mindspore_dtype)
         self.gates = tuple(
             Gate(
                 gate,
@@ -440,6 +459,7 @@ class CacheContext:
                 Tallies(buffer(f"{gate.name}_tallies", (LIMITS,), Tallies.initial, ms.float32)),
                 buffer,
                 over_ranks,
+                blocks,
             )
             for gate in plans
         )
@@ -529,6 +549,7 @@ class CacheContext:
     def parameters(self):
         """Every buffer and setting."""
         settings = (self.branch, self.tables.limits, self.tables.coordinates, self.tables.numbers)
+        settings += () if self.token_order is None else (self.token_order,)
         return [buffer.value for buffer in self.buffers] + list(settings)
 
     def release(self):

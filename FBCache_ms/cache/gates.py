@@ -7,7 +7,7 @@ import numpy as np
 
 from ..config import OPTIONS
 from ..rules.forecasts import FORECASTS
-from ..rules.schedules import ASK, MAX_STEPS, REUSE, step_actions
+from ..rules.schedules import ASK, MAX_STEPS, REFRESH, REUSE, step_actions
 from ..rules.when import FORECAST, GATES, Rule
 
 LIMITS = 3
@@ -28,6 +28,7 @@ class GatePlan:
         first, last: so many blocks at either end of the stack run outside the span; the first ones make the probe.
         rules: all of which have to agree; none for a static schedule.
         inner: the gates within the span, asked when this one computes.
+        refreshes: whether there are steps that refresh chosen tokens.
     """
 
     name: str
@@ -36,6 +37,7 @@ class GatePlan:
     last: int
     rules: Tuple[Rule, ...]
     inner: Tuple["GatePlan", ...] = ()
+    refreshes: bool = False
 
     @property
     def needs_text(self):
@@ -83,7 +85,7 @@ def plan(config):
     if gate.within:
         outer, inner = gate.rules[0].name, gate.within[0].name
         return (GatePlan(outer, "all", 0, last, gate.rules, (GatePlan(inner, "all", first, last, gate.within),)),)
-    return (GatePlan(config.gate, "all", first, last, gate.rules),)
+    return (GatePlan(config.gate, "all", first, last, gate.rules, refreshes=gate.refreshes),)
 
 
 def every_gate(plans):
@@ -91,7 +93,7 @@ def every_gate(plans):
     return tuple(gate for outer in plans for gate in (outer, *every_gate(outer.inner)))
 
 
-def check_shape(config, batch_size, seq_len, inner_dim, text_len, branches, channels):
+def check_shape(config, batch_size, seq_len, inner_dim, text_len, branches, channels, stacks=(0, 0)):
     """Raises ValueError, naming what is wrong, for a shape that no CacheContext of this CacheConfig can have."""
     for name, size in {"batch_size": batch_size, "seq_len": seq_len, "inner_dim": inner_dim}.items():
         if size < 1:
@@ -100,7 +102,9 @@ def check_shape(config, batch_size, seq_len, inner_dim, text_len, branches, chan
         raise ValueError(f"branches must be 1 or 2, not {branches}")
     if channels < 1 and any(gate.whole_model for gate in plan(config)):
         raise ValueError(f"channels must be 1 or more for {config}, not {channels}")
-    if text_len < 1 and any(gate.needs_text or gate.probes_text for gate in every_gate(plan(config))):
+    if sum(stacks) < 1 and any(gate.refreshes for gate in plan(config)):
+        raise ValueError(f"stacks must have 1 block or more for {config}, not {stacks}")
+    if text_len < 1 and any(gate.needs_text or gate.probes_text or gate.refreshes for gate in every_gate(plan(config))):
         raise ValueError(f"text_len must be 1 or more for {config}, not {text_len}")
 
 
@@ -127,8 +131,12 @@ def places(rules):
 
 
 def table_width(config):
-    """How many numbers the forecast's table has: a row for each step that there may be, none without a table."""
-    return MAX_STEPS * (config.taylorseer_derivative + 1) * (FORECASTS[config.forecast].rows is not None)
+    """How many numbers a gate's table has: a row for each step that there may be, none without a table.
+
+    It is the forecast's, or what refreshes are numbered in.
+    """
+    there = FORECASTS[config.forecast].rows is not None or any(gate.refreshes for gate in plan(config))
+    return MAX_STEPS * (config.taylorseer_derivative + 1) * there
 
 
 def numbers_width(config):
@@ -165,6 +173,13 @@ def weights_table(config, actions, sigmas=None):
     return table
 
 
+def refreshes_table(actions):
+    """Which of its generation's refreshes each step is, counted from 1, (1000,); 0 for any other step."""
+    table, refreshes = np.zeros(MAX_STEPS, np.float32), actions == REFRESH
+    table[: len(actions)] = np.where(refreshes, np.cumsum(refreshes), 0)
+    return table
+
+
 def check_steps(config, steps):
     """Raises ValueError for a mask or a table that is for another number of steps."""
     actions = step_actions(config, steps, ())
@@ -185,9 +200,10 @@ def step_tables(config, steps, sigmas=None, progress=None):
     Returns:
         limits (G, 1000, 3), float32: what the gate's tallies must stay below for a step to be reused: the
             configuration's limits at a step that asks, infinity at one that is reused, minus infinity at one that
-            computes. G is 1 where there is no gate.
+            computes or refreshes. G is 1 where there is no gate.
         coordinates (1000,), float32: where each step lies for the forecast.
-        numbers (G, numbers_width), float32: gate_numbers of each gate, and weights_table at their ends.
+        numbers (G, numbers_width), float32: gate_numbers of each gate, and at their ends weights_table or
+            refreshes_table.
 
     Raises ValueError where sigmas are missing, or where a mask or a table is for another number of steps.
     """
@@ -209,6 +225,8 @@ def step_tables(config, steps, sigmas=None, progress=None):
         numbers[index, : len(own)] = own
         if forecast.rows:
             numbers[index, -table_width(config) :] = weights_table(config, actions, sigmas).ravel()
+        if gate.refreshes:
+            numbers[index, -table_width(config) :] = refreshes_table(actions)
     coordinates = np.arange(MAX_STEPS, dtype=np.float32)
     if config.by_noise:
         coordinates[:steps] = np.asarray(sigmas)[:steps]

@@ -9,7 +9,7 @@ BRANCHES = ("cond", "uncond")
 NOT_COMPARED = -1.0
 """Stands in the trace for the difference of a step that was not compared; a real one is never negative."""
 
-COMPUTED, REUSED, NOT_REACHED = 0, 1, -1
+COMPUTED, REUSED, NOT_REACHED, REFRESHED = 0, 1, -1, 2
 """What the trace says of a step; a gate inside another is not reached while the outer one reuses."""
 
 
@@ -21,11 +21,13 @@ class GateStats:
         name: the gate's, for instance "fbcache", or "double" and "single".
         reused: an entry a step: true where its blocks were skipped, None where an outer gate had skipped them already.
         residual_diffs: one relative difference a step, None where the step was not compared.
+        refreshed_steps: indices of those reused steps at which its blocks ran for chosen tokens.
     """
 
     name: str
     reused: Tuple[Optional[bool], ...]
     residual_diffs: Tuple[Optional[float], ...]
+    refreshed_steps: Tuple[int, ...] = ()
 
     @property
     def computed_steps(self):
@@ -34,7 +36,7 @@ class GateStats:
 
     @property
     def cached_steps(self):
-        """Indices of the steps at which the gate skipped its blocks."""
+        """Indices of the steps at which the gate skipped its blocks, or all of them but chosen tokens."""
         return [step for step, reused in enumerate(self.reused) if reused]
 
     @property
@@ -88,8 +90,10 @@ class CacheStats:
             for gate in stats.gates if stats else ():
                 diffs = [diff for diff in gate.residual_diffs if diff is not None]
                 spread = f"{min(diffs):.3f} .. {max(diffs):.3f}" if diffs else "-"
-                counts = len(gate.computed_steps), len(gate.cached_steps), max(gate.run_lengths, default=0)
-                rows.append((branch, gate.name, *map(str, counts), spread))
+                reused, refreshed = len(gate.cached_steps), len(gate.refreshed_steps)
+                reused = f"{reused} ({refreshed} refreshed)" if refreshed else str(reused)
+                longest = max(gate.run_lengths, default=0)
+                rows.append((branch, gate.name, str(len(gate.computed_steps)), reused, str(longest), spread))
         widths = [max(map(len, column)) for column in zip(*rows)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in rows]
         if self.skipped is not None:
@@ -108,4 +112,5 @@ def skipped_share(gates, traces, costs):
         for gate, decisions in zip(gates, trace):
             start, stop = gate.span(call.doubles, call.singles)
             saved += len(decisions.cached_steps) * (call.total if gate.whole_model else call.of_blocks(start, stop))
+            saved -= len(decisions.refreshed_steps) * call.refresh
     return saved / whole if whole else 0.0

@@ -111,15 +111,41 @@ def compute(model, gate, reached, given):
     before = before_span(gate, image)
     if gate.whole_model:
         image = model.embed(image)
-    image, behind = run_gates(model, gate.inner, first, last, image, text, given)
+    if gate.refreshes:
+        image, behind = record_or_refresh(model, gate, image, text, given)
+    else:
+        image, behind = run_gates(model, gate.inner, first, last, image, text, given)
     if gate.whole_model:
         image = model.head(image, given)
     gate.store(part(reached, "probes"), part(reached, "added"), before, image, text, behind)
     return image, behind
 
 
+def record_or_refresh(model, gate, image, text, given):
+    """Both streams behind all blocks, of which the gate keeps what their parts give, of chosen tokens or of all."""
+    refresh = gate.refresh()
+    if refresh > 0:
+        for index in range(len(gate.blocks)):
+            block = gate.blocks[index]
+            kept, chosen = tuple([each.kept() for each in block]), tuple([each.chosen(refresh) for each in block])
+            image, text, added = model.refreshed_block(index, image, text, given, kept, chosen)
+            for place in range(len(block)):
+                block[place].added.write(added[place])
+    else:
+        for index in range(len(gate.blocks)):
+            image, text, kept = model.recorded_block(index, image, text, given)
+            for place in range(len(kept)):
+                gate.blocks[index][place].record(*kept[place])
+    return image, text
+
+
 def before_span(gate, image):
-    """What a gate's span adds to: the image stream, or the latents, of as many channels as the velocity has."""
+    """What a gate's span adds to: the image stream, or the latents, of as many channels as the velocity has.
+
+    Nothing where a reuse is of the stream behind it.
+    """
+    if gate.refreshes:
+        return mint.zeros_like(image)
     return image[..., : gate.channels] if gate.whole_model else image
 
 

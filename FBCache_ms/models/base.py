@@ -14,7 +14,7 @@ beside it
 - graph_inputs(transformer, arguments): the other arguments of a call as the graph takes them, or what is refused; among
   them may be ``longest``, the tokens of the guidance branches' longest text;
 - why_foreign(transformer): what stands in the way, in words, or None; and why_not_probed(transformer, probe), where a
-  rule's probe may not be there.
+  rule's probe may not be there; and why_not_refreshed(transformer), where it has recorded_block.
 
 Two streams run through the blocks: the image (B, S, D) and the text (B, T, D). ``given`` is a dictionary of what every
 block gets beside them. A dictionary, since a graph in STRICT syntax makes no named tuple and no object of its own
@@ -117,6 +117,24 @@ class Model:
 
     def unfinished_shapes(self, index, image, text):
         """The shapes of what text_behind takes, from those of the streams."""
+        raise NotImplementedError
+
+    # A block whose attention is kept, so that a refresh runs chosen tokens' MLPs alone.
+
+    def recorded_block(self, index, image, text, given):
+        """The streams behind block number ``index``, and for each of its own streams what attention and the MLP gave.
+
+        A double block has two streams, text first, a single one both as one. What is kept is as large as the stream.
+        """
+        raise NotImplementedError
+
+    def refreshed_block(self, index, image, text, given, kept, chosen):
+        """The streams behind the block, and for each of its own what the MLP gives, of ``chosen`` tokens anew.
+
+        Args:
+            kept: for each of its streams what recorded_block gave, with what has been refreshed since.
+            chosen: for each of its streams the tokens, an int32 vector.
+        """
         raise NotImplementedError
 
     # True CFG.

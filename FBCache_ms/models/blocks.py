@@ -4,7 +4,7 @@ import numpy as np
 from mindone.diffusers.models import attention_dispatch, embeddings
 
 import mindspore as ms
-from mindspore import mint
+from mindspore import mint, ops
 
 from . import kernels
 
@@ -34,6 +34,28 @@ def behind_double_equations(norm, feed_forward, stream, attended, gate, shift, s
     stream = stream + gate.unsqueeze(1) * attended
     modulated = norm(stream) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
     return stream + mlp_gate.unsqueeze(1) * feed_forward(modulated)
+
+
+def behind_attention(norm, feed_forward, stream, attended, gate, shift, scale, mlp_gate, added=None, tokens=None):
+    """A double block's stream behind attention, and what the MLP gives before its gate.
+
+    With ``tokens``, an int32 vector, the MLP runs for these alone; what it gives all others is ``added``.
+    """
+    stream = stream + gate.unsqueeze(1) * attended
+    if tokens is None:
+        added = feed_forward(modulate(norm(stream), shift, scale))
+    else:
+        some = modulate(norm(ops.gather(stream, tokens, 1)), shift, scale)
+        added = with_tokens(added, tokens, feed_forward(some))
+    return stream + mlp_gate.unsqueeze(1) * added, added
+
+
+def with_tokens(stream, tokens, values):
+    """A stream (B, N, D) with values (B, k, D) in the places of k tokens."""
+    batch, number, width = stream.shape
+    rows = tokens + number * ms.Tensor(np.arange(batch)[:, None], ms.int32)
+    stream = ops.tensor_scatter_update(stream.reshape(-1, width), rows.reshape(-1, 1), values.reshape(-1, width))
+    return stream.reshape(batch, number, width)
 
 
 def finite(stream):

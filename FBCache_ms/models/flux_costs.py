@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 from ..predict.flops import StepCosts
 from ..predict.roofline import Work
+from ..rules.refresh import streams
 from .block_costs import BlockCosts, condition_works, ends_works
 
 PIPELINE = "FluxPipeline"
@@ -67,7 +68,8 @@ def step_costs(config, batch, image_tokens, text_tokens):
     """The StepCosts of a FluxTransformer2DModel's config at these shapes.
 
     Attention over N tokens takes 4 N^2 D, a projection of N tokens from a to b features 2 N a b; a block of either kind
-    has 4 D^2 weights for the attention's projections and 8 D^2 for the MLP's.
+    has 4 D^2 weights for the attention's projections and 8 D^2 for the MLP's. A refresh takes all modulations, and the
+    MLPs of chosen tokens, in single blocks with attention's projection out, which is one with the MLP's.
     """
     wide = width(config)
     tokens = image_tokens + text_tokens
@@ -82,7 +84,11 @@ def step_costs(config, batch, image_tokens, text_tokens):
         + vector
         + 2 * vector
     )
-    return StepCosts(*stacks(config), blocks + 12 * vector, blocks + 3 * vector, rest)
+    doubles, singles = stacks(config)
+    chosen = [sum(number for _, number in block) for block in streams(doubles, singles, text_tokens, image_tokens)]
+    refresh = batch * wide**2 * (16 * sum(chosen[:doubles]) + 18 * sum(chosen[doubles:]))
+    refresh += (12 * doubles + 3 * singles) * vector
+    return StepCosts(doubles, singles, blocks + 12 * vector, blocks + 3 * vector, rest, refresh)
 
 
 def block(shapes, index, text=True):

@@ -1,6 +1,7 @@
 """Flux.1: mindone's FluxTransformer2DModel as the cache sees it, with First-Block Cache and TaylorSeer in it."""
 
 from mindone.diffusers import FluxTransformer2DModel
+from mindone.diffusers.models.attention import FeedForward
 from mindone.diffusers.models.embeddings import (
     CombinedTimestepGuidanceTextProjEmbeddings,
     CombinedTimestepTextProjEmbeddings,
@@ -17,14 +18,15 @@ from mindone.diffusers.utils import logging
 from mindone.peft.tuners.lora.layer import Linear as LoraLinear
 
 import mindspore as ms
-from mindspore import mint
+from mindspore import mint, ops
 
 from ..cache.loop import DenoiseLoop
 from ..cache.step import cached_call
 from ..runtime.device import graph_mode
 from . import flux_costs, kernels
 from .base import Model
-from .blocks import behind_double, controlnet_index, finite, input_or_none
+from .blocks import behind_attention, behind_double, controlnet_index, finite, input_or_none, with_tokens
+from .gathered import Gathered
 from .mindones import AtParsing, is_mindones, replaced
 from .quantized import Int8Linear, Int8WeightOnlyLinear
 
@@ -151,6 +153,19 @@ class FluxModel(Model):
         temb = image[0], image[2]
         return (text, text) + 4 * (temb,) if index < self.stacks[0] else (text, text, text, temb)
 
+    def recorded_block(self, index, image, text, given):
+        """See Model.recorded_block."""
+        recorded = recorded_double if index < self.stacks[0] else recorded_single
+        attention = given["attention"] or {}
+        image, text, kept = recorded(self.cell(index), image, text, given["temb"], given["rotary"], attention)
+        return self.controlled(index, image, given), text, kept
+
+    def refreshed_block(self, index, image, text, given, kept, chosen):
+        """See Model.refreshed_block."""
+        refreshed = refreshed_double if index < self.stacks[0] else refreshed_single
+        image, text, added = refreshed(self.cell(index), image, text, given["temb"], kept, chosen)
+        return self.controlled(index, image, given), text, added
+
 
 def attention_arguments(transformer, attention_kwargs):
     """joint_attention_kwargs as attention takes them, an IP adapter's image embeddings projected.
@@ -229,6 +244,50 @@ def behind_single(cell, stream, normed, attended, gate):
     return finite(stream + gate.unsqueeze(1) * cell.proj_out(mint.cat((attended, mlp), dim=2)))
 
 
+def recorded_double(cell, image, text, temb, rotary, attention_kwargs):
+    """A double block, and what attention and the MLP give each stream."""
+    normed, *vectors = cell.norm1(image, emb=temb)
+    text_normed, *text_vectors = cell.norm1_context(text, emb=temb)
+    attended, text_attended = cell.attn(
+        hidden_states=normed, encoder_hidden_states=text_normed, image_rotary_emb=rotary, **attention_kwargs
+    )
+    text, text_added = behind_attention(cell.norm2_context, cell.ff_context, text, text_attended, *text_vectors)
+    image, added = behind_attention(cell.norm2, cell.ff, image, attended, *vectors)
+    return image, finite(text), ((text_attended, text_added), (attended, added))
+
+
+def refreshed_double(cell, image, text, temb, kept, chosen):
+    """A double block with its attention as it was, and what the MLPs give, of chosen tokens anew."""
+    _, *vectors = cell.norm1(image, emb=temb)
+    _, *text_vectors = cell.norm1_context(text, emb=temb)
+    text, text_added = behind_attention(
+        cell.norm2_context, cell.ff_context, text, kept[0][0], *text_vectors, kept[0][1], chosen[0]
+    )
+    image, added = behind_attention(cell.norm2, cell.ff, image, kept[1][0], *vectors, kept[1][1], chosen[1])
+    return image, finite(text), (text_added, added)
+
+
+def recorded_single(cell, image, text, temb, rotary, attention_kwargs):
+    """A single block, and what attention and the block give the one stream."""
+    text_len, stream = text.shape[1], mint.cat((text, image), dim=1)
+    normed, gate = cell.norm(stream, emb=temb)
+    attended = cell.attn(hidden_states=normed, image_rotary_emb=rotary, **attention_kwargs)
+    added = cell.proj_out(mint.cat((attended, cell.act_mlp(cell.proj_mlp(normed))), dim=2))
+    stream = finite(stream + gate.unsqueeze(1) * added)
+    return stream[:, text_len:], stream[:, :text_len], ((attended, added),)
+
+
+def refreshed_single(cell, image, text, temb, kept, chosen):
+    """A single block with its attention as it was, and what it gives the one stream, of chosen tokens anew."""
+    text_len, stream, tokens = text.shape[1], mint.cat((text, image), dim=1), chosen[0]
+    attended, added = kept[0]
+    normed, gate = cell.norm(ops.gather(stream, tokens, 1), emb=temb)
+    mlp = cell.act_mlp(cell.proj_mlp(normed))
+    added = with_tokens(added, tokens, cell.proj_out(mint.cat((ops.gather(attended, tokens, 1), mlp), dim=2)))
+    stream = finite(stream + gate.unsqueeze(1) * added)
+    return stream[:, text_len:], stream[:, :text_len], (added,)
+
+
 ATTENTION_INPUTS = ("attention_mask", "ip_hidden_states", "ip_adapter_masks")
 """What mindone's FluxAttention takes of joint_attention_kwargs."""
 
@@ -296,6 +355,20 @@ def why_not_probed(transformer, probe):
     if norm is None:
         return f"the first block, {type(block).__name__}, has no norm1"
     return f"the first block's norm1, {type(norm).__name__}, is not mindone's AdaLayerNormZero as it is there"
+
+
+def why_not_refreshed(transformer):
+    """What keeps chosen tokens of a transformer from being refreshed, in words; None if nothing does."""
+    for cell in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
+        layers = [getattr(cell, name) for name in ("ff", "ff_context") if hasattr(cell, name)]
+        if not getattr(cell, "is_divisible", False) or not all(is_mindones(layer, FeedForward) for layer in layers):
+            return f"block {type(cell).__name__} is not mindone's as it is there"
+    for processor in transformer.attn_processors.values():
+        if isinstance(processor, FluxIPAdapterAttnProcessor):
+            return "what an IP adapter adds is not kept"
+        if isinstance(processor, Gathered):
+            return "several devices share a picture's tokens"
+    return None
 
 
 class FluxDenoiseLoop(DenoiseLoop):

@@ -217,6 +217,7 @@ class CachedTransformer(StandIn):
         begin, whole = scheduler.begin_index or 0, len(scheduler.timesteps)
         steps, sigmas = whole - begin, scheduler.sigmas.asnumpy()[begin:]
         settings, transformer = for_steps(self.cache_settings, steps), self.original
+        check_structure(settings, transformer)
         warn_of_learnt(settings, transformer)
 
         def make():
@@ -295,13 +296,18 @@ def check_config(config):
 
 
 def check_structure(config, transformer):
-    """Raises ValueError if a transformer does not have the blocks, or the first block, that a CacheConfig needs."""
+    """Raises ValueError if a transformer does not have the blocks that a CacheConfig needs, or not as it needs them."""
     config.check_blocks(*transformer.cached_model.stacks)
     for rule in config.rules:
         why_not = getattr(family(transformer), "why_not_probed", None)
         reason = why_not and why_not(transformer, rule.looks_at)
         if reason:
             raise ValueError(f"gate {config.gate!r} looks at what modulates the first block: {reason}")
+    if config.refreshes:
+        why_not = getattr(family(transformer), "why_not_refreshed", None)
+        reason = why_not(transformer) if why_not else f"{type(transformer).__name__} has no block that does"
+        if reason:
+            raise ValueError(f"gate {config.gate!r} keeps attention and runs MLPs of chosen tokens: {reason}")
 
 
 def warn_of_learnt(config, transformer):
@@ -340,6 +346,7 @@ def context_for(transformer, config, latents, text_len, branches, steps, sigmas,
         sigmas=sigmas,
         channels=transformer.proj_out.weight.shape[0],
         over_ranks=over_ranks,
+        stacks=transformer.cached_model.stacks,
     )
 
 

@@ -13,6 +13,7 @@ class StepCosts:
         doubles, singles: number of blocks of each kind.
         double, single: of one block.
         rest: of all around the blocks.
+        refresh: of all blocks at a step that refreshes chosen tokens; 0 for a family that has no such steps.
     """
 
     doubles: int
@@ -20,6 +21,7 @@ class StepCosts:
     double: int
     single: int
     rest: int
+    refresh: int = 0
 
     @property
     def total(self):

@@ -1,6 +1,6 @@
 """Rows of numbers: which steps are computed, known before the loop begins.
 
-A mask has one entry a step: 1 computes, 0 does not have to.
+A mask has one entry a step: 1 computes, 0 does not have to, 2 refreshes chosen tokens.
 """
 
 from dataclasses import dataclass, field
@@ -12,8 +12,8 @@ import numpy as np
 
 from .options import Option
 
-COMPUTE, REUSE, ASK = 1, 0, -1
-"""What a schedule says of a step: compute it, reuse it, or ask the gate."""
+COMPUTE, REUSE, ASK, REFRESH = 1, 0, -1, 2
+"""What a schedule says of a step: compute it, reuse it, ask the gate, or refresh chosen tokens."""
 
 MAX_STEPS = 1000
 """Length of every table: Flux is trained on 1000 timesteps, no schedule has more."""
@@ -81,6 +81,18 @@ def taylorseer(steps, interval):
     return ((step < 3) | ((step - 2) % interval == 0)).astype(int)
 
 
+def toca(steps, interval):
+    """TaylorSeer's computed steps; all others refresh (ToCa for FLUX.1)."""
+    return np.where(taylorseer(steps, interval) == 1, COMPUTE, REFRESH)
+
+
+def duca(steps, interval):
+    """TaylorSeer's computed steps; behind each a reuse and a refresh in turn (DuCa)."""
+    mask = taylorseer(steps, interval)
+    behind = np.arange(steps) - np.maximum.accumulate(np.where(mask == 1, np.arange(steps), 0))
+    return np.where((behind > 0) & (behind % 2 == 0), REFRESH, mask)
+
+
 def fora(steps, interval):
     """Every interval-th step (FORA; Delta-DiT, on the single stack)."""
     return (np.arange(steps) % interval == 0).astype(int)
@@ -143,6 +155,7 @@ class Schedule:
         options: {argument of mask: field of CacheConfig}.
         depends_on_steps: whether the same step may be treated otherwise in a generation with another number of steps.
         learnt: whether it was learnt on the embedded checkpoint, and says little of any other.
+        refreshes: whether it has steps that refresh chosen tokens.
     """
 
     name: str
@@ -151,6 +164,7 @@ class Schedule:
     options: Mapping[str, str] = field(default_factory=dict)
     depends_on_steps: bool = True
     learnt: bool = False
+    refreshes: bool = False
 
     def of(self, config, steps):
         """The mask (N,) that a CacheConfig asks for."""
@@ -167,6 +181,8 @@ SCHEDULES = {
     for schedule in (
         Schedule("taylorseer", "TaylorSeer's cal_type", taylorseer, {"interval": "schedule_interval"}, False),
         Schedule("fora", "FORA", fora, {"interval": "schedule_interval"}, False),
+        Schedule("toca", "ToCa, flux-ToCa", toca, {"interval": "schedule_interval"}, False, refreshes=True),
+        Schedule("duca", "DuCa, cal_type", duca, {"interval": "schedule_interval"}, False, refreshes=True),
         Schedule(
             "magcache",
             "MagCache4FLUX",
@@ -194,11 +210,14 @@ SCHEDULE_OPTIONS = {
         str,
         tuple(SCHEDULES),
         "schedule",
-        "steps that are computed: taylorseer, the first three and every N-th from there; fora, every N-th; magcache; "
-        "cache-dit's four masks; Spectrum's two; MeanCache's three; learnt_N, N steps in all, learnt on the embedded "
-        "checkpoint. At the others the gate decides, or with the static gate they are reused",
+        "steps that are computed: taylorseer, the first three and every N-th from there; fora, every N-th; toca and "
+        "duca, taylorseer's, where the others refresh, or reuse and refresh in turn; magcache; cache-dit's four masks; "
+        "Spectrum's two; MeanCache's three; learnt_N, N steps in all, learnt on the embedded checkpoint. At the others "
+        "the gate decides, or with the static gate they are reused",
     ),
-    "schedule_interval": Option(5, Integral, (1, None), "schedule", "N, in steps (TaylorSeer, FORA, Delta-DiT)"),
+    "schedule_interval": Option(
+        5, Integral, (1, None), "schedule", "N, in steps (TaylorSeer, FORA, Delta-DiT, ToCa, DuCa)"
+    ),
     "steps_computation_mask": Option(
         None,
         tuple,
@@ -239,7 +258,7 @@ def progress_of(sigmas, steps):
 
 
 def step_actions(config, steps, thresholds, computes_last=False, progress=None):
-    """COMPUTE, REUSE or ASK for each of the N steps of a generation, (N,).
+    """COMPUTE, REUSE, ASK or REFRESH for each of the N steps of a generation, (N,).
 
     Args:
         config: the CacheConfig.
@@ -260,7 +279,8 @@ def step_actions(config, steps, thresholds, computes_last=False, progress=None):
         if len(mask) != steps:
             raise ValueError(f"steps_computation_mask is for {len(mask)} steps, the generation has {steps}")
     if mask is not None:
-        actions[mask == 1] = COMPUTE
+        actions[mask == COMPUTE] = COMPUTE
+        actions[mask == REFRESH] = REFRESH
     progress = progress_of(None, steps) if progress is None else np.asarray(progress)[:steps]
     actions[(progress < config.start - ROUNDING) | (progress > config.end + ROUNDING)] = COMPUTE
     actions[: config.warmup_steps : config.warmup_interval] = COMPUTE

@@ -200,12 +200,15 @@ class Gate:
         rules: all of which have to agree; none for a schedule alone.
         within: those of a gate within the span, which is asked where this one computes.
         is_there: whether there is a gate in the graph at all.
+        refreshes: whether its schedule may say of a step that it refreshes chosen tokens. A reuse then is of the stream
+            behind the last block, not of what the blocks added.
     """
 
     text: str
     rules: Tuple[Rule, ...] = ()
     within: Tuple[Rule, ...] = ()
     is_there: bool = True
+    refreshes: bool = False
 
     @property
     def every_rule(self):
@@ -238,6 +241,7 @@ GATES = {
     "fbcache_and_teacache": Gate("where both agree", (FBCACHE, TEACACHE)),
     "fbcache_or_teacache": Gate("where either does", (TEACACHE,), (FBCACHE,)),
     "static": Gate("the schedule alone"),
+    "refresh": Gate("the same, with steps that refresh chosen tokens (ToCa, DuCa)", refreshes=True),
     "none": Gate("no cache in the graph", is_there=False),
 }
 
