@@ -83,6 +83,8 @@ GRAPHS = {
     "loop_Spectrum": Graph("loop", PRESETS["spectrum"]),
     "loop_MeanCache": Graph("loop", PRESETS["meancache"], branches=2),
     "loop_EasyCache": Graph("loop", "F0B0_W3_R0.12,gate=easycache"),
+    "loop_DuCa": Graph("loop", PRESETS["duca"]),
+    "step_ToCa_true_CFG_batch_2": Graph("step", PRESETS["toca"], branches=2, batch=2),
     "loop_CG_Taylor": Graph("loop", "F2B1_W0_T1O1_R0.12,gate=cg_taylor"),
     "loop_DiCache": Graph(
         "loop", "F1B0_W0_T1O1_R0.12,gate=dicache,forecast=dicache,batch_reduction=max,downsample_factor=2"
@@ -253,6 +255,7 @@ def build(graph, model):
         steps=STEPS,
         sigmas=sigmas,
         channels=16,
+        stacks=model.cached_model.stacks,
         over_ranks=None if graph.ranks == 1 else ranks(graph.ranks).mean,
     )
     latents, timestep = floats(graph.batch, tokens, 16).to(ms.bfloat16), floats(graph.batch).to(ms.bfloat16)

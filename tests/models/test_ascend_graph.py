@@ -40,17 +40,25 @@ RUNS = {
     "loop_Spectrum": ((), ALL),
     "loop_MeanCache": ((), ALL),
     "loop_EasyCache": ((), ALL),
+    "loop_DuCa": ((), ALL),
     "loop_CG_Taylor": ((0, 1, -1), ALL),
     "loop_DiCache": PLAIN,
     "loop_true_CFG": PLAIN,
     "step": PLAIN,
     "step_true_CFG_double_gate": STACKS,
+    "step_ToCa_true_CFG_batch_2": ((), ALL),
 }
-"""Which blocks run on each way through a graph's gates; -1 is the last one."""
+"""Which blocks run on each way through a graph's gates; -1 is the last one.
+
+Where chosen tokens are refreshed, one more way runs all blocks without their attention.
+"""
 
 PRODUCTS = {"double": 14, "single": 6}
 """Matrix products of a block: a double one has two modulations, eight of attention, four of its MLPs; a single one a
 modulation, three of attention, two of its MLP."""
+
+REFRESHED = {"double": 6, "single": 3}
+"""Those of a block that is refreshed: its modulations and its MLPs."""
 
 TEXT_END = 2
 """Those of a double block that only the text stream behind it needs: its MLP."""
@@ -161,7 +169,7 @@ def test_each_way_through_the_graph_runs_its_blocks_once_and_no_other(exported, 
     doubles, singles = depth(name, pytestconfig)
     divided = divided_blocks(name, doubles, singles)
     whole_model = GATES[CacheConfig.from_tag(GRAPHS[name].tag).gate].before_embedding
-    net, found = MindIR(exported[name, kind]), set()
+    net, found, refreshed = MindIR(exported[name, kind]), set(), set()
     for path in net.paths():
         products = Counter({weight: count for (operator, weight), count in path.items() if operator == "Dense"})
         products = Counter({weight: count for weight, count in products.items() if weight and "weight" in weight})
@@ -181,23 +189,27 @@ def test_each_way_through_the_graph_runs_its_blocks_once_and_no_other(exported, 
             block = block_of(weight, doubles)
             twice = block in divided - cut and block >= doubles and any(layer in weight for layer in BY_STREAM)
             assert count == 1 + twice
+        attended = sum(count for (operator, _), count in path.items() if operator == "FlashAttentionScore")
+        own = PRODUCTS if attended or not numbers else REFRESHED
         of_block = Counter(block_of(weight, doubles) for weight in products)
         del of_block[None]
         assert of_block == {
-            block: PRODUCTS["single"] if block >= doubles else PRODUCTS["double"] - TEXT_END * (block in cut)
-            for block in numbers
+            block: own["single"] if block >= doubles else own["double"] - TEXT_END * (block in cut) for block in numbers
         }
-        assert sum(count for (operator, _), count in path.items() if operator == "FlashAttentionScore") == len(numbers)
-        found.add(frozenset(numbers))
+        assert attended == (len(numbers) if own is PRODUCTS else 0)
+        (found if own is PRODUCTS else refreshed).add(frozenset(numbers))
     assert found == {frozenset(numbers_of(blocks, doubles, singles)) for blocks in RUNS[name]}
+    refreshes = CacheConfig.from_tag(GRAPHS[name].tag).refreshes
+    assert refreshed == ({frozenset(range(doubles + singles))} if refreshes else set())
 
 
 @pytest.mark.parametrize("name, kind", PARAMETERS)
 def test_the_graph_has_its_loop_and_branches_and_nothing_that_an_npu_cannot_run(exported, pytestconfig, name, kind):
     graph, net = GRAPHS[name], MindIR(exported[name, kind])
     blocks = depth(name, pytestconfig)
-    # A divided block shares no graph with the others.
-    shared = 2 + len(divided_blocks(name, *blocks))
+    # A divided block shares no graph with the others, and none does whose parts are kept.
+    recorded = CacheConfig.from_tag(graph.tag).refreshes
+    shared = sum(blocks) if recorded else 2 + len(divided_blocks(name, *blocks))
     assert net.operators["FlashAttentionScore"] == (shared if kind == SHARED else sum(blocks))
     # Under one gate reused steps have a loop of their own within the loop.
     one_gate = len(plan(CacheConfig.from_tag(graph.tag))) == 1
@@ -209,7 +221,7 @@ def test_the_graph_has_its_loop_and_branches_and_nothing_that_an_npu_cannot_run(
     assert not [operator for operator in net.operators if operator.startswith(("Py", "Print", "TensorDump", "Host"))]
 
 
-@pytest.mark.parametrize("name", further.after(1, ["loop", "loop_order_1_last_blocks"]))
+@pytest.mark.parametrize("name", further.after(1, ["loop", "loop_order_1_last_blocks", "loop_DuCa"]))
 def test_the_loop_of_reuses_is_handed_the_weights_of_the_blocks_that_it_runs(exported, pytestconfig, name):
     """Handing over those of the others would take longer than the reuse."""
     doubles, singles = depth(name, pytestconfig)
