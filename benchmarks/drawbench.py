@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Optional
 
 import FBCache_ms
-from FBCache_ms.cache.gates import plan
+from FBCache_ms.cache.gates import plan, refreshed_steps
 from FBCache_ms.config import CacheConfig
 from FBCache_ms.eval import sweep
 from FBCache_ms.eval.shared.arguments import Parser, add_into_option, add_save_path, check_range, exit_status, reason
@@ -31,12 +31,6 @@ SEED, LEARNT_FROM = 1, 6
 """Of noise and captions; and of so many captions with the seed 0 the learnt masks were learnt."""
 
 PRESET_FILES = sorted((Path(FBCache_ms.__file__).parent / "presets").glob("*.json"))
-
-REFRESH = {"ToCa N=8": (8, 42), "ToCa N=12": (6, 44), "DuCa N=5": (12, 19), "DuCa N=7": (9, 20), "DuCa N=10": (7, 19)}
-"""{method: how many of 50 steps are full ones, and how many refresh chosen tokens}; the others run no block.
-
-Full steps are 0, 1, 2 and every N-th from there. ToCa refreshes at all others, DuCa at every second one of a run.
-"""
 
 
 @dataclass(frozen=True)
@@ -58,10 +52,15 @@ class Row:
     steps: int = STEPS
 
 
-def static(schedule, interval, order=0, more=""):
+def static(schedule, interval, order=0, more="", gate="static"):
     """The tag of a schedule that computes every so many-th step."""
     taylor = f"T1O{order}" if order else "T0O0"
-    return f"F0B0_W0_{taylor}_R0.12,gate=static,schedule={schedule},schedule_interval={interval}{more}"
+    return f"F0B0_W0_{taylor}_R0.12,gate={gate},schedule={schedule},schedule_interval={interval}{more}"
+
+
+def refreshing(schedule, interval):
+    """The tag of one that refreshes chosen tokens at others."""
+    return static(schedule, interval, gate="refresh")
 
 
 def teacache(threshold):
@@ -83,7 +82,7 @@ ROWS = (
     Row("34 % of the steps", 1264.63, 0.9453, 32.114, UNCACHED, 17),
     Row("DBCache F1 B0 + TaylorSeer O1", 1153.05, 1.0221, 32.819, "F1B0_W4MC4_T1O1_R0.24"),
     Row("TaylorSeer N=4 O2", 1042.27, 0.9857, 32.413, static("taylorseer", 4, 2)),
-    Row("DuCa N=5", 978.76, 0.9955, 32.241),
+    Row("DuCa N=5", 978.76, 0.9955, 32.241, refreshing("duca", 5)),
     Row("FORA N=4", 967.91, 0.9730, 32.142, static("fora", 4)),
     Row("DBCache F1 B0 W4 MC6", 944.75, 0.9997, 32.849, "F1B0_W4MC6_R0.24"),
     Row("DBCache F1 B0 W4 MC6 + TaylorSeer O1", 944.75, 1.0107, 32.865, "F1B0_W4MC6_T1O1_R0.24"),
@@ -92,15 +91,15 @@ ROWS = (
     Row("TeaCache 0.8", 892.35, 0.8683, 31.704, teacache(0.8)),
     Row("22 % of the steps", 818.29, 0.8183, 31.772, UNCACHED, 11),
     Row("DBCache F4 B0 W4 MC10", 816.65, 0.8245, 32.191, "F4B0_W4MC10_R0.8"),
-    Row("ToCa N=8", 784.54, 0.9451, 31.993),
-    Row("DuCa N=7", 760.14, 0.9757, 32.066),
+    Row("ToCa N=8", 784.54, 0.9451, 31.993, refreshing("toca", 8)),
+    Row("DuCa N=7", 760.14, 0.9757, 32.066, refreshing("duca", 7)),
     Row("FoCa N=7", 670.44, 0.9891, 32.920, static("taylorseer", 7, 2, FOCA)),
     Row("TaylorSeer N=7 O2", 670.44, 0.9128, 32.128, static("taylorseer", 7, 2)),
     Row("FORA N=7", 670.14, 0.7418, 31.519, static("fora", 7)),
     Row("TeaCache 1.2", 669.27, 0.7394, 31.704, teacache(1.2)),
     Row("DBCache F1 B0 W4 MC10", 651.90, 0.8796, 32.318, "F1B0_W4MC10_R0.8"),
-    Row("ToCa N=12", 644.70, 0.7155, 31.808),
-    Row("DuCa N=10", 606.91, 0.8382, 31.759),
+    Row("ToCa N=12", 644.70, 0.7155, 31.808, refreshing("toca", 12)),
+    Row("DuCa N=10", 606.91, 0.8382, 31.759, refreshing("duca", 10)),
     Row("FoCa N=8", 596.07, 0.9502, 32.706, static("taylorseer", 8, 2, FOCA)),
     Row("*Spectrum, 14 steps*", None, None, None, "spectrum"),
     Row("*MeanCache, 10 steps*", None, None, None, "meancache"),
@@ -110,36 +109,14 @@ ROWS = (
 )
 
 
-def refresh_operations(costs, config):
-    """Of a step that refreshes chosen tokens: none of attention, the MLPs of a share of them that falls with depth.
-
-    The share of a stack's tokens is 0.1 w (1.5 - l / 27) in its block l, w = 0.4 in the double stack and 1.6 in the
-    single one (the code of ToCa and DuCa for Flux). A token's MLP has 8 D^2 weights; a single block's products that are
-    not attention's inputs have 9 D^2.
-    """
-    wide, total = config.attention_head_dim * config.num_attention_heads, costs.rest
-
-    def chosen(block, weight, tokens):
-        return int(0.1 * weight * (1.5 - block / 27) * tokens)
-
-    for block in range(costs.doubles):
-        total += 16 * wide**2 * (chosen(block, 0.4, IMAGE_TOKENS) + chosen(block, 0.4, TEXT_TOKENS))
-    for block in range(costs.singles):
-        total += 18 * wide**2 * chosen(block, 1.6, IMAGE_TOKENS + TEXT_TOKENS)
-    return total
-
-
 def counted_tflops(row, cell, config=FLUX_DEV):
     """A row's operations on FLUX.1-dev in 10^12, from the steps that ``cell`` computed; None where nothing is known."""
     costs = step_costs(config, 1, IMAGE_TOKENS, TEXT_TOKENS)
-    if row.method in REFRESH:
-        full, refreshed = REFRESH[row.method]
-        rest = STEPS - full - refreshed
-        return (full * costs.total + refreshed * refresh_operations(costs, config) + rest * costs.rest) / 1e12
     if cell is None:
         return None
-    saved = 0
-    for gate in plan(CacheConfig.named(row.cache)):
+    cache = CacheConfig.named(row.cache)
+    saved = -refreshed_steps(cache, row.steps) * costs.refresh
+    for gate in plan(cache):
         saved += (row.steps - cell["computed_steps"]) * costs.of_blocks(*gate.span(costs.doubles, costs.singles))
     return (row.steps * costs.total - saved) / 1e12
 

@@ -15,6 +15,7 @@ from FBCache_ms.rules.schedules import (
     MASKS,
     MAX_STEPS,
     REUSE,
+    duca,
     fora,
     learnt,
     magcache,
@@ -22,6 +23,7 @@ from FBCache_ms.rules.schedules import (
     run_lengths,
     step_actions,
     taylorseer,
+    toca,
 )
 from FBCache_ms.rules.when import RULES
 
@@ -225,6 +227,11 @@ def test_a_value_out_of_range_is_refused_by_name(field, value, error):
         ({"hicache_sigma": 0.3}, "has no effect with forecast='taylor'"),
         ({"forecast": "hicache", "forecast_coordinate": "sigma"}, "has no effect with forecast='hicache'"),
         ({"schedule": "magcache", "schedule_interval": 3}, "has no effect with schedule='magcache'"),
+        ({"gate": "static", "schedule": "duca"}, "schedule 'duca' has steps that refresh .* gate must be refresh"),
+        ({"gate": "refresh"}, "gate 'refresh' needs a schedule"),
+        ({"gate": "refresh", "schedule": "toca", "taylorseer_derivative": 1}, "taylorseer_derivative 0"),
+        ({"gate": "refresh", "schedule": "toca", "Fn_compute_blocks": 1}, "Fn_compute_blocks"),
+        ({"gate": "refresh", "schedule": "toca", "span": "single"}, "span must be 'blocks'"),
     ],
 )
 def test_a_combination_that_makes_no_sense_is_refused_with_the_reason(settings, reason):
@@ -308,6 +315,19 @@ def test_a_learnt_schedule_computes_its_own_steps_and_elsewhere_as_many(name):
 @pytest.mark.parametrize("interval, number", [(4, 14), (5, 12), (6, 10), (7, 9), (8, 8)])
 def test_taylorseer_computes_as_many_of_50_steps_as_published(interval, number):
     assert taylorseer(50, interval).sum() == number
+
+
+def test_duca_refreshes_every_second_step_of_a_run_and_toca_all():
+    assert duca(12, 6).tolist() == [1, 1, 1, 0, 2, 0, 2, 0, 1, 0, 2, 0]
+    assert toca(8, 3).tolist() == [1, 1, 1, 2, 2, 1, 2, 2]
+    config = CacheConfig.preset("duca").changed(warmup_steps=5, end=0.9)
+    assert step_actions(config, 10, ()).tolist() == [1, 1, 1, 1, 1, 0, 2, 1, 0, 2]
+
+
+def test_refreshes_are_numbered_where_the_graph_looks_for_them():
+    limits, _, numbers = step_tables(CacheConfig(gate="refresh", schedule="duca", schedule_interval=6), 12)
+    assert numbers[0, -MAX_STEPS:][:12].tolist() == [0, 0, 0, 0, 1, 0, 2, 0, 0, 0, 3, 0]
+    assert (limits[0, :12, 0] == np.inf).nonzero()[0].tolist() == [3, 5, 7, 9, 11]
 
 
 def test_magcache_computes_these_of_flux_28_steps():

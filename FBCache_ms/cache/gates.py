@@ -180,6 +180,11 @@ def refreshes_table(actions):
     return table
 
 
+def refreshed_steps(config, steps):
+    """How many of so many steps refresh chosen tokens."""
+    return int((step_actions(config, steps, ()) == REFRESH).sum()) if config.refreshes else 0
+
+
 def check_steps(config, steps):
     """Raises ValueError for a mask or a table that is for another number of steps."""
     actions = step_actions(config, steps, ())

@@ -56,6 +56,7 @@ def parse_arguments(argv=None):
         if args.ckpt is not None:
             config, blocks, args.pixels = transformer_config(args.ckpt), block_counts(args.ckpt), image_unit(args.ckpt)
             width = config.num_attention_heads * config.attention_head_dim
+        args.stacks = blocks
         args.inner_dim = width if args.inner_dim is None else args.inner_dim
         for name in ("text_len", "inner_dim"):
             check_range(name, getattr(args, name), 1)
@@ -90,7 +91,9 @@ def count(args):
         for side in args.sides:
             for batch in args.batch_sizes:
                 shape = batch, (side // args.pixels) ** 2, args.inner_dim, args.text_len, branches
-                row[f"{side} x {side}, batch {batch}"] = cache_bytes(config, *shape, ITEMSIZES[args.dtype])
+                row[f"{side} x {side}, batch {batch}"] = cache_bytes(
+                    config, *shape, ITEMSIZES[args.dtype], stacks=args.stacks
+                )
         rows.append(row)
     return rows
 

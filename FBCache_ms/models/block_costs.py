@@ -49,6 +49,35 @@ class BlockCosts:
         ]
 
 
+@dataclass(frozen=True)
+class RefreshCosts:
+    """What a kind of block asks for where its attention is kept and chosen tokens run through its MLPs.
+
+    Units and what is counted are those of BlockCosts.
+
+    Args:
+        weights: of its matrix products, modulations among them.
+        operands: what these read and write, in units of the chosen tokens' stream.
+        passes: what other operators read and write of the whole stream, with what is kept of it.
+        chosen_passes: and of the chosen tokens' stream.
+        operators: how many it launches.
+    """
+
+    weights: float
+    operands: float
+    passes: float
+    chosen_passes: float
+    operators: int
+
+    def works(self, shapes, operations, chosen):
+        """The Works of one block of so many operations and chosen tokens."""
+        stream, few = shapes.stream(shapes.tokens), shapes.stream(chosen)
+        return [
+            Work("blocks: products", operations, shapes.weights(self.weights) + self.operands * few, self.operators),
+            Work("blocks: the rest", 0, self.passes * stream + self.chosen_passes * few),
+        ]
+
+
 def condition_works(shapes, operators, *terms):
     """What does not depend on the step: the embedded text, and vectors through layers of so many weights each."""
     width, batch, inputs = shapes.width, shapes.batch, shapes.config.joint_attention_dim

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from ..predict.flops import StepCosts
 from ..predict.roofline import Work
 from ..rules.refresh import streams
-from .block_costs import BlockCosts, condition_works, ends_works
+from .block_costs import BlockCosts, RefreshCosts, condition_works, ends_works
 
 PIPELINE = "FluxPipeline"
 COMPONENTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae")
@@ -45,6 +45,8 @@ DOUBLE = BlockCosts(
 SINGLE = BlockCosts(
     weights=15, operands=17, passes=136, operators=70, text_products=9, text_operands=11, text_passes=24
 )
+REFRESHED_DOUBLE = RefreshCosts(weights=28, operands=10, passes=14, chosen_passes=17, operators=57)
+REFRESHED_SINGLE = RefreshCosts(weights=12, operands=11, passes=13, chosen_passes=29, operators=32)
 STEP_OPERATORS, CONDITION_OPERATORS = 28, (37, 42)
 ROTARY_BYTES = 40
 
@@ -68,8 +70,7 @@ def step_costs(config, batch, image_tokens, text_tokens):
     """The StepCosts of a FluxTransformer2DModel's config at these shapes.
 
     Attention over N tokens takes 4 N^2 D, a projection of N tokens from a to b features 2 N a b; a block of either kind
-    has 4 D^2 weights for the attention's projections and 8 D^2 for the MLP's. A refresh takes all modulations, and the
-    MLPs of chosen tokens, in single blocks with attention's projection out, which is one with the MLP's.
+    has 4 D^2 weights for the attention's projections and 8 D^2 for the MLP's.
     """
     wide = width(config)
     tokens = image_tokens + text_tokens
@@ -84,11 +85,22 @@ def step_costs(config, batch, image_tokens, text_tokens):
         + vector
         + 2 * vector
     )
-    doubles, singles = stacks(config)
-    chosen = [sum(number for _, number in block) for block in streams(doubles, singles, text_tokens, image_tokens)]
-    refresh = batch * wide**2 * (16 * sum(chosen[:doubles]) + 18 * sum(chosen[doubles:]))
-    refresh += (12 * doubles + 3 * singles) * vector
-    return StepCosts(doubles, singles, blocks + 12 * vector, blocks + 3 * vector, rest, refresh)
+    refresh = sum(operations for operations, _ in refreshes(config, batch, image_tokens, text_tokens))
+    return StepCosts(*stacks(config), blocks + 12 * vector, blocks + 3 * vector, rest, refresh)
+
+
+def refreshes(config, batch, image_tokens, text_tokens):
+    """For each block the operations of a refresh, and how many tokens that chooses.
+
+    It takes all modulations, and the MLPs of chosen tokens, in single blocks with attention's projection out, which is
+    one with the MLP's.
+    """
+    square, found = batch * width(config) ** 2, []
+    for index, block in enumerate(streams(*stacks(config), text_tokens, image_tokens)):
+        chosen = sum(number for _, number in block)
+        double = index < config.num_layers
+        found.append((square * (16 * chosen + 24 if double else 18 * chosen + 6), chosen))
+    return found
 
 
 def block(shapes, index, text=True):
@@ -96,6 +108,12 @@ def block(shapes, index, text=True):
     double = index < shapes.config.num_layers
     kind, operations = (DOUBLE, shapes.costs.double) if double else (SINGLE, shapes.costs.single)
     return kind.works(shapes, operations, text)
+
+
+def refreshed_block(shapes, index):
+    """Its Works where chosen tokens are refreshed."""
+    kind = REFRESHED_DOUBLE if index < shapes.config.num_layers else REFRESHED_SINGLE
+    return kind.works(shapes, *refreshes(shapes.config, shapes.batch, shapes.image_tokens, shapes.text_tokens)[index])
 
 
 def condition(shapes):

@@ -4,12 +4,15 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Optional
 
-from ..cache.gates import every_gate, plan
+from ..cache.gates import every_gate, plan, refreshed_steps
 from ..models import costs_of
 from ..rules.forecasts import FORECASTS
 from ..rules.when import COMPUTED, FORECAST, PREVIOUS, SPAN
 
 FLOAT32 = 4
+
+REFRESHED = "refreshed"
+"""Among the names of the gates that reuse at a step: it refreshes chosen tokens."""
 
 GATE_OPERATORS = 31
 """Of a rule's decision, as the loop's exported graph has them (tests/predict/test_roofline.py)."""
@@ -148,6 +151,17 @@ def blocks(shapes, start, stop, text=True):
     return works
 
 
+def refreshed_blocks(shapes):
+    """The Works of all blocks at a step that refreshes chosen tokens.
+
+    Raises ValueError for a family whose blocks cannot.
+    """
+    works = getattr(shapes.model, "refreshed_block", None)
+    if works is None:
+        raise ValueError(f"{shapes.config._class_name} has no block that refreshes chosen tokens")
+    return [work for index in range(sum(shapes.model.stacks(shapes.config))) for work in works(shapes, index)]
+
+
 @dataclass(frozen=True)
 class CacheWork:
     """The Works of a configuration's gates.
@@ -237,6 +251,12 @@ class CacheWork:
             moved += self.differences_bytes() * self.probe_elements(gate)
         return [Work("store", 0, moved, 16 + 8 * orders)]
 
+    def record(self, gate):
+        """What a computed step keeps of every block beside: what attention and the MLP gave each of its streams."""
+        doubles, singles = self.shapes.model.stacks(self.shapes.config)
+        moved = 4 * self.shapes.stream(self.shapes.tokens) * (doubles + singles)
+        return [Work("record", 0, moved, 4 * doubles + 2 * singles)] if gate.refreshes else []
+
 
 def step(shapes, config, design, reused=()):
     """A step's Works.
@@ -245,7 +265,7 @@ def step(shapes, config, design, reused=()):
         shapes: the Shapes.
         config: the CacheConfig; gate="none" for the plain transformer.
         design: the Design.
-        reused: names of the gates that reuse at this step.
+        reused: names of the gates that reuse at this step; with REFRESHED, chosen tokens' MLPs run.
     """
     cache = CacheWork(shapes, config, design.float32)
     counts = shapes.model.stacks(shapes.config)
@@ -258,7 +278,12 @@ def step(shapes, config, design, reused=()):
             text = not (design.lean and skips) or gate.needs_text or gate.probes_text
             works += blocks(shapes, start, first, text)
             works += cache.decide(gate)
-            works += cache.forecast(gate) if skips else run(gate.inner, first, last) + cache.store(gate)
+            if gate.refreshes and REFRESHED in reused:
+                works += refreshed_blocks(shapes) + cache.store(gate)
+            elif skips:
+                works += cache.forecast(gate)
+            else:
+                works += run(gate.inner, first, last) + cache.store(gate) + cache.record(gate)
             start = last
         return works + blocks(shapes, start, stop)
 
@@ -288,7 +313,7 @@ def run_seconds(device, design, shapes, config, steps):
 
     Args:
         device, design, shapes, config: as above.
-        steps: for each step the names of the gates that reuse.
+        steps: for each step the names of the gates that reuse, as step takes them.
     """
     turns = 1 if design.whole_loop else len(steps)
     total = turns * device.turn_seconds
@@ -306,7 +331,7 @@ def decisions(config, steps, computed):
     """For each step the names of the gates that reuse, from how many steps each gate computes.
 
     Which steps those are changes no time. Gates compute the same steps as far as they can, and one within another is
-    asked at the steps that the outer one computes.
+    asked at the steps that the outer one computes. As many of those that reuse are REFRESHED as the schedule says.
 
     Args:
         config: the CacheConfig.
@@ -314,4 +339,6 @@ def decisions(config, steps, computed):
         computed: a number for each of gates.every_gate(gates.plan(config)).
     """
     gates = every_gate(plan(config))
-    return [frozenset(gate.name for gate, count in zip(gates, computed) if index >= count) for index in range(steps)]
+    found = [frozenset(gate.name for gate, count in zip(gates, computed) if index >= count) for index in range(steps)]
+    reused = steps - refreshed_steps(config, steps)
+    return found[:reused] + [names | {REFRESHED} for names in found[reused:]]

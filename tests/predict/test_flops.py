@@ -4,6 +4,7 @@ from FBCache_ms import CacheConfig
 from FBCache_ms.cache.gates import plan
 from FBCache_ms.cache.stats import CacheStats, GateStats, skipped_share
 from FBCache_ms.predict.flops import step_costs
+from FBCache_ms.rules.schedules import COMPUTE, REFRESH, step_actions
 from FBCache_ms.runtime.checkpoint import FLUX_DEV
 
 COSTS = step_costs(FLUX_DEV, 1, 4096, 512)
@@ -30,6 +31,14 @@ def test_operations_are_those_of_cache_dits_table(tag, computed, published):
     assert tera(tag, computed, 50) == pytest.approx(published, rel=0.005)
 
 
+def test_a_refresh_takes_the_chosen_tokens_mlps_and_every_modulation():
+    """By hand: 16 D^2 a chosen token in a double block, 18 in a single one; 24 D^2 and 6 D^2 of modulations."""
+    doubles = sum(int(0.04 * (1.5 - layer / 27) * tokens) for layer in range(19) for tokens in (4096, 512))
+    singles = sum(int(0.16 * (1.5 - layer / 27) * 4608) for layer in range(38))
+    assert COSTS.refresh == 3072**2 * (16 * doubles + 18 * singles + 24 * 19 + 6 * 38)
+    assert (COSTS.rest + COSTS.refresh) / 1e12 == pytest.approx(4.5113, abs=1e-4)
+
+
 @pytest.mark.parametrize(
     "tag, ratio", [("F24B24", 1.04), ("F16B16", 1.12), ("F12B12", 1.17), ("F8B8", 1.22), ("F1B0", 1.33)]
 )
@@ -51,3 +60,18 @@ def test_the_skipped_share_counts_each_gates_blocks_once():
     nothing = [GateStats(gate.name, (False,) * 4, (None,) * 4) for gate in stats]
     assert skipped_share(spans, [stats, nothing], [COSTS, COSTS]) == pytest.approx(expected / 2)
     assert CacheStats(tuple(stats)).cached_steps == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "schedule, interval, published",
+    [("duca", 5, 978.76), ("duca", 7, 760.14), ("duca", 10, 606.91), ("toca", 8, 784.54), ("toca", 12, 644.70)],
+)
+def test_refreshes_skip_as_much_as_published(schedule, interval, published):
+    """FLUX.1-dev at 1024 x 1024 and 50 steps, from the trace that such a schedule leaves."""
+    config = CacheConfig(gate="refresh", schedule=schedule, schedule_interval=interval)
+    actions = step_actions(config, 50, ())
+    reused, refreshed = tuple((actions != COMPUTE).tolist()), tuple((actions == REFRESH).nonzero()[0].tolist())
+    stats = GateStats("refresh", reused, (None,) * 50, refreshed)
+    skipped = skipped_share(plan(config), [(stats,)], [COSTS])
+    assert (1 - skipped) * 50 * COSTS.total / 1e12 == pytest.approx(published, rel=0.005)
+    assert f"{reused.count(True)} ({len(refreshed)} refreshed)" in str(CacheStats((stats,), skipped))

@@ -18,7 +18,7 @@ FORECASTS = ("taylor", "hicache", "newton", "dicache")
 
 def structures(gate):
     """Every structure of a gate that CacheConfig lets pass, up to order 3."""
-    schedule = {"schedule": "fora"} if gate == "static" else {}
+    schedule = {"schedule": "fora"} if GATES[gate].is_there and not GATES[gate].rules else {}
     for span, order, forecast, dtype, factor in product(SPANS, range(4), FORECASTS, ("model", "float32"), (1, 2)):
         try:
             yield CacheConfig(
@@ -37,14 +37,15 @@ def structures(gate):
 @pytest.mark.parametrize("gate", GATES)
 def test_the_formula_is_what_is_allocated_for_every_structure(gate):
     rng, configs = np.random.default_rng(list(GATES).index(gate)), list(structures(gate))
-    # A gate before the embedding has one span.
-    assert len(configs) > (30 if GATES[gate].before_embedding else 50)
+    # A gate before the embedding has one span, one that refreshes has one span and one order.
+    assert len(configs) > (0 if GATES[gate].refreshes else 30 if GATES[gate].before_embedding else 50)
     for config in configs:
         batch, tokens, width, text, channels = rng.integers(1, 6, 5).tolist()
         branches, dtype = int(rng.integers(1, 3)), ms.bfloat16 if rng.integers(2) else ms.float32
-        context = CacheContext(batch, tokens, width, None, branches, dtype, config, text, 8, channels=channels)
+        sizes = {"channels": channels, "stacks": (2, 3)}
+        context = CacheContext(batch, tokens, width, None, branches, dtype, config, text, 8, **sizes)
         itemsize = 2 if dtype == ms.bfloat16 else 4
-        assert cache_bytes(config, batch, tokens, width, text, branches, itemsize, channels) == context.nbytes, str(
+        assert cache_bytes(config, batch, tokens, width, text, branches, itemsize, **sizes) == context.nbytes, str(
             config
         )
 
@@ -73,6 +74,9 @@ def test_parts_of_flux_dev_are_counted_by_hand():
         2 * latents,
         8 * latents + 8,
     ]
+    # ToCa and DuCa keep two tensors of both streams for each of 57 blocks.
+    kept = cache_parts(CacheConfig.preset("duca"), 1, 4096, 3072, 512, stacks=(19, 38))["blocks"]
+    assert kept == 57 * 2 * (image + text) and round(kept / 1e9, 2) == 3.23
     assert cache_parts(CacheConfig(gate="none"), 1, 4096, 3072, branches=2)["differences"] == 0
 
 
@@ -82,6 +86,8 @@ def test_parts_of_flux_dev_are_counted_by_hand():
         ({"batch_size": 0}, "batch_size"),
         ({"branches": 3}, "branches"),
         ({"config": CacheConfig(span="stacks")}, "text_len"),
+        ({"config": CacheConfig.preset("duca"), "text_len": 2}, "stacks must have 1 block or more"),
+        ({"config": CacheConfig.preset("duca"), "stacks": (1, 1)}, "text_len"),
     ],
 )
 def test_a_shape_that_no_context_can_have_has_no_bytes(arguments, named):

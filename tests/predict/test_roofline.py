@@ -17,17 +17,20 @@ from FBCache_ms.predict.flops import step_costs
 from FBCache_ms.predict.roofline import (
     PER_STEP,
     PYNATIVE,
+    REFRESHED,
     WHOLE_LOOP,
     Accelerator,
     CacheWork,
     Shapes,
     Work,
     decisions,
+    refreshed_blocks,
     run_seconds,
     seconds,
     step,
     work_seconds,
 )
+from FBCache_ms.predict.roofline import blocks as all_blocks
 from FBCache_ms.runtime.checkpoint import FLUX_DEV
 
 DEVICE = Accelerator("imagined", peak=100e12, bandwidth=1e12, efficiency=0.5, turn_seconds=0.02)
@@ -179,19 +182,55 @@ list(ascend_graphs.export([name], Path(), False, depth))
 """
 
 
+def export_family(folder, name, depth, tag):
+    """What read() gives of a structure's exported loop, at so many blocks and with that tag."""
+    benchmarks, given = Path(__file__).parents[2] / "benchmarks", (name, depth, tag)
+    command = [sys.executable, "-c", EXPORT_FAMILY, str(benchmarks), repr(given)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return read(folder / f"{name}.mindir")
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_another_familys_operators_and_bytes_are_those_of_its_exported_loop(tmp_path, name):
     costs, depth, config = FAMILIES[name]
-    benchmarks, given = Path(__file__).parents[2] / "benchmarks", (name, depth, str(PLAIN))
-    command = [sys.executable, "-c", EXPORT_FAMILY, str(benchmarks), repr(given)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    operators, moved = counted(*read(tmp_path / f"{name}.mindir"))
+    operators, moved = counted(*export_family(tmp_path, name, depth, str(PLAIN)))
     narrow = {**vars(costs.PUBLISHED), **config, "num_attention_heads": 2, "in_channels": 16, "joint_attention_dim": 64}
     shapes = Shapes(SimpleNamespace(**narrow), 1, 1024, 512)
     works = step(shapes, PLAIN, WHOLE_LOOP) + costs.condition(shapes)
     assert total(works, "operators") == pytest.approx(operators, rel=0.02 if ms.__version__ == "2.7.0" else 0.04)
     assert sum(work.bytes for work in works if not work.operations) == pytest.approx(moved, rel=0.05)
+
+
+def test_a_refreshs_operators_and_bytes_are_those_of_its_exported_loop(tmp_path):
+    config, narrow = CacheConfig.preset("duca"), Shapes(SimpleNamespace(**NARROW), 1, 1024, 512)
+    nodes, shapes = export_family(tmp_path, "loop_DuCa", (2, 3), str(config))
+    blocks = [graph for graph in nodes if any("TransformerBlock" in name for name in products(graph))]
+    refreshed, recorded = sorted(blocks, key=lambda graph: any(name == "FlashAttentionScore" for name, _ in graph))
+    (gate,) = plan(config)
+    recorded_works = all_blocks(narrow, 0, 5) + CacheWork(narrow, config, True).record(gate)
+    for graph, works in ((refreshed, refreshed_blocks(narrow)), (recorded, recorded_works)):
+        operators, moved = counted([graph], shapes)
+        assert total(works, "operators") == pytest.approx(operators, rel=0.05)
+        assert sum(work.bytes for work in works if not work.operations) == pytest.approx(moved, rel=0.05)
+
+
+def test_a_refresh_takes_its_operations_and_lies_between_a_reuse_and_a_computed_step():
+    config, costs = CacheConfig.preset("duca"), step_costs(SMALL, 1, 256, 64)
+    hoisted = total(condition(SHAPES), "operations")
+    refreshed = step(SHAPES, config, WHOLE_LOOP, ["refresh", REFRESHED])
+    assert total(refreshed, "operations") == costs.rest + costs.refresh - hoisted
+    kinds = [
+        step(Shapes(FLUX_DEV, 1, 4096, 512), config, WHOLE_LOOP, names)
+        for names in (["refresh"], ["refresh", REFRESHED], [])
+    ]
+    reuse, refresh, full = (seconds(DEVICE, WHOLE_LOOP, works) for works in kinds)
+    assert reuse < refresh < full / 5
+    # Of 50 steps 12 are full and 19 refresh.
+    found = decisions(config, 50, (12,))
+    assert [found.count(names) for names in (set(), {"refresh"}, {"refresh", REFRESHED})] == [12, 19, 19]
+    with pytest.raises(ValueError, match="QwenImageTransformer2DModel has no block that refreshes"):
+        step(Shapes(qwenimage_costs.PUBLISHED, 1, 256, 64), config, WHOLE_LOOP, ["refresh", REFRESHED])
 
 
 def test_a_reuse_computes_the_first_blocks_text_as_the_design_says(graphs):

@@ -258,6 +258,7 @@ def check_memory(run):
     channels, rows = transformer.proj_out.weight.shape[0], []
     for tag in STRUCTURES:
         config, settings = CacheConfig.named(tag), {"text_len": text_len, "channels": channels}
+        settings["stacks"] = transformer.cached_model.stacks
         # A mask or a table may be for another number of steps, and changes no byte.
         context = CacheContext(*shape, mindspore_dtype=dtype, config=config.switched_off(), steps=steps, **settings)
         rows.append((tag, context.nbytes, cache_bytes(config, *shape, itemsize=itemsize, **settings)))
