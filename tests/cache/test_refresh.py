@@ -1,14 +1,20 @@
 """A refresh is what the authors of ToCa and DuCa describe: here once more, the blocks in NumPy and in float64."""
 
+from types import SimpleNamespace
+
 import mindone.diffusers
 import numpy as np
 import pytest
-from narrow import make_narrow
+from mindone.diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
+from narrow import make_narrow, run_step
+from small_models import flux2_transformer, qwen_transformer
 
 import mindspore as ms
 from mindspore import mint
 
-from FBCache_ms import CacheConfig, FluxPipeline, apply_cache_on_pipe, remove_cache_from_pipe
+from FBCache_ms import CacheConfig, CacheContext, FluxPipeline, apply_cache_on_pipe, remove_cache_from_pipe
+from FBCache_ms.models.gathered import GatheredJoint, Ranks
+from FBCache_ms.pipelines.cached_transformer import CachedStep, check_structure
 from FBCache_ms.rules.refresh import orders, streams
 from FBCache_ms.runtime.device import graph_mode
 
@@ -203,3 +209,65 @@ def test_the_graph_is_its_authors(pipelines, schedule, interval, guided, kinds):
             assert branch.gates[0].refreshed_steps == tuple(step for step in range(STEPS) if kinds[step] == "T")
         np.testing.assert_allclose(got, expected, atol=1e-5)
     remove_cache_from_pipe(stepwise)
+
+
+def controlled_call(transformer, seed=0):
+    """The arguments of a call with a ControlNet's residuals, but for the timestep."""
+    rng, config = np.random.default_rng(seed), transformer.config
+
+    def tensor(*shape):
+        return ms.Tensor(rng.normal(size=shape), ms.float32)
+
+    residuals = tuple(tensor(1, 16, transformer.inner_dim) for _ in range(2))
+    return {
+        "hidden_states": tensor(1, 16, config.in_channels),
+        "encoder_hidden_states": tensor(1, 8, config.joint_attention_dim),
+        "pooled_projections": tensor(1, config.pooled_projection_dim),
+        "img_ids": tensor(16, 3),
+        "txt_ids": tensor(8, 3),
+        "guidance": tensor(1),
+        "controlnet_block_samples": residuals,
+        "controlnet_single_block_samples": residuals[:1],
+    }
+
+
+def test_a_refresh_of_the_same_call_is_the_full_step_with_a_controlnet_too(pipelines):
+    transformer = pipelines[1].transformer
+    call, time = controlled_call(transformer), ms.Tensor([0.5], ms.float32)
+    with graph_mode(False):
+        expected = transformer(**call, timestep=time)[0].asnumpy()
+    config = CacheConfig.preset("toca")
+    contexts = [CacheContext(1, 16, transformer.inner_dim, config=config, text_len=8, stacks=(2, 2)) for _ in range(2)]
+    first, other = (CachedStep(transformer, context) for context in contexts)
+    with graph_mode(True):
+        drawn = [run_step(first, timestep=time, **call) for _ in range(5)]
+        # What goes on without what was kept computes, though its schedule says that it refreshes.
+        contexts[1].go_on(contexts[0].trace())
+        drawn += [run_step(other, timestep=time, **call) for _ in range(2)]
+    for each in drawn:
+        np.testing.assert_allclose(each, expected, atol=1e-5)
+    (trace,) = contexts[1].stats().gates
+    assert trace.computed_steps == [0, 1, 2, 5] and trace.refreshed_steps == (3, 4, 6)
+
+
+@pytest.mark.parametrize("make", [lambda: qwen_transformer(2), lambda: flux2_transformer(1, 1)])
+def test_another_family_is_refused_by_name(make):
+    transformer = make()
+    with pytest.raises(ValueError, match=f"gate 'refresh' .*{type(transformer).__name__} has no block that does"):
+        apply_cache_on_pipe(SimpleNamespace(transformer=transformer), CacheConfig.preset("duca"))
+
+
+def test_blocks_whose_parts_are_not_kept_are_refused_by_name(pipelines, monkeypatch):
+    transformer, config = pipelines[1].transformer, CacheConfig.preset("toca")
+    check_structure(config, transformer)
+    for processor, reason in (
+        (FluxIPAdapterAttnProcessor(8, 8), "what an IP adapter adds is not kept"),
+        (GatheredJoint(Ranks(1, 0, None), None), "several devices share a picture's tokens"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(type(transformer), "attn_processors", {"": processor})
+            with pytest.raises(ValueError, match=reason):
+                check_structure(config, transformer)
+    monkeypatch.setattr(transformer.transformer_blocks[1], "ff", mint.nn.Identity())
+    with pytest.raises(ValueError, match="block FluxTransformerBlock is not mindone's as it is there"):
+        check_structure(config, transformer)
