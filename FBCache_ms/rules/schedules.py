@@ -213,7 +213,7 @@ SCHEDULE_OPTIONS = {
         "steps that are computed: taylorseer, the first three and every N-th from there; fora, every N-th; toca and "
         "duca, taylorseer's, where the others refresh, or reuse and refresh in turn; magcache; cache-dit's four masks; "
         "Spectrum's two; MeanCache's three; learnt_N, N steps in all, learnt on the embedded checkpoint. At the others "
-        "the gate decides, or with the static gate they are reused",
+        "the gate decides, or with the gates static and refresh they are reused",
     ),
     "schedule_interval": Option(
         5, Integral, (1, None), "schedule", "N, in steps (TaylorSeer, FORA, Delta-DiT, ToCa, DuCa)"

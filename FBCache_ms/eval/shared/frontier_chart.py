@@ -1,6 +1,6 @@
 """The frontier as one picture: nearness to the uncached pictures over three costs."""
 
-from FBCache_ms.cache.gates import every_gate, plan
+from FBCache_ms.cache.gates import every_gate, plan, refreshed_steps
 from FBCache_ms.config import CacheConfig
 from FBCache_ms.eval.shared.published import ATLAS, SHAPES, best, predict
 from FBCache_ms.predict.roofline import WHOLE_LOOP
@@ -25,7 +25,7 @@ def add_costs(cells):
     for cell in cells:
         config, steps = CacheConfig.named(cell["cache"]), cell["steps"]
         computed = min(round(cell["computed_steps"]), steps)
-        saved = 0
+        saved = -refreshed_steps(config, steps) * SHAPES.costs.refresh
         for gate in plan(config):
             start, stop = gate.span(SHAPES.costs.doubles, SHAPES.costs.singles)
             skipped = SHAPES.costs.total if gate.whole_model else SHAPES.costs.of_blocks(start, stop)
