@@ -227,7 +227,7 @@ OPTIONS = {
         ("residual", "output"),
         "forecast",
         "what is forecast: what the span adds to what goes into it, or what it gives, the velocity where the span is "
-        "the model; default: residual, or output where the forecast is of the velocity (MeanCache, FreqCa)",
+        "the model; default: residual, or output with gate refresh and forecast meancache (MeanCache, FreqCa)",
         shapes_graph=True,
     ),
     "forecast_coordinate": Option(
@@ -317,7 +317,7 @@ class CacheConfig(_Fields):
         following = {
             "Fn_compute_blocks": int(gate.needs_a_block),
             "span": "model" if gate.before_embedding or of_velocity else "blocks",
-            "forecast_target": "output" if of_velocity else "residual",
+            "forecast_target": "output" if of_velocity or gate.refreshes else "residual",
         }
         return following.get(name, OPTIONS[name].default)
 
@@ -376,10 +376,11 @@ class CacheConfig(_Fields):
             )
         if self.forecast_target == "output" and not gate.is_there:
             raise ValueError(f"forecast_target {self.forecast_target!r} has no effect with gate {self.gate!r}")
-        if gate.refreshes and ((self.span, *blocks) != ("blocks", 0, 0) or order > 0):
+        if gate.refreshes and (self.span, *blocks, order, self.forecast_target) != ("blocks", 0, 0, 0, "output"):
             raise ValueError(
                 f"gate {self.gate!r} keeps what every block gives and reuses the stream behind the last: span must be "
-                "'blocks', and Fn_compute_blocks, Bn_compute_blocks and taylorseer_derivative 0"
+                "'blocks', forecast_target 'output', and Fn_compute_blocks, Bn_compute_blocks and taylorseer_derivative "
+                "0"
             )
         if self.schedule is not None and SCHEDULES[self.schedule].refreshes and not gate.refreshes:
             names = gates_where(lambda other: other.refreshes)

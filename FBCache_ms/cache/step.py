@@ -140,12 +140,7 @@ def record_or_refresh(model, gate, image, text, given):
 
 
 def before_span(gate, image):
-    """What a gate's span adds to: the image stream, or the latents, of as many channels as the velocity has.
-
-    Nothing where a reuse is of the stream behind it.
-    """
-    if gate.refreshes:
-        return mint.zeros_like(image)
+    """What a gate's span adds to: the image stream, or the latents, of as many channels as the velocity has."""
     return image[..., : gate.channels] if gate.whole_model else image
 
 
