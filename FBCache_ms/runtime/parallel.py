@@ -10,6 +10,7 @@ one alone.
 import hashlib
 import json
 import os
+import subprocess
 import sys
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -24,8 +25,9 @@ from mindspore.communication import GlobalComm, create_group, get_rank, init
 
 from ..models import family
 from ..models.gathered import PROCESSORS, SCHEMES, Gathered, Ranks
+from . import scheduler_watch
 
-NODE_TIMEOUT = 20
+NODE_TIMEOUT = 30
 """Seconds after which msrun's scheduler gives up a process that is gone."""
 
 MESSAGE = 4096
@@ -108,6 +110,8 @@ def begin_communication():
     MindSpore's own end of a process would wait for the others, which wait for this one.
     """
     os.environ.setdefault("MS_NODE_TIMEOUT", str(NODE_TIMEOUT))
+    if os.environ.get("MS_ROLE") == "MS_SCHED":
+        subprocess.Popen([sys.executable, scheduler_watch.__file__, str(os.getpid())])
     with in_turn():
         init()
     hook = sys.excepthook

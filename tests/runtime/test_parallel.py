@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -24,7 +25,7 @@ import mindspore as ms
 from FBCache_ms import ContextParallelConfig
 from FBCache_ms.eval import fid_mscoco
 from FBCache_ms.predict import sharing
-from FBCache_ms.runtime import parallel
+from FBCache_ms.runtime import parallel, scheduler_watch
 
 KILLS = 10
 PICTURES = 40
@@ -223,6 +224,46 @@ def test_killed_at_random_moments_all_end_within_a_minute_and_the_same_command_g
     assert met == KILLS
     assert ended(start(2, fid_mscoco.__file__, *options, tmp_path / "killed", folder=tmp_path)) == 0
     assert contents(tmp_path / "killed") == contents(undisturbed) != {}
+
+
+SCHEDULER = f"""
+import os, subprocess, sys, time
+watch = "import sys, scheduler_watch; scheduler_watch.watch(int(sys.argv[1]), grace=0.2, pause=0.05)"
+environment = {{**os.environ, "PYTHONPATH": {str(Path(scheduler_watch.__file__).parent)!r}}}
+subprocess.Popen([sys.executable, "-c", watch, str(os.getpid())], env=environment)
+print(flush=True)
+time.sleep(600)
+"""
+
+
+def of_job(role, port, command):
+    """A process that msrun would have started."""
+    job = {"MS_ROLE": role, "MS_SCHED_HOST": "127.0.0.1", "MS_SCHED_PORT": str(port)}
+    return subprocess.Popen(
+        [sys.executable, "-c", command], env={**os.environ, **job}, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+
+
+def test_the_scheduler_ends_behind_the_last_process_of_its_job():
+    waiting = "print(flush=True); import time; time.sleep(600)"
+    workers = [of_job("MS_WORKER", 1, waiting), of_job("MS_WORKER", 1, waiting), of_job("MS_WORKER", 2, waiting)]
+    schedulers = [of_job("MS_SCHED", port, SCHEDULER) for port in (1, 2, 3)]
+    for process in (*workers, *schedulers):
+        process.stdout.readline()
+    try:
+        workers[0].kill()
+        workers[0].wait()
+        with pytest.raises(subprocess.TimeoutExpired):
+            schedulers[0].wait(timeout=2)
+        workers[1].kill()
+        workers[1].wait()
+        assert schedulers[0].wait(timeout=60) == -signal.SIGKILL
+        # One has its worker yet, and the other's are on other hosts.
+        assert [each.poll() for each in schedulers[1:]] == [None, None]
+    finally:
+        for process in (*workers, *schedulers):
+            process.kill()
+            process.communicate()
 
 
 BAD = {
