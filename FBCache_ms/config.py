@@ -47,6 +47,7 @@ PRESETS = {
     ),
     "easycache": "F0B0_W3M0MC0_T0O0_R0.12,gate=easycache",
     "cg_taylor": "F1B0_W0M0MC0_T1O1_R0.12,gate=cg_taylor",
+    "speca": "F0B0_W0M0MC8_T1O2_R0.12,gate=speca_next",
     "dicache": "F1B0_W6M0MC0_T1O1_R0.4,gate=dicache,probe=hidden,forecast=dicache,end=0.95",
     "taylorseer": "F0B0_W0M0MC0_T1O1_R0.12,gate=static,schedule=taylorseer,schedule_interval=5",
     "hicache": "F0B0_W0M0MC0_T1O2_R0.12,gate=static,schedule=taylorseer,schedule_interval=5,forecast=hicache",
@@ -185,7 +186,9 @@ OPTIONS = {
         used_with=("span", ("stacks",)),
     ),
     **{
-        name: option.used(("gate", gates_where(lambda gate, rule=rule: rule in gate.every_rule)))
+        name: option.used(
+            ("gate", gates_where(lambda gate, name=name: any(name in each.options for each in gate.every_rule)))
+        )
         for rule in RULES.values()
         for name, option in rule.options.items()
     },
@@ -227,7 +230,7 @@ OPTIONS = {
         ("residual", "output"),
         "forecast",
         "what is forecast: what the span adds to what goes into it, or what it gives, the velocity where the span is "
-        "the model; default: residual, or output with gate refresh and forecast meancache (MeanCache, FreqCa)",
+        "the model; default: residual, or output with gates refresh and speca and forecast meancache",
         shapes_graph=True,
     ),
     "forecast_coordinate": Option(
@@ -317,7 +320,7 @@ class CacheConfig(_Fields):
         following = {
             "Fn_compute_blocks": int(gate.needs_a_block),
             "span": "model" if gate.before_embedding or of_velocity else "blocks",
-            "forecast_target": "output" if of_velocity or gate.refreshes else "residual",
+            "forecast_target": "output" if of_velocity or gate.refreshes or gate.verifies else "residual",
         }
         return following.get(name, OPTIONS[name].default)
 
@@ -376,11 +379,16 @@ class CacheConfig(_Fields):
             )
         if self.forecast_target == "output" and not gate.is_there:
             raise ValueError(f"forecast_target {self.forecast_target!r} has no effect with gate {self.gate!r}")
+        if gate.verifies and (self.span, *blocks, self.forecast_target) != ("blocks", 0, 0, "output"):
+            raise ValueError(
+                f"gate {self.gate!r} compares what the last block gives: span must be 'blocks', forecast_target "
+                "'output', and Fn_compute_blocks and Bn_compute_blocks 0"
+            )
         if gate.refreshes and (self.span, *blocks, order, self.forecast_target) != ("blocks", 0, 0, 0, "output"):
             raise ValueError(
                 f"gate {self.gate!r} keeps what every block gives and reuses the stream behind the last: span must be "
-                "'blocks', forecast_target 'output', and Fn_compute_blocks, Bn_compute_blocks and taylorseer_derivative "
-                "0"
+                "'blocks', forecast_target 'output', and Fn_compute_blocks, Bn_compute_blocks and "
+                "taylorseer_derivative 0"
             )
         if self.schedule is not None and SCHEDULES[self.schedule].refreshes and not gate.refreshes:
             names = gates_where(lambda other: other.refreshes)

@@ -82,6 +82,7 @@ GRAPHS = {
     "loop_table": Graph("loop", PRESETS["fitted_8_of_28"]),
     "loop_Spectrum": Graph("loop", PRESETS["spectrum"]),
     "loop_MeanCache": Graph("loop", PRESETS["meancache"], branches=2),
+    "loop_SpeCa": Graph("loop", PRESETS["speca"]),
     "loop_EasyCache": Graph("loop", "F0B0_W3_R0.12,gate=easycache"),
     "loop_DuCa": Graph("loop", PRESETS["duca"]),
     "step_ToCa_true_CFG_batch_2": Graph("step", PRESETS["toca"], branches=2, batch=2),

@@ -95,6 +95,25 @@ def teacache(modulated, threshold, margin, polynomial=FLUX_POLYNOMIAL):
     return reused
 
 
+def speca(inputs, outputs, last, order, threshold, decay, floor, most, at_the_next, margin):
+    """SpeCa: ``inputs`` and ``outputs`` of the last block where all blocks run, and ``last`` what it adds."""
+    reused, computed, steps, failed = [], [], len(inputs), False
+    for step in range(steps):
+        row = len(reused) - max((i for i, hit in enumerate(reused) if not hit), default=-1) - 1
+        hit, fails = False, False
+        if computed and row < most:
+            expected_input, expected = (taylor([(s, x[k]) for s, x in computed], step, order) for k in (0, 1))
+            verified = expected_input + last[step]
+            error = (np.abs(expected - verified) / (np.abs(verified) + 1e-10)).mean()
+            fails = row >= 2 and not below(error, max(floor, threshold * decay ** (step / steps)), margin)
+            hit = not (failed if at_the_next else fails)
+        failed = hit and fails
+        if not hit:
+            computed.append((step, (inputs[step], outputs[step])))
+        reused.append(bool(hit))
+    return reused
+
+
 def cg_taylor(probes, threshold, order, margin):
     reused, computed = [], []
     for step, probe in enumerate(probes):

@@ -120,6 +120,14 @@ def test_every_field_comes_back_from_a_tag():
             "forecast": "spectrum",
             "spectrum_ridge": 0.5,
         },
+        {
+            "gate": "static",
+            "schedule": "meancache_10",
+            "taylorseer_derivative": 3,
+            "forecast": "meancache",
+            "meancache_steps": (2, 1, 4),
+        },
+        {"gate": "static", "schedule": "fora", "span": "model", "forecast_target": "output"},
     ]
     for rule in RULES.values():
         own = {
@@ -200,6 +208,9 @@ def test_a_value_out_of_range_is_refused_by_name(field, value, error):
         CacheConfig(**{field: value})
 
 
+MEANCACHE = {"gate": "static", "schedule": "meancache_10", "forecast": "meancache", "taylorseer_derivative": 3}
+
+
 @pytest.mark.parametrize(
     "settings, reason",
     [
@@ -232,6 +243,13 @@ def test_a_value_out_of_range_is_refused_by_name(field, value, error):
         ({"gate": "refresh", "schedule": "toca", "taylorseer_derivative": 1}, "taylorseer_derivative 0"),
         ({"gate": "refresh", "schedule": "toca", "Fn_compute_blocks": 1}, "Fn_compute_blocks"),
         ({"gate": "refresh", "schedule": "toca", "span": "single"}, "span must be 'blocks'"),
+        ({"gate": "refresh", "schedule": "toca", "forecast_target": "residual"}, "forecast_target 'output'"),
+        ({"gate": "speca", "Bn_compute_blocks": 1}, "compares what the last block gives"),
+        ({"gate": "speca", "forecast_target": "residual"}, "forecast_target 'output'"),
+        ({"forecast_target": "output", "gate": "none"}, "has no effect with gate 'none'"),
+        ({**MEANCACHE, "span": "blocks"}, "is of the velocity, so span must be 'model'"),
+        ({**MEANCACHE, "gate": "easycache", "schedule": None}, "gate must be static"),
+        ({"meancache_steps": (3,)}, "has no effect with forecast='taylor'"),
     ],
 )
 def test_a_combination_that_makes_no_sense_is_refused_with_the_reason(settings, reason):
@@ -384,3 +402,14 @@ def test_a_table_without_weights_is_refused_before_anything_is_drawn():
     with pytest.raises(ValueError, match="forecast_weights has 0 numbers"):
         check_steps(config, 28)
     assert config.switched_off().forecast_weights is None and check_steps(config.switched_off(), 28) is None
+
+
+@pytest.mark.parametrize("steps", [(0,), (1.5,), (2, 5)])
+def test_meancaches_steps_are_no_more_than_the_velocities_kept(steps):
+    with pytest.raises(ValueError, match="whole numbers from 1 to taylorseer_derivative"):
+        check_steps(CacheConfig(**MEANCACHE, meancache_steps=steps), 50)
+
+
+def test_a_threshold_that_falls_is_each_steps_own():
+    limits = step_tables(CacheConfig(gate="speca", speca_threshold=2, speca_decay=0.25, speca_floor=0.8), 4)[0]
+    np.testing.assert_allclose(limits[0, :4, 3], (2, 2**0.5, 1, 0.8), rtol=1e-6, atol=0)

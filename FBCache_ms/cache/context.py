@@ -20,7 +20,7 @@ from ..rules.arithmetic import (
 )
 from ..rules.forecasts import FORECASTS, SUMS, VALUES
 from ..rules.schedules import MAX_STEPS
-from ..rules.when import COMPUTED, FORECAST, PREVIOUS, PROBE, SPAN
+from ..rules.when import COMPUTED, EXPECTED, FORECAST, PREVIOUS, PROBE, SPAN
 from .gates import (
     FORECAST_NUMBER,
     LIMITS,
@@ -32,6 +32,7 @@ from .gates import (
     plan,
     step_tables,
     table_width,
+    thresholds_width,
 )
 from .refresh import kept_blocks
 from .stats import BRANCHES, NOT_COMPARED, NOT_REACHED, REFRESHED, REUSED, CacheStats, GateStats, skipped_share
@@ -129,7 +130,9 @@ class StepTables:
         self.step, self.every_step = step, ms.Tensor(np.arange(MAX_STEPS), ms.int32)
         number, self.width = max(len(every_gate(plan(config))), 1), numbers_width(config)
         self.table, self.orders = self.width - table_width(config), config.taylorseer_derivative + 1
-        self.limits = Parameter(ms.Tensor(np.zeros((number * MAX_STEPS, LIMITS)), ms.float32), "cache_limits", False)
+        self.limited = LIMITS + thresholds_width(config)
+        limits = ms.Tensor(np.zeros((number * MAX_STEPS, self.limited)), ms.float32)
+        self.limits = Parameter(limits, "cache_limits", False)
         self.coordinates = Parameter(ms.Tensor(np.zeros(MAX_STEPS), ms.float32), "cache_coordinates", False)
         self.numbers = Parameter(ms.Tensor(np.zeros(number * self.width), ms.float32), "cache_numbers", False)
 
@@ -139,12 +142,12 @@ class StepTables:
         By assign, not by set_data: a compiled graph with a branch in it goes on with the old memory after set_data
         (MindSpore 2.7.0, CPU).
         """
-        ops.assign(self.limits, limits.reshape(-1, LIMITS))
+        ops.assign(self.limits, limits.reshape(-1, self.limited))
         ops.assign(self.coordinates, coordinates)
         ops.assign(self.numbers, numbers.reshape(-1))
 
     def limit(self, gate):
-        """What a gate's tallies must stay below at this step."""
+        """What a gate's tallies must stay below at this step, and behind these its rules' scores."""
         step = self.step.read()
         return ops.gather(self.limits, step + gate * MAX_STEPS if gate > 0 else step, 0)
 
@@ -168,17 +171,18 @@ class AskedRule:
 
     Args:
         rule: the Rule.
-        threshold, numbers: the places of its threshold and of its own numbers among the gate's.
+        numbers: the places of its own numbers among the gate's.
         reference: the Buffer of an earlier probe, None where the reference is a forecast.
         sum: the Buffer of the scores accumulated since the last computed step.
         state: the Buffers of what the rule keeps beside.
     """
 
-    def __init__(self, rule, threshold, numbers, reference, sum, state):
-        self.score, self.threshold, self.numbers = rule.score, threshold, numbers
+    def __init__(self, rule, numbers, reference, sum, state):
+        self.score, self.numbers, self.unasked, self.at_the_next = rule.score, numbers, rule.unasked, rule.at_the_next
         self.difference, self.observe = rule.difference, rule.observe
         self.reference, self.sum, self.state = reference, sum, state
         self.against_previous, self.against_computed = rule.reference == PREVIOUS, rule.reference == COMPUTED
+        self.against_expected = rule.reference == EXPECTED
 
     def kept(self):
         """What the rule keeps beside, as it is now."""
@@ -233,7 +237,7 @@ class Gate:
         self.forecasts_probe = plan.forecasts_probe or forecast.takes_ratio
         self.probe_differences = differences("probes", probe_shape) if self.forecasts_probe else None
         references = [
-            None if rule.reference == FORECAST else named(f"{rule.name}_reference", probed, dtype=dtype)
+            None if rule.reference in (FORECAST, EXPECTED) else named(f"{rule.name}_reference", probed, dtype=dtype)
             for rule, probed in zip(plan.rules, shapes)
         ]
         sums = [named(f"{rule.name}_sum", ()) for rule in plan.rules]
@@ -243,7 +247,8 @@ class Gate:
             )
             for rule in plan.rules
         ]
-        self.rules = tuple(map(AskedRule, plan.rules, *zip(*places(plan.rules)), references, sums, states))
+        self.rules = tuple(map(AskedRule, plan.rules, places(plan.rules), references, sums, states))
+        self.decides, self.verifies = plan.decides, plan.verifies
         self.reused = named("reused", (MAX_STEPS,), NOT_REACHED, ms.int32)
         self.diffs = named("diffs", (MAX_STEPS,), NOT_COMPARED)
         self.inner = tuple(
@@ -260,17 +265,24 @@ class Gate:
 
         No limit may be reached, the schedule's among them, and every rule's score must be strictly below its threshold.
         """
-        asked = within_limits(self.tallies.values.read(), self.tables.limit(self.index))
+        tallies, limits = self.tallies.values.read(), self.tables.limit(self.index)
+        asked = within_limits(tallies, limits[:LIMITS])
         reuse, differences, scores = asked, (), ()
         for place in range(len(self.rules)):
             rule = self.rules[place]
             difference, score = self.compare(rule, probes[place])
-            reuse = ops.logical_and(reuse, score < self.number(rule.threshold))
+            passes = score < limits[LIMITS + place]
+            if rule.unasked > 0:
+                passes = ops.logical_or(tallies[1] < rule.unasked, passes)
+            if rule.at_the_next:
+                passes, score = rule.sum.read() < 1, ops.where(passes, 0.0, 1.0)
+            reuse = ops.logical_and(reuse, passes)
             differences, scores = differences + (difference,), scores + (score,)
         for place in range(len(self.rules)):
             rule = self.rules[place]
             if rule.against_previous:
                 rule.reference.write(probes[place])
+            if rule.against_previous or rule.at_the_next:
                 rule.sum.write(ops.where(reuse, scores[place], 0.0))
         self.trace(reuse, asked, differences)
         return reuse
@@ -286,6 +298,8 @@ class Gate:
 
     def reference(self, rule):
         """What a rule compares the probe with."""
+        if rule.against_expected:
+            return self.residual.forecast(self.weights(1.0))
         if rule.reference is None:
             return self.probe_differences.forecast(self.weights(1.0))
         return rule.reference.read()
@@ -585,13 +599,17 @@ class CacheContext:
         has a part of, as ``traces`` gives it.
         """
         traces = traces or self.traces()
-        skipped = None if costs is None else skipped_share(every_gate(self.gates), traces, [costs] * len(traces))
+        skipped = None if costs is None else skipped_share(self.deciding(), traces, [costs] * len(traces))
         uncond = CacheStats(traces[1]) if len(traces) == 2 else None
         return CacheStats(traces[0], skipped, uncond)
 
+    def deciding(self):
+        """The gates that may reuse, outer before inner."""
+        return tuple(gate for gate in every_gate(self.gates) if gate.decides)
+
     def traces(self):
         """Each branch's GateStats so far; reads the device."""
-        steps, gates = map(int, self.step.value.asnumpy().reshape(self.branches)), every_gate(self.gates)
+        steps, gates = map(int, self.step.value.asnumpy().reshape(self.branches)), self.deciding()
         if not gates:
             return [(GateStats("none", (False,) * count, (None,) * count),) for count in steps]
         return [tuple(gate.stats(count, branch) for gate in gates) for branch, count in enumerate(steps)]

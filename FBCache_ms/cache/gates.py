@@ -8,10 +8,13 @@ import numpy as np
 from ..config import OPTIONS
 from ..rules.forecasts import FORECASTS
 from ..rules.schedules import ASK, MAX_STEPS, REFRESH, REUSE, step_actions
-from ..rules.when import FORECAST, GATES, Rule
+from ..rules.when import FORECAST, GATES, VERIFIED, Rule
 
 LIMITS = 3
-"""Of a gate at a step: reuses in all, reuses in a row, and the sum of the compared differences stay below them."""
+"""Of a gate at a step: reuses in all, reuses in a row, and the sum of the compared differences stay below them.
+
+The thresholds of its rules follow.
+"""
 
 FORECAST_NUMBER = 0
 """The place of the forecast's own number among a gate's; the rules' numbers follow, and a forecast's table."""
@@ -28,6 +31,7 @@ class GatePlan:
         first, last: so many blocks at either end of the stack run outside the span; the first ones make the probe.
         rules: all of which have to agree; none for a static schedule.
         inner: the gates within the span, asked when this one computes.
+        decides: whether it may reuse; one that does not keeps differences alone.
         refreshes: whether there are steps that refresh chosen tokens.
     """
 
@@ -37,6 +41,7 @@ class GatePlan:
     last: int
     rules: Tuple[Rule, ...]
     inner: Tuple["GatePlan", ...] = ()
+    decides: bool = True
     refreshes: bool = False
 
     @property
@@ -58,6 +63,11 @@ class GatePlan:
     def forecasts_probe(self):
         """Whether a rule compares the probe with its own forecast."""
         return any(rule.reference == FORECAST for rule in self.rules)
+
+    @property
+    def verifies(self):
+        """Whether the last block checks, at every step, what is expected of it."""
+        return any(rule.looks_at == VERIFIED for rule in self.rules)
 
     @property
     def accumulates(self):
@@ -85,7 +95,9 @@ def plan(config):
     if gate.within:
         outer, inner = gate.rules[0].name, gate.within[0].name
         return (GatePlan(outer, "all", 0, last, gate.rules, (GatePlan(inner, "all", first, last, gate.within),)),)
-    return (GatePlan(config.gate, "all", first, last, gate.rules, refreshes=gate.refreshes),)
+    # What the last block is expected to get.
+    inner = (GatePlan("before_last", "all", 0, 1, (), decides=False),) if gate.verifies else ()
+    return (GatePlan(config.gate, "all", first, last, gate.rules, inner, refreshes=gate.refreshes),)
 
 
 def every_gate(plans):
@@ -108,6 +120,11 @@ def check_shape(config, batch_size, seq_len, inner_dim, text_len, branches, chan
         raise ValueError(f"text_len must be 1 or more for {config}, not {text_len}")
 
 
+def thresholds_width(config):
+    """How many thresholds each gate has: those of the one with most."""
+    return max((len(gate.rules) for gate in every_gate(plan(config))), default=0)
+
+
 def threshold(config, gate, rule):
     """What a rule's score has to stay below; at everything_at (DBCache's 1) all passes that is a number."""
     value = getattr(config, f"{rule.threshold}_single" if gate.name == "single" else rule.threshold)
@@ -121,12 +138,11 @@ def width(name):
 
 
 def places(rules):
-    """For each rule the place of its threshold among a gate's numbers, and those of its own numbers."""
+    """For each rule the places of its own numbers among a gate's."""
     found, place = [], FORECAST_NUMBER + 1
     for rule in rules:
-        own = tuple(range(place + 1, place + 1 + sum(map(width, rule.numbers))))
-        found.append((place, own))
-        place += 1 + len(own)
+        found.append(tuple(range(place, place + sum(map(width, rule.numbers)))))
+        place += len(found[-1])
     return tuple(found)
 
 
@@ -142,19 +158,18 @@ def table_width(config):
 def numbers_width(config):
     """How many numbers each gate has: those before a table filled up to the most that one needs, and the table."""
     rules = [places(gate.rules) for gate in every_gate(plan(config))]
-    most = max((FORECAST_NUMBER + 1 + sum(1 + len(own) for _, own in each) for each in rules), default=1)
+    most = max((FORECAST_NUMBER + 1 + sum(map(len, each)) for each in rules), default=1)
     return most + table_width(config)
 
 
 def gate_numbers(config, gate):
-    """A gate's numbers: the forecast's own, and for each rule its threshold and its own numbers.
+    """A gate's numbers: the forecast's own, and each rule's own.
 
     Those of a field with fewer than it may have stand last: a polynomial's lowest powers.
     """
     forecast = FORECASTS[config.forecast]
     numbers = [0.0 if forecast.rows else sum(getattr(config, name) for name in forecast.options)]
     for rule in gate.rules:
-        numbers.append(threshold(config, gate, rule))
         for name in rule.numbers:
             values = np.atleast_1d(getattr(config, name)).tolist()
             numbers += [0.0] * (width(name) - len(values)) + values
@@ -203,9 +218,10 @@ def step_tables(config, steps, sigmas=None, progress=None):
         progress: as for schedules.step_actions.
 
     Returns:
-        limits (G, 1000, 3), float32: what the gate's tallies must stay below for a step to be reused: the
+        limits (G, 1000, 3 + R), float32: what the gate's tallies must stay below for a step to be reused: the
             configuration's limits at a step that asks, infinity at one that is reused, minus infinity at one that
-            computes or refreshes. G is 1 where there is no gate.
+            computes or refreshes. Then what each of its rules' scores must stay below, R at most. G is 1 where there is
+            no gate.
         coordinates (1000,), float32: where each step lies for the forecast.
         numbers (G, numbers_width), float32: gate_numbers of each gate, and at their ends weights_table or
             refreshes_table.
@@ -215,17 +231,21 @@ def step_tables(config, steps, sigmas=None, progress=None):
     if config.by_noise and sigmas is None:
         raise ValueError(f"{config} measures distances in the noise level and needs the schedule's sigmas")
     gates, forecast = every_gate(plan(config)), FORECASTS[config.forecast]
-    limits = np.full((max(len(gates), 1), MAX_STEPS, LIMITS), -np.inf, np.float32)
+    limits = np.full((max(len(gates), 1), MAX_STEPS, LIMITS + thresholds_width(config)), -np.inf, np.float32)
     numbers = np.zeros((max(len(gates), 1), numbers_width(config)), np.float32)
     for index, gate in enumerate(gates):
         thresholds = [threshold(config, gate, rule) for rule in gate.rules]
         computes_last = any(rule.computes_last for rule in gate.rules)
         actions = step_actions(config, steps, thresholds, computes_last, progress)
         most = config.max_cached_steps, config.max_consecutive_cache_hits, config.max_accumulated_residual_diff or -1
-        limits[index, :steps][actions == ASK] = [np.inf if limit < 0 else limit for limit in most]
-        limits[index, :steps][actions == REUSE] = np.inf
+        limits[index, :steps, :LIMITS][actions == ASK] = [np.inf if limit < 0 else limit for limit in most]
+        limits[index, :steps, :LIMITS][actions == REUSE] = np.inf
         if not gate.accumulates:
-            limits[index, :, -1] = np.where(limits[index, :, -1] > 0, np.inf, -np.inf)
+            summed = LIMITS - 1
+            limits[index, :, summed] = np.where(limits[index, :, summed] > 0, np.inf, -np.inf)
+        for place, rule in enumerate(gate.rules):
+            at_each = rule.threshold_at and rule.threshold_at(config, np.arange(steps) / steps)
+            limits[index, :steps, LIMITS + place] = thresholds[place] if at_each is None else at_each
         own = gate_numbers(config, gate)
         numbers[index, : len(own)] = own
         if forecast.rows:

@@ -22,7 +22,7 @@ def run_gates(model, gates, start, stop, image, text, given):
     """Blocks start to stop - 1, each gate deciding over its span; the blocks outside the spans always run."""
     for gate in gates:
         reached = approach(model, gate, start, image, text, given)
-        if gate.decide(part(reached, "probes")):
+        if gate.decides and gate.decide(part(reached, "probes")):
             image, text = reuse(gate, reached)
         else:
             image, text = compute(model, gate, reached, given)
@@ -181,7 +181,15 @@ def latents(model, gate, before, now, given):
     return before_span(gate, now[0])
 
 
-PROBES = {"residual": residual, "hidden": hidden, "modulated": modulated, "latents": latents}
+def verified(model, gate, before, now, given):
+    """The stream behind the last block, run on what it is expected to get."""
+    before_last = gate.inner[0]
+    image, text = before_last.forecast(())
+    stop = gate.span(*model.stacks)[1]
+    return model.block(stop - 1, image.to(now[0].dtype), text.to(now[1].dtype), given)[0]
+
+
+PROBES = {"residual": residual, "hidden": hidden, "modulated": modulated, "latents": latents, "verified": verified}
 """What a rule may look at, by its name in rules/when.py or in CacheConfig.probe."""
 
 

@@ -1,9 +1,9 @@
 """Bytes that a cache takes, counted from its configuration and the shapes alone."""
 
-from ..cache.gates import LIMITS, check_shape, every_gate, numbers_width, plan
+from ..cache.gates import LIMITS, check_shape, every_gate, numbers_width, plan, thresholds_width
 from ..rules.forecasts import FORECASTS
 from ..rules.schedules import MAX_STEPS
-from ..rules.when import FORECAST, PROBE, SPAN
+from ..rules.when import EXPECTED, FORECAST, PROBE, SPAN
 
 SCALAR = 4
 """Bytes of a float32 or an int32; a float32 buffer's element has as many."""
@@ -25,8 +25,9 @@ def cache_parts(config, batch_size, seq_len, inner_dim, text_len=0, branches=1, 
     D is C, the velocity's channels, where a reuse stands for the whole model. P is S ceil(D / downsample_factor), and
     (T + S) ceil(D / downsample_factor) under a gate of the single stack. Gates within each other share three tallies,
     in "trace" like the step and its timestep. All of that is there for each guidance branch. "numbers" is there once: 4
-    bytes for each of every gate's three limits at 1000 steps, 1000 coordinates, as many numbers for each gate as the
-    one with most has (gates.gate_numbers), the branch, and T + S numbers for each block that is refreshed.
+    bytes for each of every gate's three limits and its rules' thresholds at 1000 steps, 1000 coordinates, as many
+    numbers for each gate as the one with most has (gates.gate_numbers), the branch, and T + S numbers for each block
+    that is refreshed.
 
     Args:
         config: the CacheConfig.
@@ -54,7 +55,7 @@ def cache_parts(config, batch_size, seq_len, inner_dim, text_len=0, branches=1, 
         if gate.forecasts_probe or FORECASTS[config.forecast].takes_ratio:
             probes += compared
         for rule in gate.rules:
-            if rule.reference != FORECAST:
+            if rule.reference not in (FORECAST, EXPECTED):
                 references += compared if rule.looks_at == PROBE else span
             state += sum(span if kind == SPAN else 1 for kind in rule.state.values())
         scalars += 2 * MAX_STEPS + orders + len(gate.rules) + 1
@@ -68,7 +69,10 @@ def cache_parts(config, batch_size, seq_len, inner_dim, text_len=0, branches=1, 
         "blocks": branches * 2 * batch_size * refreshed * inner_dim * itemsize,
         "state": branches * state * SCALAR,
         "trace": branches * scalars * SCALAR,
-        "numbers": ((LIMITS * rows + 1) * MAX_STEPS + rows * numbers_width(config) + 1 + refreshed) * SCALAR,
+        "numbers": (
+            ((LIMITS + thresholds_width(config)) * rows + 1) * MAX_STEPS + rows * numbers_width(config) + 1 + refreshed
+        )
+        * SCALAR,
     }
 
 

@@ -7,7 +7,7 @@ from typing import Optional
 from ..cache.gates import every_gate, plan, refreshed_steps
 from ..models import costs_of
 from ..rules.forecasts import FORECASTS
-from ..rules.when import COMPUTED, FORECAST, PREVIOUS, SPAN
+from ..rules.when import COMPUTED, EXPECTED, FORECAST, PREVIOUS, SPAN
 
 FLOAT32 = 4
 
@@ -228,7 +228,7 @@ class CacheWork:
             moved += (2 * self.cast(item) + 9 * self.wide) * elements
             if rule.reference == PREVIOUS:
                 moved += 2 * item * elements
-            if rule.reference == FORECAST:
+            if rule.reference in (FORECAST, EXPECTED):
                 moved += self.forecast_bytes() * elements
         return [Work("decision", 0, moved, GATE_OPERATORS * len(gate.rules))] if gate.rules else []
 
@@ -278,6 +278,7 @@ def step(shapes, config, design, reused=()):
             text = not (design.lean and skips) or gate.needs_text or gate.probes_text
             works += blocks(shapes, start, first, text)
             works += cache.decide(gate)
+            works += blocks(shapes, last - 1, last) if gate.verifies else []
             if gate.refreshes and REFRESHED in reused:
                 works += refreshed_blocks(shapes) + cache.store(gate)
             elif skips:

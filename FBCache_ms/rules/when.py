@@ -3,20 +3,26 @@
 A rule's score is written with operators alone: command lines read this file, and must not wait for MindSpore.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Callable, Mapping, Optional, Tuple
 
+import numpy as np
+
 from .options import Option
 
-COMPUTED, PREVIOUS, FORECAST = "computed", "previous", "forecast"
-"""What a probe is compared with: the last computed step's, the one before, what the computed steps' probes forecast."""
+COMPUTED, PREVIOUS, FORECAST, EXPECTED = "computed", "previous", "forecast", "expected"
+"""What a probe is compared with: the last computed step's, the one before, what the computed steps' probes forecast,
+what the span is expected to give."""
 
 PROBE = "probe"
 """What a rule looks at that compares what CacheConfig.probe says, of the blocks before the span."""
 
 LATENTS = "latents"
 """What a rule looks at that is asked before the embedding: a reuse then stands for the whole model."""
+
+VERIFIED = "verified"
+"""What a rule looks at that runs the last block on what it is expected to get."""
 
 SCALAR, SPAN = "scalar", "span"
 """The shapes of what a rule keeps from step to step: one number, or as what its span begins and ends with."""
@@ -35,9 +41,9 @@ class Rule:
         threshold: the field of CacheConfig that its score stays below.
         score: score(difference, accumulated, numbers), a scalar from the probe's relative difference d, from the scores
             accumulated since the last computed step, and from ``numbers``.
-        reference: COMPUTED, PREVIOUS or FORECAST. Against PREVIOUS a score is summed: it is ``accumulated`` at the next
-            step if this one is reused.
-        looks_at: PROBE, LATENTS, or the name of a probe that the model has.
+        reference: COMPUTED, PREVIOUS, FORECAST or EXPECTED. Against PREVIOUS a score is summed: it is ``accumulated``
+            at the next step if this one is reused.
+        looks_at: PROBE, LATENTS, VERIFIED, or the name of a probe that the model has.
         difference: difference(reference, probe, state, mean), a scalar, ``probe`` being this step's; None for
             arithmetic.relative_difference, which alone takes batch_reduction.
         state: {name: SCALAR or SPAN}, what it keeps beside; it is no number until ``observe`` has said one.
@@ -49,6 +55,10 @@ class Rule:
         fewest_orders: the least taylorseer_derivative that it works with.
         computes_last: whether a generation's last step always computes.
         everything_at: the threshold at which every difference passes, where the rule is the only one; None for none.
+        threshold_at: threshold_at(config, progress), the threshold at each step (N,) of a generation, ``progress``
+            being the share of it that lies before, i/N; None for one that stays.
+        unasked: so many reuses in a row do not ask it.
+        at_the_next: whether what it says counts at the next step: this one is reused before it is heard.
     """
 
     name: str
@@ -66,6 +76,9 @@ class Rule:
     fewest_orders: int = 0
     computes_last: bool = False
     everything_at: Optional[float] = None
+    threshold_at: Optional[Callable] = None
+    unasked: int = 0
+    at_the_next: bool = False
 
     @property
     def compares_itself(self):
@@ -109,6 +122,17 @@ def velocity_slope(state, latents, velocity, mean):
     changes = (velocity - last_velocity).abs(), (latents - last_latents).abs(), velocity.abs()
     velocity_moved, latents_moved, size = mean(changes)
     return latents, velocity, velocity_moved / latents_moved, size
+
+
+def verification_error(expected, verified, state, mean):
+    """mean(|y' - y| / (|y| + 1e-10)), y' what was expected of the last block and y what it gives (SpeCa)."""
+    verified = verified.float()
+    return mean((expected - verified).abs() / (verified.abs() + 1e-10))
+
+
+def falling_threshold(config, progress):
+    """max(floor, tau beta^progress)."""
+    return np.maximum(config.speca_floor, config.speca_threshold * config.speca_decay**progress)
 
 
 FBCACHE = Rule(
@@ -188,7 +212,37 @@ EASYCACHE = Rule(
     computes_last=True,
 )
 
-RULES = {rule.name: rule for rule in (FBCACHE, CG_TAYLOR, DICACHE, TEACACHE, EASYCACHE)}
+SPECA = Rule(
+    name="speca",
+    source="SpeCa, arXiv 2509.11628",
+    text="runs the last block on what it is expected to get, and compares it with what was expected of it (SpeCa)",
+    threshold="speca_threshold",
+    score=difference_itself,
+    reference=EXPECTED,
+    looks_at=VERIFIED,
+    difference=verification_error,
+    options={
+        "speca_threshold": Option(
+            7.0,
+            Real,
+            (0, None),
+            "gate",
+            "SpeCa's tau: a step is reused while the error of the last block's forecast is below tau beta^(i/N)",
+        ),
+        "speca_decay": Option(0.3, Real, (0, 1), "gate", "SpeCa's beta: by how much tau has fallen at the end"),
+        "speca_floor": Option(0.1, Real, (0, None), "gate", "SpeCa's least threshold"),
+    },
+    threshold_at=falling_threshold,
+    unasked=2,
+)
+SPECA_NEXT = replace(
+    SPECA,
+    name="speca_next",
+    text="the same, heard at the next step, as its authors' code has it",
+    at_the_next=True,
+)
+
+RULES = {rule.name: rule for rule in (FBCACHE, CG_TAYLOR, DICACHE, TEACACHE, EASYCACHE, SPECA, SPECA_NEXT)}
 
 
 @dataclass(frozen=True)
@@ -224,6 +278,11 @@ class Gate:
     def before_embedding(self):
         """Whether it is asked before the embedding, so that a reuse stands for the whole model."""
         return any(rule.looks_at == LATENTS for rule in self.every_rule)
+
+    @property
+    def verifies(self):
+        """Whether the last block checks what is expected of it."""
+        return any(rule.looks_at == VERIFIED for rule in self.every_rule)
 
     @property
     def probes_alone(self):

@@ -37,8 +37,9 @@ def structures(gate):
 @pytest.mark.parametrize("gate", GATES)
 def test_the_formula_is_what_is_allocated_for_every_structure(gate):
     rng, configs = np.random.default_rng(list(GATES).index(gate)), list(structures(gate))
-    # A gate before the embedding has one span, one that refreshes has one span and one order.
-    assert len(configs) > (0 if GATES[gate].refreshes else 30 if GATES[gate].before_embedding else 50)
+    # A gate before the embedding or that verifies has one span, one that refreshes has one span and one order.
+    fewer = {GATES[gate].refreshes: 0, GATES[gate].verifies: 15, GATES[gate].before_embedding: 30}
+    assert len(configs) > fewer.get(True, 50)
     for config in configs:
         batch, tokens, width, text, channels = rng.integers(1, 6, 5).tolist()
         branches, dtype = int(rng.integers(1, 3)), ms.bfloat16 if rng.integers(2) else ms.float32

@@ -66,9 +66,9 @@ def test_no_file_but_a_declarations_own_compares_a_rules_name():
 @pytest.mark.parametrize("rule", RULES.values(), ids=list(RULES))
 def test_a_rules_own_options_are_fields_that_its_gates_alone_take(rule):
     for name, option in rule.options.items():
-        assert OPTIONS[name].default == option.default and rule in GATES[rule.name].rules
+        assert OPTIONS[name].default == option.default and rule == GATES[rule.name].rules[0]
         for gate in GATES:
-            fits = rule in GATES[gate].every_rule
+            fits = any(name in each.options for each in GATES[gate].every_rule)
             assert (gate in OPTIONS[name].used_with[1]) == fits
     assert {rule.threshold, *rule.numbers} <= set(OPTIONS) and rule.source and rule.text
     compared = {name for name, gate in GATES.items() if rule.threshold in [each.threshold for each in gate.every_rule]}
@@ -81,8 +81,8 @@ def test_a_gates_numbers_stand_where_its_rules_look_for_them(preset):
     for gate in every_gate(plan(config)):
         numbers = gate_numbers(config, gate)
         taken = [0]
-        for rule, (threshold, own) in zip(gate.rules, places(gate.rules)):
-            taken += [threshold, *own]
+        for rule, own in zip(gate.rules, places(gate.rules)):
+            taken += own
             if own:
                 values = [value for name in rule.numbers for value in np.atleast_1d(getattr(config, name))]
                 assert [numbers[place] for place in own] == values

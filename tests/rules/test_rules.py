@@ -126,6 +126,37 @@ def test_easycache(steps, seed, change, threshold, warmup):
 
 
 @quick
+@given(
+    lengths, seeds, changes, st.sampled_from([0.1, 1, 4]), st.sampled_from([0.1, 1]), st.sampled_from([0, 0.5]), limits
+)
+@pytest.mark.parametrize("gate", ["speca", "speca_next"])
+def test_speca(gate, steps, seed, change, threshold, decay, floor, most):
+    streams, margin = Streams(seed, steps, change), []
+    config = CacheConfig(
+        gate=gate,
+        taylorseer_derivative=2,
+        speca_threshold=threshold,
+        speca_decay=decay,
+        speca_floor=floor,
+        max_consecutive_cache_hits=most,
+    )
+    latents = streams.latents[:steps]
+    inputs, outputs = latents + streams.span(0, BLOCKS - 1), latents + streams.span(0, BLOCKS)
+    numbers = 2, threshold, decay, floor, most if most >= 0 else steps, gate == "speca_next"
+    expected = ref.speca(inputs, outputs, streams.span(BLOCKS - 1, BLOCKS), *numbers, margin)
+    decided(margin)
+    drawn, stats = replay(config, streams)
+    assert len(stats.gates) == 1 and list(stats.reused) == expected
+    computed = []
+    for step in range(steps):
+        if not expected[step]:
+            computed.append((step, outputs[step]))
+        behind = ref.taylor(computed, step, 2) if expected[step] else outputs[step]
+        scale = max(1, np.abs(behind).max())
+        np.testing.assert_allclose(drawn[step] / scale, behind / scale, atol=2e-4)
+
+
+@quick
 @given(lengths, seeds, changes, thresholds, st.sampled_from([0.25, 0.6, 2]))
 @pytest.mark.parametrize("gate", ["fbcache_and_teacache", "fbcache_or_teacache"])
 def test_fbcache_with_teacache(gate, steps, seed, change, threshold, tea_threshold):
@@ -376,7 +407,9 @@ def test_last_blocks_run_on_the_forecast_of_both_streams(steps, seed, threshold)
 
 @quick
 @given(st.integers(2, 24), seeds, st.sampled_from([np.nan, np.inf]), st.integers(0, 1), st.data())
-@pytest.mark.parametrize("gate", [*gates_where(lambda gate: gate.rules), "max"])
+@pytest.mark.parametrize(
+    "gate", [*gates_where(lambda gate: gate.rules and not any(rule.unasked for rule in gate.every_rule)), "max"]
+)
 def test_what_is_no_number_computes(gate, steps, seed, bad, sample, data):
     streams = Streams(seed, steps, 0.01)
     step = data.draw(st.integers(1, steps - 1))

@@ -188,6 +188,8 @@ def rules():
         Row("MagCache", "MagCache", "magcache"),
         Row("EasyCache", "EasyCache", "easycache"),
         Row("CG-Taylor", "CG-Taylor", "cg_taylor"),
+        Row("SpeCa", "SpeCa", "speca"),
+        Row("SpeCa", "SpeCa, heard at once", "F0B0_W0MC8_T1O2_R0.12,gate=speca"),
         Row("DiCache", "DiCache", "dicache"),
         Row("DiCache", "DiCache's gate, reuse", "F1B0_W6_R0.4,gate=dicache"),
         Row("here", "decision by the worst sample", "F1B0_W0_R0.12,batch_reduction=max"),
