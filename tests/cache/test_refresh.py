@@ -188,7 +188,11 @@ def draw(pipe, prompts, guided, **arguments):
 
 @pytest.mark.parametrize(
     "schedule, interval, guided, kinds",
-    [("duca", 6, False, "FFFATATAFATA"), ("toca", 5, False, "FFFTTTTFTTTT"), ("duca", 4, True, "FFFATAFATAFA")],
+    [
+        ("duca", 6, False, "FFFATATAFATA"),
+        ("toca", 5, False, "FFFTTTTFTTTT"),
+        pytest.param("duca", 4, True, "FFFATAFATAFA", marks=pytest.mark.slow),
+    ],
 )
 def test_the_graph_is_its_authors(pipelines, schedule, interval, guided, kinds):
     whole, stepwise, prompts = pipelines
