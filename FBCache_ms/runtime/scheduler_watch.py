@@ -36,12 +36,19 @@ def workers(job):
     ]
 
 
+def by_msrun(process):
+    """Whether msrun has started a process: then there are workers on its host, from the beginning."""
+    with open(f"/proc/{process}/stat", encoding="utf-8", errors="replace") as stat:
+        parent = stat.read().rpartition(")")[2].split()[1]
+    return b"msrun" in Path(f"/proc/{parent}/cmdline").read_bytes()
+
+
 def watch(scheduler, grace=GRACE, pause=1):
     """Waits until the scheduler, this process's parent, has ended; kills it ``grace`` seconds after the last worker.
 
-    One whose workers are all on other hosts is left alone.
+    One that was started by hand, and whose workers are all on other hosts, is left alone.
     """
-    job, seen, left = [os.environ.get(name) for name in JOB], False, time.monotonic()
+    job, seen, left = [os.environ.get(name) for name in JOB], by_msrun(scheduler), time.monotonic()
     while os.getppid() == scheduler:
         there = bool(workers(job))
         seen, left = seen or there, time.monotonic() if there else left

@@ -266,6 +266,13 @@ def test_the_scheduler_ends_behind_the_last_process_of_its_job():
             process.communicate()
 
 
+def test_a_scheduler_of_msruns_ends_too_where_no_process_was_ever_seen(tmp_path):
+    (tmp_path / "msrun").write_text(f"import subprocess, sys; subprocess.run([sys.executable, '-c', {SCHEDULER!r}])")
+    job = {"MS_ROLE": "MS_SCHED", "MS_SCHED_HOST": "127.0.0.1", "MS_SCHED_PORT": "4"}
+    done = subprocess.run([sys.executable, tmp_path / "msrun"], env={**os.environ, **job}, timeout=60)
+    assert done.returncode == 0
+
+
 BAD = {
     "degree must be a number from 1 on or None, not 0": {"degree": 0},
     "scheme must be one of gather, ulysses, not 'ring'": {"scheme": "ring"},
