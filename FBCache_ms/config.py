@@ -493,6 +493,7 @@ class CacheConfig(_Fields):
             or self.by_noise
             or (self.start, self.end) != (0, 1)
             or FORECASTS[self.forecast].rows is not None
+            or FORECASTS[self.forecast].coordinate is not None
             or any(rule.computes_last for rule in self.rules)
         )
 

@@ -56,10 +56,20 @@ SHARES = (0.18, 0.22, 0.25, 0.29, 0.36, 0.5, 0.7)
 
 STATIC = "F0B0_W0_T1O2_R0.12,gate=static,schedule=taylorseer,schedule_interval={:d},forecast=newton"
 
+SPECA = "F0B0_W0MC8_T1O2_R0.12,gate={},speca_threshold={{:g}},speca_decay=1,speca_floor=0"
+VERIFIED = (0.8, 0.4, 0.2, 0.1, 0.05, 0.03, 0.02)
+"""SpeCa's thresholds, the same at every step."""
+
 OTHERS = {
     "FBCache + Newton": ("F1B0_W0_T1O2_R{:g},forecast=newton", THRESHOLDS),
     "FBCache + HiCache": ("F1B0_W0_T1O2_R{:g},forecast=hicache", THRESHOLDS),
     "FBCache or TeaCache": ("F1B0_W0_R{:g},gate=fbcache_or_teacache,teacache_threshold=0.25", THRESHOLDS),
+    "SpeCa": (SPECA.format("speca"), VERIFIED),
+    "SpeCa, heard next": (SPECA.format("speca_next"), VERIFIED),
+    "MeanCache": (
+        "F0B0_W0_T1O3_R0.12,gate=static,schedule=meancache_{:d},forecast=meancache,meancache_steps=2",
+        (10, 17, 25),
+    ),
     "DiCache": ("F1B0_W6_T1O1_R{:g},gate=dicache,probe=hidden,forecast=dicache,end=0.95", THRESHOLDS),
     "Newton": (STATIC, INTERVALS),
     "Newton in sigma": (STATIC + ",forecast_coordinate=sigma", INTERVALS),

@@ -14,6 +14,8 @@ from ..rules.arithmetic import (
     mean,
     probe_ratio,
     relative_difference,
+    ridge_inverse,
+    ridge_weights,
     running_sums,
     weighted_sum,
     within_limits,
@@ -216,7 +218,7 @@ class Gate:
         self.orders, self.takes_ratio = config.taylorseer_derivative + 1, forecast.takes_ratio
         self.has_rows, self.refreshes, self.blocks = forecast.rows is not None, plan.refreshes, blocks
         self.forecast_weights, self.forecast_gaps = forecast.weights, forecast.gaps
-        self.of_output = config.forecast_target == "output"
+        self.of_output, self.regresses = config.forecast_target == "output", forecast.keeps == SUMS
         self.looks_at = tuple(config.probe if rule.looks_at == PROBE else rule.looks_at for rule in plan.rules)
         self.factor, self.batch_reduction = config.downsample_factor, config.batch_reduction
 
@@ -229,6 +231,8 @@ class Gate:
 
         self.filled = named("filled", (), dtype=ms.int32)
         self.nodes = named("nodes", (self.orders,))
+        self.inverse = named("inverse", (self.orders, self.orders)) if self.regresses else None
+        self.unit = ms.Tensor(np.eye(self.orders), ms.float32)
         self.residual = differences("derivatives", shape)
         self.text_residual = differences("text_derivatives", (batch, text_len, width)) if plan.needs_text else None
         probe_shape = (batch, tokens + text_len * plan.probes_text, -(-width // self.factor))
@@ -326,8 +330,15 @@ class Gate:
 
     def weights(self, ratio):
         """The forecast's weights at this step, a scalar for each order."""
+        if self.regresses:
+            weights = ridge_weights(self.inverse.read(), self.basis())
+            return tuple([weights[order] for order in range(self.orders)])
         own = self.tables.row(self.index) if self.has_rows else self.number(FORECAST_NUMBER)
         return self.forecast_weights(self.tables.x(), self.last_nodes(), own, ratio)
+
+    def basis(self):
+        """The functions that a regression is on, at this step, (K,)."""
+        return ops.stack(self.forecast_gaps(self.tables.x(), self.last_nodes()))
 
     def last_nodes(self):
         """The coordinates of the last computed steps, newest first."""
@@ -386,6 +397,10 @@ class Gate:
             if self.rules[place].against_computed:
                 self.rules[place].reference.write(probes[place])
             self.rules[place].take(before, behind, self.mean)
+        if self.regresses:
+            penalised = self.unit / self.number(FORECAST_NUMBER)
+            inverse = ops.where(filled == 0, penalised, self.inverse.read())
+            self.inverse.write(ridge_inverse(inverse, self.basis()))
         if self.orders > 1:
             self.nodes.write(ops.stack((x,) + nodes[:-1]))
         self.filled.write(ops.minimum(filled + 1, self.orders))

@@ -1,7 +1,7 @@
 """Bytes that a cache takes, counted from its configuration and the shapes alone."""
 
 from ..cache.gates import LIMITS, check_shape, every_gate, numbers_width, plan, thresholds_width
-from ..rules.forecasts import FORECASTS
+from ..rules.forecasts import FORECASTS, SUMS
 from ..rules.schedules import MAX_STEPS
 from ..rules.when import EXPECTED, FORECAST, PROBE, SPAN
 
@@ -20,7 +20,8 @@ def cache_parts(config, batch_size, seq_len, inner_dim, text_len=0, branches=1, 
     - "references": B P e for each probe that is compared with an earlier one, B S D e where it is the modulated input;
     - "blocks": 2 B (T + S) D e for each of the transformer's blocks, where chosen tokens are refreshed;
     - "state": 4 bytes for each number that a rule keeps beside, SPAN ones as large as what its span begins with;
-    - "trace": 8 bytes a step for 1000 steps, and 4 for each of K coordinates, the sum of each rule and one scalar.
+    - "trace": 8 bytes a step for 1000 steps, and 4 for each of K coordinates, the sum of each rule and one scalar; and
+      4 K^2 for a forecast by regression.
 
     D is C, the velocity's channels, where a reuse stands for the whole model. P is S ceil(D / downsample_factor), and
     (T + S) ceil(D / downsample_factor) under a gate of the single stack. Gates within each other share three tallies,
@@ -59,6 +60,7 @@ def cache_parts(config, batch_size, seq_len, inner_dim, text_len=0, branches=1, 
                 references += compared if rule.looks_at == PROBE else span
             state += sum(span if kind == SPAN else 1 for kind in rule.state.values())
         scalars += 2 * MAX_STEPS + orders + len(gate.rules) + 1
+        scalars += orders**2 * (FORECASTS[config.forecast].keeps == SUMS)
     scalars += LIMITS * len(outer) + 2
     rows = max(len(gates), 1)
     refreshed = sum(stacks) * (text_len + seq_len) * config.refreshes

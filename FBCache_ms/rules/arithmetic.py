@@ -88,6 +88,22 @@ def running_sums(value, sums, factors):
     return mint.stack(new, 0).astype(sums.dtype)
 
 
+def ridge_inverse(inverse, basis):
+    """(X^T X + lambda I)^-1 with one more row t of X: P - P t (P t)^T / (1 + t^T P t) (Sherman and Morrison).
+
+    Args:
+        inverse: P, (K, K), symmetric.
+        basis: t, (K,).
+    """
+    moved = ridge_weights(inverse, basis)
+    return inverse - moved.expand_dims(1) * moved / (1 + (basis * moved).sum())
+
+
+def ridge_weights(inverse, basis):
+    """P t, (K,): what a ridge regression's value at t takes of each sum over its points."""
+    return (inverse * basis).sum(1)
+
+
 def last_values(value, values):
     """The last K values, newest first, (K, ...), with one more."""
     return mint.cat((value.expand_dims(0).astype(values.dtype), values[:-1]), 0)

@@ -9,14 +9,14 @@ from numbers import Real
 from typing import Callable, Mapping, Optional
 
 import numpy as np
-from numpy.polynomial.chebyshev import chebvander
 
 from .options import Option
-from .schedules import COMPUTE, REUSE
+from .schedules import REUSE
 
 DIFFERENCES, SUMS, VALUES = "differences", "sums", "values"
-"""What is kept, K of each: finite differences over the computed steps; sums over them; the values of the last K steps,
-newest first, those of reused steps as they were forecast."""
+"""What is kept, K of each: finite differences over the computed steps; sums over them, from which a ridge regression on
+K functions of the coordinate forecasts; the values of the last K steps, newest first, those of reused steps as they
+were forecast."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,10 @@ class Forecast:
         source: the paper's equation, or the project's function and version.
         text: what it does, behind its name.
         weights: weights(x, nodes, number, ratio), a scalar for each order; ``number`` is its own field's, and ``ratio``
-            the one of the probe's changes where it takes that.
-        gaps: gaps(x, nodes), what each order of the differences is divided by at a computed step; what each of the
-            sums takes of the new value; None for values.
+            the one of the probe's changes where it takes that. None for sums, where the number is the regression's
+            penalty.
+        gaps: gaps(x, nodes), what each order of the differences is divided by at a computed step; for sums the K
+            functions at x; None for values.
         options: {field of CacheConfig: Option}, at most one; a number, unless ``rows`` reads it.
         only_order: the one taylorseer_derivative that it works with, None for all.
         takes_ratio: whether the probe's changes scale it.
@@ -47,7 +48,7 @@ class Forecast:
     name: str
     source: str
     text: str
-    weights: Callable
+    weights: Optional[Callable]
     gaps: Optional[Callable]
     options: Mapping[str, Option] = field(default_factory=dict)
     only_order: Optional[int] = None
@@ -125,21 +126,10 @@ def around_the_middle(steps):
 
 def chebyshev(x, nodes):
     """T_m(x), Chebyshev's polynomials of the first kind: T_m = 2 x T_{m-1} - T_{m-2}."""
-    values = (1.0, x)
+    values = (x * 0 + 1, x)
     for order in range(2, len(nodes)):
         values = values + (2 * x * values[order - 1] - values[order - 2],)
     return values[: len(nodes)]
-
-
-def ridge(config, actions, sigmas):
-    """t_s (X^T X + lambda I)^-1: by ridge regression on the computed steps before step s, X their Chebyshev values."""
-    points = chebvander(around_the_middle(len(actions)), config.taylorseer_derivative)
-    penalty = config.spectrum_ridge * np.eye(points.shape[1])
-    rows = []
-    for step in np.flatnonzero(actions == REUSE):
-        before = points[:step][actions[:step] == COMPUTE]
-        rows.append(np.linalg.solve(before.T @ before + penalty, points[step]))
-    return np.reshape(rows, (-1, points.shape[1]))
 
 
 def mean_velocity(config, actions, sigmas):
@@ -227,14 +217,13 @@ SPECTRUM = Forecast(
     "spectrum",
     "Spectrum, CVPR 2026",
     "Spectrum's ridge regression of Chebyshev polynomials on all computed steps",
-    known,
+    None,
     chebyshev,
     options={
         "spectrum_ridge": Option(
             0.1, Real, (1e-6, None), "forecast", "lambda, what the regression's weights are held back by (Spectrum)"
         )
     },
-    rows=ridge,
     coordinate=around_the_middle,
     keeps=SUMS,
 )

@@ -271,6 +271,22 @@ def test_spectrum_is_a_ridge_regression_on_all_computed_steps(order, data, steps
 
 
 @quick
+@given(st.integers(2, 24), seeds, thresholds)
+def test_spectrum_under_a_gate_is_a_regression_on_what_the_gate_has_computed(steps, seed, threshold):
+    streams = Streams(seed, steps)
+    config = CacheConfig(threshold, taylorseer_derivative=2, forecast="spectrum", spectrum_ridge=0.5)
+    outputs, stats = replay(config, streams)
+    first, residual, computed = streams.span(0, 1), streams.span(1, BLOCKS), []
+    for step in range(steps):
+        if not stats.reused[step]:
+            computed.append((step, residual[step]))
+        expected = ref.spectrum(computed, step, steps, 2, 0.5) if stats.reused[step] else residual[step]
+        scale = max(1, np.abs(expected).max())
+        behind = streams.latents[step] + first[step] + expected
+        np.testing.assert_allclose(outputs[step] / scale, behind / scale, atol=2e-4)
+
+
+@quick
 @given(st.data(), st.integers(2, 24), seeds, st.lists(st.integers(1, 4), min_size=1, max_size=4))
 def test_meancache_follows_the_mean_velocity_of_the_last_steps(data, steps, seed, spans):
     streams = Streams(seed, steps)
