@@ -31,6 +31,21 @@ namespace {
 // Fewer elements than this are done before another thread has taken them.
 constexpr int64_t kWorthAThread = 1 << 14;
 
+// The last bits of a whole number, of any bits where it is none: to convert what is no number is undefined.
+inline uint32_t last_bits(double whole) {
+  whole += 0x1.8p52;
+  uint64_t bits;
+  std::memcpy(&bits, &whole, sizeof(bits));
+  return bits;
+}
+
+inline uint32_t last_bits(float whole) {
+  whole += 0x1.8p23f;
+  uint32_t bits;
+  std::memcpy(&bits, &whole, sizeof(bits));
+  return bits;
+}
+
 // e^x to 1e-7, for the compiler to vectorise: 2^n e^r with |r| <= ln(2) / 2, and e^r by its Taylor polynomial.
 inline float exponential(float x) {
   x = std::min(std::max(x, -87.0f), 88.0f);
@@ -43,7 +58,7 @@ inline float exponential(float x) {
   sum = sum * r + 0.5f;
   sum = sum * r + 1.0f;
   sum = sum * r + 1.0f;
-  const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
+  const uint32_t bits = (last_bits(n) + 127) << 23;
   float power;
   std::memcpy(&power, &bits, sizeof(power));
   return sum * power;
@@ -56,7 +71,7 @@ inline void sine_and_cosine(float x, float *sine, float *cosine) {
   const float odd = r + r * square * (-1.0f / 6 + square * (1.0f / 120 + square * (-1.0f / 5040 + square / 362880)));
   const float even =
       1 + square * (-0.5f + square * (1.0f / 24 + square * (-1.0f / 720 + square * (1.0f / 40320 - square / 3628800))));
-  const int32_t quarter = static_cast<int32_t>(turns);
+  const uint32_t quarter = last_bits(turns);
   const float s = quarter & 1 ? even : odd, c = quarter & 1 ? odd : even;
   *sine = quarter & 2 ? -s : s;
   *cosine = (quarter + 1) & 2 ? -c : c;
@@ -426,7 +441,8 @@ struct Linear {
   // x w^T + b of so many rows; theirs lie x_row and y_row apart.
   void operator()(const float *x, int64_t x_row, int64_t rows, float *y, int64_t y_row) const {
     for (int64_t row = 0; row < rows; ++row) std::copy_n(bias, columns, y + row * y_row);
-    if (multiply('N', 'T', rows, columns, depth, 1, x, x_row, weight, depth, 1, y, y_row, nullptr) != 0) {
+    // oneDNN takes none without rows.
+    if (rows > 0 && multiply('N', 'T', rows, columns, depth, 1, x, x_row, weight, depth, 1, y, y_row, nullptr) != 0) {
       throw std::runtime_error("oneDNN cannot multiply matrices");
     }
   }

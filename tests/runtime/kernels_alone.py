@@ -1,0 +1,110 @@
+"""Calls every kernel of kernels.cc as MindSpore would, but without it, for a sanitizer to look on.
+
+    python tests/runtime/kernels_alone.py LIBRARY ONEDNN NAME ...
+
+Inputs are made from the sizes that a kernel names, and from some that do not fit, each in an allocation of its own:
+MindSpore's tensors lie side by side in one, where it is not seen that a kernel reads beyond its input.
+"""
+
+import ctypes
+import itertools
+import os
+import re
+import sys
+
+import numpy as np
+
+SIZES = [
+    {"B": 1, "S": 5, "T": 3, "L": 7, "D": 8, "d": 4, "W": 12, "H": 6, "E": 8, "K": 4, "N": 5, "C": 3, "...": (3,)},
+    {"B": 2, "S": 1, "T": 1, "L": 1, "D": 2, "d": 2, "W": 1, "H": 1, "E": 1, "K": 1, "N": 1, "C": 1, "...": ()},
+    {"B": 2, "S": 65, "T": 36, "L": 99, "D": 72, "d": 36, "W": 99, "H": 77, "E": 50, "K": 9, "N": 300, "C": 40}
+    | {"...": (130, 3)},
+    {"B": 1, "S": 300, "T": 40, "L": 333, "D": 64, "d": 32, "W": 128, "H": 64, "E": 64, "K": 99, "N": 700, "C": 16}
+    | {"...": (2, 200)},
+]
+"""What letters and dots stand for: less than a tile, one each, odd ones and several threads' work."""
+
+
+ONE = np.ones((), np.float32)
+
+
+def shape_of(named, sizes):
+    """The shape that a kernel names, such as "B T+S 3D"; "1" is a scalar."""
+    shape = ()
+    for axis in () if named == "1" else named.split():
+        shape += sizes["..."] if axis == "..." else (sum(term_of(term, sizes) for term in axis.split("+")),)
+    return shape
+
+
+def term_of(term, sizes):
+    factor, letter = re.fullmatch(r"(\d*)([A-Za-z]?)", term).groups()
+    return int(factor or 1) * (sizes[letter] if letter else 1)
+
+
+def described(shapes):
+    """Ranks and shapes as a kernel is given them."""
+    sizes = [(ctypes.c_int64 * len(shape))(*shape) for shape in shapes]
+    pointers = (ctypes.POINTER(ctypes.c_int64) * len(sizes))(*(ctypes.POINTER(ctypes.c_int64)(each) for each in sizes))
+    return (ctypes.c_int * len(sizes))(*map(len, sizes)), pointers
+
+
+def function(library, name):
+    found = getattr(library, name)
+    found.restype = ctypes.c_char_p
+    return found
+
+
+def call(library, name, inputs):
+    """A kernel's outputs, and what it says where it refuses the inputs; as it does where it is asked for shapes."""
+    sizes = (ctypes.c_int64 * 64)(-1)
+    refused = function(library, f"{name}_shapes")(*described([x.shape for x in inputs]), sizes)
+    numbers, outputs = iter(sizes), []
+    for rank in iter(lambda: next(numbers), -1):
+        outputs.append(np.full(tuple(itertools.islice(numbers, rank)), np.nan, np.float32))
+    tensors = inputs + outputs
+    addresses = (ctypes.c_void_p * len(tensors))(*(x.ctypes.data for x in tensors))
+    said = function(library, f"{name}_called")(len(tensors), addresses, *described([x.shape for x in tensors]))
+    assert refused in (None, said), f"{name}: {refused} where it is compiled, {said} where it runs"
+    return outputs, said
+
+
+def misfits(shapes):
+    """Shapes one of which is another: a size more or less, an axis more or less."""
+    for index, shape in enumerate(shapes):
+        for axis, size in enumerate(shape):
+            for other in (size - 1, size + 1):
+                yield index, shape[:axis] + (other,) + shape[axis + 1 :]
+        yield index, shape + (2,)
+        if shape:
+            yield index, shape[1:]
+
+
+def check(library, name, rng):
+    """Calls a kernel with all that it may be given."""
+    named = function(library, f"{name}_named")().decode().split(", ")
+    for sizes in SIZES:
+        shapes = [shape_of(each, sizes) for each in named]
+        # One group, one filled order.
+        inputs = [rng.uniform(0.5, 1.5, shape).astype(np.float32) if shape else ONE for shape in shapes]
+        outputs, said = call(library, name, inputs)
+        assert said is None and all(np.isfinite(y).all() for y in outputs), f"{name}: {said or outputs}"
+        # What is no number goes through too, except where it says how many.
+        call(library, name, [np.full_like(x, np.nan) if x.ndim else x for x in inputs])
+        if sizes is SIZES[0]:
+            for index, shape in misfits(shapes):
+                others = inputs[:index] + [np.ones(shape, np.float32)] + inputs[index + 1 :]
+                call(library, name, others)
+
+
+def main(library, onednn, *names):
+    # A test's worker may have one processor; kernels shall share their work.
+    os.sched_setaffinity(0, range(os.cpu_count()))
+    ctypes.CDLL(onednn)
+    library, rng = ctypes.CDLL(library), np.random.default_rng(0)
+    for name in names:
+        check(library, name, rng)
+    print(f"{len(names)} kernels")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
