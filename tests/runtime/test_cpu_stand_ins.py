@@ -335,8 +335,8 @@ class Blocks(nn.Cell):
         return ops.concat(self.block(image, text, temb, (cosine, sine)), 1)
 
 
-SIZES = [(2, 5, 3, 2, 4), (1, 40, 9, 2, 64), (3, 17, 50, 4, 32)]
-"""Samples, image and text tokens, heads and their width: in one piece, and shared among threads."""
+SIZES = [(2, 5, 3, 2, 4), (1, 40, 9, 2, 64), (3, 17, 50, 4, 32), (1, 500, 40, 2, 16)]
+"""Samples, image and text tokens, heads and their width: in one piece, shared among threads, keys in several pieces."""
 
 
 def block_inputs(batch, image, text, heads, width):

@@ -16,6 +16,7 @@
 #include <cstring>
 #include <exception>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <mutex>
 #include <sstream>
@@ -304,29 +305,35 @@ int64_t rounded_up(int64_t size, int64_t unit) { return (size + unit - 1) / unit
 
 // A tile of a product, as large as the registers hold.
 using Lanes = float __attribute__((vector_size(64), aligned(4)));
-constexpr int64_t kLanes = 16, kRows = 6;
+constexpr int64_t kLanes = 16;
 #ifdef __AVX512F__
-constexpr int64_t kWide = 2;
+constexpr int64_t kRows = 8, kWide = 2;
 #else
-constexpr int64_t kWide = 1;
+constexpr int64_t kRows = 6, kWide = 1;
 #endif
 constexpr int64_t kColumns = kWide * kLanes;
 
-// c = a b for kRows rows of a, (kRows, depth), and kColumns columns of b, (depth, kColumns), each with its row length.
-inline void multiply_tile(const float *a, int64_t a_row, const float *b, int64_t b_row, int64_t depth, float *c,
+// c = a b, or c += a b, for kRows rows of a, (kRows, depth), and c, each with its row length, and b, (depth, kColumns).
+inline void multiply_tile(const float *a, int64_t a_row, const float *b, int64_t depth, bool adds, float *c,
                           int64_t c_row) {
-  Lanes sums[kRows][kWide] = {};
+  const auto at = [=](int64_t row, int64_t wide) { return reinterpret_cast<Lanes *>(c + row * c_row + wide * kLanes); };
+  Lanes sums[kRows][kWide];
+  for (int64_t row = 0; row < kRows; ++row) {
+    for (int64_t wide = 0; wide < kWide; ++wide) sums[row][wide] = adds ? *at(row, wide) : Lanes{};
+  }
   for (int64_t k = 0; k < depth; ++k) {
+    Lanes right[kWide];
     for (int64_t wide = 0; wide < kWide; ++wide) {
-      const Lanes right = *reinterpret_cast<const Lanes *>(b + k * b_row + wide * kLanes);
-#pragma GCC unroll 8
-      for (int64_t row = 0; row < kRows; ++row) sums[row][wide] += a[row * a_row + k] * right;
+      right[wide] = *reinterpret_cast<const Lanes *>(b + k * kColumns + wide * kLanes);
+    }
+#pragma GCC unroll 16
+    for (int64_t row = 0; row < kRows; ++row) {
+      const float left = a[row * a_row + k];
+      for (int64_t wide = 0; wide < kWide; ++wide) sums[row][wide] += left * right[wide];
     }
   }
   for (int64_t row = 0; row < kRows; ++row) {
-    for (int64_t wide = 0; wide < kWide; ++wide) {
-      *reinterpret_cast<Lanes *>(c + row * c_row + wide * kLanes) = sums[row][wide];
-    }
+    for (int64_t wide = 0; wide < kWide; ++wide) *at(row, wide) = sums[row][wide];
   }
 }
 
@@ -349,54 +356,106 @@ inline void norm_rotate(const float *x, const float *weight, const float *cosine
   }
 }
 
-// In place e^(x - max), and 1 over the sum of that.
-inline float softmax_numerators(float *x, int64_t size) {
-  float most = x[0], sum = 0;
-  for (int64_t i = 1; i < size; ++i) most = std::max(most, x[i]);
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < size; ++i) {
-    x[i] = exponential(x[i] - most);
-    sum += x[i];
-  }
-  return 1 / sum;
-}
+// Softmax of a row that comes piece by piece: the greatest so far, and the sum of e^(x - that).
+struct Softmax {
+  float most = std::numeric_limits<float>::lowest(), sum = 0;
 
-// Attention of one head, of the streams' tokens one after the other; every pointer is at the head's first element, rows
-// are ``row`` apart, those of the outputs ``output_row``.
-void attend(const std::vector<Stream> &streams, const float *cosine, const float *sine, float epsilon, int64_t width,
-            int64_t row, int64_t output_row) {
-  int64_t length = 0;
-  for (const Stream &stream : streams) length += stream.length;
-  const int64_t rows = rounded_up(length, kRows), columns = rounded_up(length, kColumns);
-  const int64_t wide = rounded_up(width, kColumns);
-  std::vector<float> queries(rows * width), keys(width * columns), values(length * wide), scores(kRows * columns),
-      attended(kRows * wide);
-  std::vector<float *> outputs;
-  const float scale = 1 / std::sqrt(static_cast<float>(width));
-  for (const Stream &stream : streams) {
-    for (int64_t t = 0; t < stream.length; ++t) {
-      const int64_t token = outputs.size();
-      const float *c = cosine + token * width, *s = sine + token * width;
-      norm_rotate(stream.query + t * row, stream.query_weight, c, s, epsilon, scale, width, &queries[token * width], 1);
-      norm_rotate(stream.key + t * row, stream.key_weight, c, s, epsilon, 1, width, &keys[token], columns);
-      std::copy_n(stream.value + t * row, width, &values[token * wide]);
-      outputs.push_back(stream.output + t * output_row);
+  // Makes e^(x - most) of a piece, in memory of whole Lanes, and returns the factor for what came of earlier pieces.
+  float add(float *x, int64_t size) {
+    std::fill(x + size, x + rounded_up(size, kLanes), std::numeric_limits<float>::lowest());
+    Lanes each = Lanes{} + most;
+    for (int64_t i = 0; i < size; i += kLanes) {
+      const Lanes here = *reinterpret_cast<const Lanes *>(x + i);
+      each = here > each ? here : each;
+    }
+    float greatest = most, pieces = 0;
+    for (int64_t i = 0; i < kLanes; ++i) greatest = std::max(greatest, each[i]);
+#pragma omp simd reduction(+ : pieces)
+    for (int64_t i = 0; i < size; ++i) {
+      x[i] = exponential(x[i] - greatest);
+      pieces += x[i];
+    }
+    const float factor = exponential(most - greatest);
+    most = greatest;
+    sum = sum * factor + pieces;
+    return factor;
+  }
+};
+
+// Attention of one head after the other, of pieces of the queries to pieces of the keys: what is made of these stays in
+// the processor's cache, whatever the length.
+class Head {
+ public:
+  Head(int64_t length, int64_t width)
+      : length_(length),
+        width_(width),
+        wide_(rounded_up(width, kColumns)),
+        queries_(rounded_up(length, kRows) * width),
+        keys_(rounded_up(length, kColumns) * width),
+        values_(length * wide_),
+        scores_(kQueries * kKeys),
+        attended_(kQueries * wide_) {}
+
+  // The streams' tokens are one after the other; every pointer is at the head's first element, rows are ``row`` apart,
+  // those of the outputs ``output_row``.
+  void attend(const std::vector<Stream> &streams, const float *cosine, const float *sine, float epsilon, int64_t row,
+              int64_t output_row) {
+    std::vector<float *> outputs;
+    const float scale = 1 / std::sqrt(static_cast<float>(width_));
+    for (const Stream &stream : streams) {
+      for (int64_t t = 0; t < stream.length; ++t) {
+        const int64_t token = outputs.size();
+        const float *c = cosine + token * width_, *s = sine + token * width_, *value = stream.value + t * row;
+        norm_rotate(stream.query + t * row, stream.query_weight, c, s, epsilon, scale, width_,
+                    &queries_[token * width_], 1);
+        // Keys as multiply_tile takes them, and so the values.
+        float *key = &keys_[token / kColumns * kColumns * width_ + token % kColumns];
+        norm_rotate(stream.key + t * row, stream.key_weight, c, s, epsilon, 1, width_, key, kColumns);
+        for (int64_t i = 0; i < width_; i += kColumns) {
+          std::copy_n(value + i, std::min(kColumns, width_ - i), &values_[i * length_ + token * kColumns]);
+        }
+        outputs.push_back(stream.output + t * output_row);
+      }
+    }
+    for (int64_t first = 0; first < length_; first += kQueries) {
+      attend(first, std::min(kQueries, length_ - first), &outputs[first]);
     }
   }
-  for (int64_t first = 0; first < length; first += kRows) {
-    for (int64_t column = 0; column < columns; column += kColumns) {
-      multiply_tile(&queries[first * width], width, &keys[column], columns, width, &scores[column], columns);
+
+ private:
+  static constexpr int64_t kQueries = 8 * kRows, kKeys = 256;
+
+  // So many queries from the first on.
+  void attend(int64_t first, int64_t queries, float *const *outputs) {
+    Softmax softmaxes[kQueries];
+    for (int64_t key = 0; key < length_; key += kKeys) {
+      const int64_t keys = std::min(kKeys, length_ - key);
+      for (int64_t column = 0; column < keys; column += kColumns) {
+        for (int64_t i = 0; i < queries; i += kRows) {
+          multiply_tile(&queries_[(first + i) * width_], width_, &keys_[(key + column) * width_], width_, false,
+                        &scores_[i * kKeys + column], kKeys);
+        }
+      }
+      for (int64_t i = 0; i < queries; ++i) {
+        const float factor = softmaxes[i].add(&scores_[i * kKeys], keys);
+        for (int64_t j = 0; key > 0 && j < wide_; ++j) attended_[i * wide_ + j] *= factor;
+      }
+      for (int64_t column = 0; column < wide_; column += kColumns) {
+        for (int64_t i = 0; i < queries; i += kRows) {
+          multiply_tile(&scores_[i * kKeys], kKeys, &values_[column * length_ + key * kColumns], keys, key > 0,
+                        &attended_[i * wide_ + column], wide_);
+        }
+      }
     }
-    float factors[kRows];
-    for (int64_t i = 0; i < kRows; ++i) factors[i] = softmax_numerators(&scores[i * columns], length);
-    for (int64_t column = 0; column < wide; column += kColumns) {
-      multiply_tile(scores.data(), columns, &values[column], wide, length, &attended[column], wide);
-    }
-    for (int64_t i = 0; i < std::min(kRows, length - first); ++i) {
-      for (int64_t j = 0; j < width; ++j) outputs[first + i][j] = attended[i * wide + j] * factors[i];
+    for (int64_t i = 0; i < queries; ++i) {
+      const float factor = 1 / softmaxes[i].sum;
+      for (int64_t j = 0; j < width_; ++j) outputs[i][j] = attended_[i * wide_ + j] * factor;
     }
   }
-}
+
+  int64_t length_, width_, wide_;
+  std::vector<float> queries_, keys_, values_, scores_, attended_;
+};
 
 // The rotary table of a block, cosine and sine (L, width), and the epsilon of its RMSNorms.
 struct Rotary {
@@ -418,6 +477,7 @@ void attend_all(const std::vector<Stream> &streams, int64_t batch, int64_t row, 
   // A pair of tokens takes about as long as kLanes elements do elsewhere for every kLanes of the width.
   const int64_t elements = batch * length * length * row / kLanes;
   in_pieces(batch * heads, elements, [&](int64_t begin, int64_t end) {
+    Head head(length, rotary.width);
     for (int64_t pair = begin; pair < end; ++pair) {
       const int64_t sample = pair / heads, offset = pair % heads * rotary.width;
       std::vector<Stream> here(streams);
@@ -428,7 +488,7 @@ void attend_all(const std::vector<Stream> &streams, int64_t batch, int64_t row, 
         stream.value += start;
         stream.output += sample * stream.length * output_row + offset;
       }
-      attend(here, rotary.cosine, rotary.sine, rotary.epsilon, rotary.width, row, output_row);
+      head.attend(here, rotary.cosine, rotary.sine, rotary.epsilon, row, output_row);
     }
   });
 }
