@@ -17,6 +17,7 @@ from FBCache_ms.eval.shared.files import check_folder, json_bytes, say_written, 
 
 BENCHMARKS = {
     "overhead": "The loop against its limit",
+    "products": "A block against its products",
     "branches": "What a branch costs",
     "against_torch": "Against torch",
     "against_example": "Against the example in mindone",
