@@ -40,4 +40,6 @@ def test_sanitizers_find_nothing_in_the_kernels(runtime, tmp_path):
     environment = {**os.environ, "LD_PRELOAD": " ".join(preloaded), "ASAN_OPTIONS": "detect_leaks=0"}
     command = sys.executable, str(HERE / "kernels_alone.py"), str(library), str(onednn), *names
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if "unexpected memory mapping" in done.stderr:
+        pytest.skip("GCC's thread sanitizer does not run where Linux lays out memory this much at random")
     assert done.returncode == 0 and done.stdout == f"{len(names)} kernels\n", done.stdout + done.stderr[-5000:]
