@@ -1,9 +1,10 @@
 """Calls every kernel of kernels.cc as MindSpore would, but without it, for a sanitizer to look on.
 
-    python tests/runtime/kernels_alone.py LIBRARY ONEDNN NAME ...
+    python tests/runtime/kernels_alone.py LIBRARY ONEDNN OUTPUTS NAME ...
 
 Inputs are made from the sizes that a kernel names, and from some that do not fit, each in an allocation of its own:
-MindSpore's tensors lie side by side in one, where it is not seen that a kernel reads beyond its input.
+MindSpore's tensors lie side by side in one, where it is not seen that a kernel reads beyond its input. What came out
+where they fit goes into the file OUTPUTS, for other libraries to be compared.
 """
 
 import ctypes
@@ -80,7 +81,8 @@ def misfits(shapes):
 
 
 def check(library, name, rng):
-    """Calls a kernel with all that it may be given."""
+    """Calls a kernel with all that it may be given; its outputs where that fits."""
+    fitting = []
     named = function(library, f"{name}_named")().decode().split(", ")
     for sizes in SIZES:
         shapes = [shape_of(each, sizes) for each in named]
@@ -88,21 +90,22 @@ def check(library, name, rng):
         inputs = [rng.uniform(0.5, 1.5, shape).astype(np.float32) if shape else ONE for shape in shapes]
         outputs, said = call(library, name, inputs)
         assert said is None and all(np.isfinite(y).all() for y in outputs), f"{name}: {said or outputs}"
+        fitting += [y.ravel() for y in outputs]
         # What is no number goes through too, except where it says how many.
         call(library, name, [np.full_like(x, np.nan) if x.ndim else x for x in inputs])
         if sizes is SIZES[0]:
             for index, shape in misfits(shapes):
                 others = inputs[:index] + [np.ones(shape, np.float32)] + inputs[index + 1 :]
                 call(library, name, others)
+    return np.concatenate(fitting)
 
 
-def main(library, onednn, *names):
+def main(library, onednn, outputs, *names):
     # A test's worker may have one processor; kernels shall share their work.
     os.sched_setaffinity(0, range(os.cpu_count()))
     ctypes.CDLL(onednn)
-    library, rng = ctypes.CDLL(library), np.random.default_rng(0)
-    for name in names:
-        check(library, name, rng)
+    library = ctypes.CDLL(library)
+    np.savez(outputs, **{name: check(library, name, np.random.default_rng(0)) for name in names})
     print(f"{len(names)} kernels")
 
 

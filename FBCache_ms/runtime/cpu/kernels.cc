@@ -303,14 +303,17 @@ class Sizes {
 
 int64_t rounded_up(int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; }
 
-// A tile of a product, as large as the registers hold.
-using Lanes = float __attribute__((vector_size(64), aligned(4)));
-constexpr int64_t kLanes = 16;
+// A register of the processor, and a tile of a product, as large as all of them hold. Vectors longer than a register are
+// kept in memory by GCC, which takes several times as long.
 #ifdef __AVX512F__
-constexpr int64_t kRows = 8, kWide = 2;
+constexpr int64_t kLanes = 16, kRows = 8;
+#elif defined(__AVX__)
+constexpr int64_t kLanes = 8, kRows = 6;
 #else
-constexpr int64_t kRows = 6, kWide = 1;
+constexpr int64_t kLanes = 4, kRows = 6;
 #endif
+using Lanes = float __attribute__((vector_size(kLanes * sizeof(float)), aligned(4)));
+constexpr int64_t kWide = 2;
 constexpr int64_t kColumns = kWide * kLanes;
 
 // c = a b, or c += a b, for kRows rows of a, (kRows, depth), and c, each with its row length, and b, (depth, kColumns).
