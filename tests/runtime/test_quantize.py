@@ -16,7 +16,7 @@ from quantized import make_wide
 from safetensors import safe_open
 
 import mindspore as ms
-from mindspore import mint
+from mindspore import mint, nn
 
 from FBCache_ms import (
     CacheConfig,
@@ -31,6 +31,7 @@ from FBCache_ms import (
 from FBCache_ms.eval.shared.metrics import psnr
 from FBCache_ms.models import transformer_flux_withFBCache as flux
 from FBCache_ms.models.quantized import Int8Linear, Int8WeightOnlyLinear
+from FBCache_ms.runtime.cpu import kernels
 from FBCache_ms.runtime.device import graph_mode
 from FBCache_ms.runtime.quantize import check_quantize, quantized_as, quantized_layers
 
@@ -109,6 +110,43 @@ def test_a_layer_with_rounded_inputs_sums_integers_exactly():
     exact = quantised @ layer.weight.asnumpy().astype(np.int64).T
     scaled = exact.astype(np.float32) * token_scale * layer.weight_scale.asnumpy()
     np.testing.assert_array_equal(found, scaled)
+
+
+class Blocks(nn.Cell):
+    """The first double and the first single block of a transformer."""
+
+    def __init__(self, transformer):
+        super().__init__(auto_prefix=False)
+        self.double, self.single = transformer.transformer_blocks[0], transformer.single_transformer_blocks[0]
+
+    def construct(self, image, text, temb, cosine, sine):
+        text, image = self.double(image, text, temb, (cosine, sine))
+        return mint.cat(self.single(image, text, temb, (cosine, sine)), 1)
+
+
+@pytest.mark.skipif(kernels.LINEAR is None, reason="no g++")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_block_of_int8_layers_is_one_kernel_on_a_cpu(checkpoint, kind, monkeypatch):
+    transformer = load(checkpoint, quantize_config=QuantizeConfig(kind)).transformer
+    width, heads = transformer.inner_dim, transformer.config.num_attention_heads
+    rng, angles = (
+        np.random.default_rng(0),
+        np.random.default_rng(1).uniform(0, 6, (9, width // heads // 2)).repeat(2, 1),
+    )
+    streams = [rng.standard_normal(shape) for shape in ((2, 6, width), (2, 3, width), (2, width))]
+    inputs = [ms.Tensor(value, ms.float32) for value in (*streams, np.cos(angles), np.sin(angles))]
+    blocks = Blocks(transformer)
+    assert None not in (blocks.double.kernel_weights, blocks.single.kernel_weights)
+    with graph_mode(True):
+        by_kernel = blocks(*inputs).asnumpy()
+        for block in (blocks.double, blocks.single):
+            monkeypatch.setattr(vars(type(block))["kernel_weights"], "int8", False)
+            assert block.kernel_weights is None
+        by_operators = Blocks(transformer)(*inputs).asnumpy()
+    # An input that lies between two levels may be rounded to the other one.
+    limit = 1e-5 if kind == "int8_weight_only" else 0.02
+    np.testing.assert_allclose(by_kernel, by_operators, rtol=0, atol=limit * np.abs(by_operators).max())
+    assert np.abs(by_kernel - by_operators).mean() < 1e-4
 
 
 @pytest.mark.parametrize("kind", KINDS)

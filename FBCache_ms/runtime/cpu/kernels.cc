@@ -496,17 +496,43 @@ void attend_all(const std::vector<Stream> &streams, int64_t batch, int64_t row, 
   });
 }
 
-// A linear layer: weight (columns, depth), bias (columns).
+// So many rows of int8 weights are made floats at a time: they stay in the cache.
+constexpr int64_t kDenseRows = 64;
+
+// So many products of two levels are summed exactly in float.
+constexpr int64_t kExact = 1024;
+
+// A linear layer: weight (columns, depth), bias (columns). With int8 weights the weight is null, and there are levels of
+// its shape and a scale (columns). Where it rounds, each row of x is made levels and a scale too.
 struct Linear {
   const float *weight, *bias;
   int64_t columns, depth;
+  const int8_t *levels = nullptr;
+  const float *scale = nullptr;
+  bool rounds = false;
 
   // x w^T + b of so many rows; theirs lie x_row and y_row apart.
   void operator()(const float *x, int64_t x_row, int64_t rows, float *y, int64_t y_row) const {
     for (int64_t row = 0; row < rows; ++row) std::copy_n(bias, columns, y + row * y_row);
     // oneDNN takes none without rows.
-    if (rows > 0 && multiply('N', 'T', rows, columns, depth, 1, x, x_row, weight, depth, 1, y, y_row, nullptr) != 0) {
-      throw std::runtime_error("oneDNN cannot multiply matrices");
+    if (rows == 0) return;
+    if (!levels) return add_product(x, x_row, rows, weight, columns, y, y_row);
+    std::vector<float> dense(std::min(columns, kDenseRows) * depth), rounded, steps;
+    if (rounds) round_rows(x, x_row, rows, &rounded, &steps);
+    for (int64_t begin = 0; begin < columns; begin += kDenseRows) {
+      const int64_t count = std::min(columns - begin, kDenseRows);
+      for (int64_t column = begin; column < begin + count; ++column) {
+        const int8_t *level = levels + column * depth;
+        const float by = rounds ? 1 : scale[column];
+        float *to = dense.data() + (column - begin) * depth;
+#pragma omp simd
+        for (int64_t i = 0; i < depth; ++i) to[i] = by * level[i];
+      }
+      if (rounds) {
+        add_exact_product(rounded, steps, rows, dense.data(), begin, count, y + begin, y_row);
+      } else {
+        add_product(x, x_row, rows, dense.data(), count, y + begin, y_row);
+      }
     }
   }
 
@@ -515,7 +541,51 @@ struct Linear {
 
   // The columns [begin, end) alone.
   Linear part(int64_t begin, int64_t end) const {
+    if (levels) return {nullptr, bias + begin, end - begin, depth, levels + begin * depth, scale + begin, rounds};
     return {weight + begin * depth, bias + begin, end - begin, depth};
+  }
+
+ private:
+  void add_product(const float *x, int64_t x_row, int64_t rows, const float *w, int64_t w_rows, float *y,
+                   int64_t y_row) const {
+    multiplied(rows, w_rows, depth, x, x_row, w, 1, y, y_row);
+  }
+
+  void multiplied(int64_t rows, int64_t w_rows, int64_t deep, const float *x, int64_t x_row, const float *w, float beta,
+                  float *y, int64_t y_row) const {
+    if (multiply('N', 'T', rows, w_rows, deep, 1, x, x_row, w, depth, beta, y, y_row, nullptr) != 0) {
+      throw std::runtime_error("oneDNN cannot multiply matrices");
+    }
+  }
+
+  // Each row as levels and the step between them, max|x| / 127.
+  void round_rows(const float *x, int64_t x_row, int64_t rows, std::vector<float> *rounded,
+                  std::vector<float> *steps) const {
+    rounded->resize(rows * depth);
+    for (int64_t row = 0; row < rows; ++row, x += x_row) {
+      float greatest = 0, *to = rounded->data() + row * depth;
+      for (int64_t i = 0; i < depth; ++i) greatest = std::max(greatest, std::abs(x[i]));
+      const float step = greatest > 0 ? greatest / 127 : 1;
+      for (int64_t i = 0; i < depth; ++i) to[i] = std::nearbyint(x[i] / step);
+      steps->push_back(step);
+    }
+  }
+
+  // Levels by levels, exact until they are scaled.
+  void add_exact_product(const std::vector<float> &rounded, const std::vector<float> &steps, int64_t rows,
+                         const float *w, int64_t first, int64_t w_rows, float *y, int64_t y_row) const {
+    std::vector<float> part(rows * w_rows);
+    std::vector<double> sums(rows * w_rows);
+    for (int64_t begin = 0; begin < depth; begin += kExact) {
+      const int64_t deep = std::min(depth - begin, kExact);
+      multiplied(rows, w_rows, deep, rounded.data() + begin, depth, w + begin, 0, part.data(), w_rows);
+      for (size_t i = 0; i < sums.size(); ++i) sums[i] += part[i];
+    }
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t i = 0; i < w_rows; ++i) {
+        y[row * y_row + i] += static_cast<float>(sums[row * w_rows + i]) * steps[row] * scale[first + i];
+      }
+    }
   }
 };
 
@@ -571,17 +641,25 @@ class Scratch {
   std::vector<std::unique_ptr<float[]>> parts_;
 };
 
-// A kernel's inputs, read one after the other.
+// A kernel's inputs, read one after the other. With int8 weights a scale stands between weight and bias, and before all
+// weights whether each layer rounds, 1 or 0.
 struct Inputs {
   void **tensors;
   int64_t **shapes;
   int next;
+  bool int8 = false;
+  const float *rounds = nullptr;
 
   const float *tensor() { return static_cast<const float *>(tensors[next++]); }
+  void begin_weights() {
+    if (int8) rounds = tensor();
+  }
   Linear linear() {
     const int64_t *shape = shapes[next];
     const float *weight = tensor();
-    return {weight, tensor(), shape[0], shape[1]};
+    if (!int8) return {weight, tensor(), shape[0], shape[1]};
+    const float *scale = tensor();
+    return {nullptr, tensor(), shape[0], shape[1], reinterpret_cast<const int8_t *>(weight), scale, *rounds++ > 0};
   }
 };
 
@@ -816,26 +894,40 @@ KERNEL(timestep_embedding) {
 
 #define ATTENDING "6D D, 6D, D D, D, D D, D, D D, D, d, d, D D, D"
 #define FEED_FORWARD "W D, W, D W, D"
+#define ATTENDING_INT8 "6D D, 6D, 6D, D D, D, D, D D, D, D, D D, D, D, d, d, D D, D, D"
+#define FEED_FORWARD_INT8 "W D, W, W, D W, D, D"
+
+// A block's kernel for float weights, and for int8 ones.
+#define BLOCK_KERNELS(name)                                       \
+  KERNEL(name) { return name##_of({tensors, shapes, 0}, count); } \
+  KERNEL(name##_int8) { return name##_of({tensors, shapes, 0, true}, count); }
 
 // A double block without the end of its text stream: image (B, S, D), text (B, T, D), modulation vector (B, D), cosine
 // and sine (T + S, d), the epsilons of LayerNorm and RMSNorm (2), the image's weights as Attending and FeedForward read
 // them, the text's as Attending does. Then come the image behind the block and what behind_double takes for the text:
 // what it attends to, gate, shift, scale and gate of the MLP.
-SIZES(double_block, "B S D, B T D, B D, T+S d, T+S d, 2, " ATTENDING ", " FEED_FORWARD ", " ATTENDING)
+#define STREAMS "B S D, B T D, B D, T+S d, T+S d, 2, "
+SIZES(double_block, STREAMS ATTENDING ", " FEED_FORWARD ", " ATTENDING)
+SIZES(double_block_int8, STREAMS "12, " ATTENDING_INT8 ", " FEED_FORWARD_INT8 ", " ATTENDING_INT8)
 INFER_TYPES(double_block, 6)
-INFER_SHAPES(double_block) {
+INFER_TYPES(double_block_int8, 6)
+std::vector<std::vector<int64_t>> double_block_outputs(int64_t **shapes) {
   const std::vector<int64_t> image(shapes[0], shapes[0] + 3), text(shapes[1], shapes[1] + 3);
   const std::vector<int64_t> vector(shapes[2], shapes[2] + 2);
   return {image, text, vector, vector, vector, vector};
 }
-KERNEL(double_block) {
-  Inputs inputs{tensors, shapes, 0};
+INFER_SHAPES(double_block) { return double_block_outputs(shapes); }
+INFER_SHAPES(double_block_int8) { return double_block_outputs(shapes); }
+int double_block_of(Inputs inputs, int count) {
+  void **tensors = inputs.tensors;
+  int64_t **shapes = inputs.shapes;
   const float *x[] = {inputs.tensor(), inputs.tensor()}, *condition = inputs.tensor();
   const float *cosine = inputs.tensor(), *sine = inputs.tensor(), *epsilons = inputs.tensor();
   const int64_t batch = shapes[0][0], width = shapes[0][2], step = 6 * width;
   const int64_t lengths[] = {shapes[0][1], shapes[1][1]};
   const Rotary rotary{cosine, sine, epsilons[1], shapes[3][1]};
   Scratch scratch;
+  inputs.begin_weights();
   const Attending image(&inputs);
   float *attended[] = {scratch.floats(batch * lengths[0] * width), OUTPUTS(6, 1)};
   float *modulations[] = {scratch.floats(batch * step), scratch.floats(batch * step)};
@@ -881,34 +973,49 @@ KERNEL(double_block) {
   in_pieces(rows[0], feed_forward.elements(), feed_forward);
   return 0;
 }
+BLOCK_KERNELS(double_block)
 
 // behind_double: a stream (B, L, D), what it attends to, gate, shift, scale and gate of the MLP (B, D), the epsilons, and
 // the weights as FeedForward reads them.
-SIZES(behind_double, "B L D, B L D, B D, B D, B D, B D, 1, " FEED_FORWARD)
+#define ATTENDED "B L D, B L D, B D, B D, B D, B D, 1, "
+SIZES(behind_double, ATTENDED FEED_FORWARD)
+SIZES(behind_double_int8, ATTENDED "2, " FEED_FORWARD_INT8)
 INFER_TYPE(behind_double)
+INFER_TYPE(behind_double_int8)
 INFER_SHAPE(behind_double) { return {shapes[0], shapes[0] + ranks[0]}; }
-KERNEL(behind_double) {
+INFER_SHAPE(behind_double_int8) { return {shapes[0], shapes[0] + ranks[0]}; }
+int behind_double_of(Inputs inputs, int count) {
+  void **tensors = inputs.tensors;
+  int64_t **shapes = inputs.shapes;
   const int64_t batch = shapes[0][0], length = shapes[0][1], width = shapes[0][2];
   const Attended from{TENSOR(0), TENSOR(1), TENSOR(2), TENSOR(3), TENSOR(4), TENSOR(5), width, batch, length, width};
-  Inputs inputs{tensors, shapes, 7};
+  inputs.next = 7;
+  inputs.begin_weights();
   Scratch scratch;
   const FeedForward feed_forward(&inputs, from, *TENSOR(6), OUTPUT, &scratch);
   in_pieces(batch * length, feed_forward.elements(), feed_forward);
   return 0;
 }
+BLOCK_KERNELS(behind_double)
 
 // A single block: image (B, S, D), text (B, T, D), modulation vector (B, D), cosine and sine (T + S, d), the epsilons,
 // then weights and biases of modulation, queries, keys, values, the RMSNorms' weights, MLP and output. Both streams
 // behind it, text first.
-SIZES(single_block, "B S D, B T D, B D, T+S d, T+S d, 2, 3D D, 3D, D D, D, D D, D, D D, D, d, d, W D, W, D D+W, D")
+SIZES(single_block, STREAMS "3D D, 3D, D D, D, D D, D, D D, D, d, d, W D, W, D D+W, D")
+SIZES(single_block_int8, STREAMS "6, 3D D, 3D, 3D, D D, D, D, D D, D, D, D D, D, D, d, d, W D, W, W, D D+W, D, D")
 INFER_TYPES(single_block, 2)
-INFER_SHAPES(single_block) {
+INFER_TYPES(single_block_int8, 2)
+std::vector<std::vector<int64_t>> single_block_outputs(int64_t **shapes) {
   return {{shapes[1], shapes[1] + 3}, {shapes[0], shapes[0] + 3}};
 }
-KERNEL(single_block) {
-  Inputs inputs{tensors, shapes, 0};
+INFER_SHAPES(single_block) { return single_block_outputs(shapes); }
+INFER_SHAPES(single_block_int8) { return single_block_outputs(shapes); }
+int single_block_of(Inputs inputs, int count) {
+  void **tensors = inputs.tensors;
+  int64_t **shapes = inputs.shapes;
   const float *image = inputs.tensor(), *text = inputs.tensor(), *condition = inputs.tensor();
   const float *cosine = inputs.tensor(), *sine = inputs.tensor(), *epsilons = inputs.tensor();
+  inputs.begin_weights();
   const Linear modulation = inputs.linear(), query = inputs.linear(), key = inputs.linear(), value = inputs.linear();
   const float *query_norm = inputs.tensor(), *key_norm = inputs.tensor();
   const Linear mlp = inputs.linear(), out = inputs.linear();
@@ -949,6 +1056,7 @@ KERNEL(single_block) {
   });
   return 0;
 }
+BLOCK_KERNELS(single_block)
 
 // cos(t f), then sin(t f) in a row: times t (N), frequencies f (K). MindSpore takes 3 ms for a thousand times.
 SIZES(sinusoids, "N, K")

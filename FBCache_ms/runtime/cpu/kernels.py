@@ -58,8 +58,11 @@ COMPILER = shutil.which("g++")
 KERNELS_FILE = COMPILER and compiled(COMPILER, users_folder())
 
 
-def kernel(name, inputs, outputs=1):
-    """A kernel of so many float32 tensors as an operator, None where there is no library."""
+def kernel(name, inputs, outputs=1, int8=()):
+    """A kernel of so many float32 tensors as an operator, None where there is no library.
+
+    Those inputs whose numbers are in ``int8`` are int8.
+    """
     if KERNELS_FILE is None:
         return None
     # The library tells the outputs' shapes: a graph that is compiled while it runs cannot ask Python.
@@ -68,7 +71,10 @@ def kernel(name, inputs, outputs=1):
         info.input(index, f"input{index}")
     for index in range(outputs):
         info.output(index, f"output{index}")
-    info.dtype_format(*[DataType.F32_Default] * (inputs + outputs))
+    kinds = [DataType.F32_Default] * (inputs + outputs)
+    for index in int8:
+        kinds[index] = DataType.I8_Default
+    info.dtype_format(*kinds)
     return ops.Custom(f"{KERNELS_FILE}:{name}", func_type="aot", reg_info=info.get_op_info())
 
 
@@ -98,3 +104,7 @@ TIMESTEP_EMBEDDING = product_kernel("timestep_embedding", 5)
 DOUBLE_BLOCK = product_kernel("double_block", 34, 6)
 BEHIND_DOUBLE = product_kernel("behind_double", 11)
 SINGLE_BLOCK = product_kernel("single_block", 20, 2)
+# With int8 weights: whether each layer rounds its input stands before them, and a scale behind each.
+DOUBLE_BLOCK_INT8 = product_kernel("double_block_int8", 47, 6, (7, 10, 13, 16, 21, 24, 27, 30, 33, 36, 39, 44))
+BEHIND_DOUBLE_INT8 = product_kernel("behind_double_int8", 14, 1, (8, 11))
+SINGLE_BLOCK_INT8 = product_kernel("single_block_int8", 27, 2, (7, 10, 13, 16, 21, 24))

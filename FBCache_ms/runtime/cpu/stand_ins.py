@@ -25,6 +25,7 @@ from mindspore import mint, ops
 
 from ...models import kernels as model_kernels
 from ...models.mindones import is_mindones
+from ...models.quantized import Int8Linear, Int8WeightOnlyLinear
 from ...rules import kernels as rule_kernels
 from . import kernels
 
@@ -257,26 +258,33 @@ class Weights:
     """The weights that a cell's kernel reads, in its order; None where the cell is more than the kernel stands for.
 
     An attribute, made when the parser asks for it, since parsing as many attributes takes it a while for each block.
-    ``layers`` gives a cell's layers in that order, or None.
+    ``layers`` gives a cell's layers in that order, or None. Where there is a kernel for ``int8`` weights, those of all
+    layers may be: first comes whether each rounds its input, 1 or 0, and behind each weight its scale.
     """
 
-    def __init__(self, layers):
-        self.layers = layers
+    def __init__(self, layers, int8=False):
+        self.layers, self.int8 = layers, int8
 
     def __get__(self, cell, owner):
         layers = None if cell is None or kernels.LINEAR is None else self.layers(cell)
         if layers is None:
             return None
-        weights = ()
+        weights, dense, rounds = (), 0, ()
         for layer in layers:
             # An adapter is a layer of another type.
             if is_mindones(layer, mint.nn.Linear):
-                weights += (layer.weight, layer.bias)
+                weights, dense = (*weights, layer.weight, layer.bias), dense + 1
+            elif self.int8 and any(is_mindones(layer, kind) for kind in (Int8WeightOnlyLinear, Int8Linear)):
+                weights += (layer.weight, layer.weight_scale, layer.bias)
+                rounds += (isinstance(layer, Int8Linear),)
             elif is_mindones(layer, normalization.RMSNorm) and layer.bias is None:
                 weights += (layer.weight,)
             else:
                 return None
-        return None if any(weight is None or weight.dtype != ms.float32 for weight in weights) else weights
+        kinds = {ms.float32, ms.int8} if rounds else {ms.float32}
+        if dense and rounds or any(weight is None or weight.dtype not in kinds for weight in weights):
+            return None
+        return (ms.Tensor(rounds, ms.float32), *weights) if rounds else weights
 
 
 def layer_norm_layers(cell):
@@ -445,7 +453,7 @@ FUSED_STAND_INS = (
     (embeddings.TimestepEmbedding, "kernel_weights", Weights(timestep_embedding_layers)),
     (embeddings.TimestepEmbedding, "construct", fused_timestep_embedding_cell),
     (mint.nn.LayerNorm, "kernel_weights", Weights(layer_norm_layers)),
-    (attention.FeedForward, "kernel_weights", Weights(feed_forward_layers)),
+    (attention.FeedForward, "kernel_weights", Weights(feed_forward_layers, int8=True)),
     (rule_kernels, "relative_difference", fused_relative_difference),
     (rule_kernels, "weighted_sum", fused_weighted_sum),
     (rule_kernels, "finite_differences", fused_finite_differences),
