@@ -36,6 +36,8 @@ CASES = {
     "CG-Taylor": (FLUX, "F1B0_W0_T1O1_R0.3,gate=cg_taylor", {}),
     "DiCache": (FLUX, "F1B0_W0_T1O1_R0.4,gate=dicache,forecast=dicache", {}),
     "static": (FLUX, "taylorseer", {}),
+    "SpeCa": (FLUX, "F0B0_W0_T1O2_R0.12,gate=speca,speca_threshold=0.5,speca_decay=1", {}),
+    "MeanCache": (FLUX, "meancache", CFG),
     "cfg_parallel": (FLUX, "F1B0_W0_T1O1_R0.3", {"cfg_parallel": True, **CFG}),
     "Ulysses, true CFG": (FLUX, "F1B0_W0_T1O1_R0.3", {"scheme": "ulysses", **CFG}),
     "Ulysses, Qwen-Image": (QWEN, "F1B0_W0_R0.3", {"scheme": "ulysses", **QWEN_CFG}),
