@@ -98,11 +98,13 @@ class Drawn:
         one = draw(checkpoints, name)
         # An input that lies between two levels may be rounded to the other one.
         limit = 5e-3 if name == "int8" else 1e-5
+        # SpeCa divides by each number of a stream, however small.
+        relative = 2e-2 if name == "SpeCa" else 1e-3
         for rank in self.ranks:
             np.testing.assert_array_equal(rank[f"{name}: reused"], one["reused"])
             np.testing.assert_allclose(rank[f"{name}: latents"], one["latents"], rtol=0, atol=limit)
             np.testing.assert_array_equal(rank[f"{name}: latents"], self.ranks[0][f"{name}: latents"])
-            np.testing.assert_allclose(rank[f"{name}: diffs"], one["diffs"], rtol=1e-3, atol=1e-5)
+            np.testing.assert_allclose(rank[f"{name}: diffs"], one["diffs"], rtol=relative, atol=1e-5)
         return one
 
 
