@@ -135,7 +135,9 @@ def record_or_refresh(model, gate, image, text, given):
         for index in range(len(gate.blocks)):
             image, text, kept = model.recorded_block(index, image, text, given)
             for place in range(len(kept)):
-                gate.blocks[index][place].record(*kept[place])
+                # MindSpore 2.10.0 takes a method of a tuple's item for an assignment to it.
+                stream = gate.blocks[index][place]
+                stream.record(*kept[place])
     return image, text
 
 
