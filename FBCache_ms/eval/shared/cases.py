@@ -184,6 +184,8 @@ def rules():
             "F0B0_W0_T1O3_R0.12,gate=static,schedule=meancache_17,forecast=meancache,meancache_steps=2/1/1/1/1/1/4",
         ),
         Row("FORA", "FORA", "fora"),
+        Row("ToCa", "ToCa", "toca"),
+        Row("DuCa", "DuCa", "duca"),
         Row("Delta-DiT", "Delta-DiT", "delta_dit"),
         Row("MagCache", "MagCache", "magcache"),
         Row("EasyCache", "EasyCache", "easycache"),
