@@ -52,6 +52,15 @@ def replaced():
     return {(owner, name): vars(owner).get(name) for owner, name in places}
 
 
+@pytest.fixture(autouse=True)
+def mode_as_it_was():
+    """What a test does to the mode ends with it."""
+    mode = ms.get_context("mode")
+    yield
+    if ms.get_context("mode") != mode:
+        ms.set_context(mode=mode)
+
+
 @pytest.fixture(params=["plain", "fused"])
 def installed(request, monkeypatch):
     """Either kind of the stand-ins that there are two of: those without a C++ compiler, and those with one."""
