@@ -186,12 +186,13 @@ def draw(pipe, prompts, guided, **arguments):
     )[0].asnumpy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "schedule, interval, guided, kinds",
     [
         ("duca", 6, False, "FFFATATAFATA"),
         ("toca", 5, False, "FFFTTTTFTTTT"),
-        pytest.param("duca", 4, True, "FFFATAFATAFA", marks=pytest.mark.slow),
+        ("duca", 4, True, "FFFATAFATAFA"),
     ],
 )
 def test_the_graph_is_its_authors(pipelines, schedule, interval, guided, kinds):
@@ -235,6 +236,7 @@ def controlled_call(transformer, seed=0):
     }
 
 
+@pytest.mark.slow
 def test_a_refresh_of_the_same_call_is_the_full_step_with_a_controlnet_too(pipelines):
     transformer = pipelines[1].transformer
     call, time = controlled_call(transformer), ms.Tensor([0.5], ms.float32)
