@@ -32,13 +32,18 @@ STEPS, SEED = 28, 7
 THRESHOLDS, ORDERS = (0.08, 0.12, 0.2), (0, 1, 2)
 WIDTH, HEADS, DOUBLES, SINGLES = 3072, 24, 1, 2
 
+FIRST = ("transformer_blocks.0.",)
+"""What the gate compares is what this block adds."""
+
 ROUNDED = "weights in bfloat16"
 KINDS = {
     "float32": None,
     ROUNDED: None,
     "int8_weight_only": QuantizeConfig(),
     "int8_weight_only, every layer": QuantizeConfig(layers="all"),
+    "int8_weight_only, the first block dense": QuantizeConfig(exclude_layers=FIRST),
     "int8": QuantizeConfig("int8"),
+    "int8, the first block dense": QuantizeConfig("int8", exclude_layers=FIRST),
     "int8, the modulation too": QuantizeConfig("int8", weight_only_layers=()),
 }
 """How the transformer's weights are kept."""
