@@ -183,6 +183,11 @@ def rules():
             "MeanCache, 17 of 50",
             "F0B0_W0_T1O3_R0.12,gate=static,schedule=meancache_17,forecast=meancache,meancache_steps=2/1/1/1/1/1/4",
         ),
+        Row(
+            "MeanCache",
+            "MeanCache, 25 of 50",
+            "F0B0_W0_T1O4_R0.12,gate=static,schedule=meancache_25,forecast=meancache,meancache_steps=1/1/1/5",
+        ),
         Row("FORA", "FORA", "fora"),
         Row("ToCa", "ToCa", "toca"),
         Row("DuCa", "DuCa", "duca"),
