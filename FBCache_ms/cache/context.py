@@ -28,6 +28,7 @@ from .gates import (
     LIMITS,
     GatePlan,
     check_shape,
+    deciding,
     every_gate,
     numbers_width,
     places,
@@ -614,17 +615,13 @@ class CacheContext:
         has a part of, as ``traces`` gives it.
         """
         traces = traces or self.traces()
-        skipped = None if costs is None else skipped_share(self.deciding(), traces, [costs] * len(traces))
+        skipped = None if costs is None else skipped_share(deciding(self.gates), traces, [costs] * len(traces))
         uncond = CacheStats(traces[1]) if len(traces) == 2 else None
         return CacheStats(traces[0], skipped, uncond)
 
-    def deciding(self):
-        """The gates that may reuse, outer before inner."""
-        return tuple(gate for gate in every_gate(self.gates) if gate.decides)
-
     def traces(self):
         """Each branch's GateStats so far; reads the device."""
-        steps, gates = map(int, self.step.value.asnumpy().reshape(self.branches)), self.deciding()
+        steps, gates = map(int, self.step.value.asnumpy().reshape(self.branches)), deciding(self.gates)
         if not gates:
             return [(GateStats("none", (False,) * count, (None,) * count),) for count in steps]
         return [tuple(gate.stats(count, branch) for gate in gates) for branch, count in enumerate(steps)]

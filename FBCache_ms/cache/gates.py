@@ -105,6 +105,11 @@ def every_gate(plans):
     return tuple(gate for outer in plans for gate in (outer, *every_gate(outer.inner)))
 
 
+def deciding(plans):
+    """Those of every_gate that may reuse."""
+    return tuple(gate for gate in every_gate(plans) if gate.decides)
+
+
 def check_shape(config, batch_size, seq_len, inner_dim, text_len, branches, channels, stacks=(0, 0)):
     """Raises ValueError, naming what is wrong, for a shape that no CacheContext of this CacheConfig can have."""
     for name, size in {"batch_size": batch_size, "seq_len": seq_len, "inner_dim": inner_dim}.items():

@@ -9,7 +9,7 @@ from typing import Tuple
 
 import numpy as np
 
-from FBCache_ms.cache.gates import every_gate, plan, refreshed_steps, step_tables
+from FBCache_ms.cache.gates import deciding, every_gate, plan, refreshed_steps, step_tables
 from FBCache_ms.config import CacheConfig
 from FBCache_ms.eval.shared.arguments import Parser, add_into_option, add_save_path, check_range, exit_status, reason
 from FBCache_ms.eval.shared.cost_chart import chart_page
@@ -64,10 +64,11 @@ class Run:
 
 def known_steps(config, steps):
     """For each gate the least and the most steps that it can compute; equal where its schedule says all."""
-    limits, known = step_tables(config, steps, np.linspace(1, 0, steps))[0], []
+    limits, known = step_tables(config, steps, np.linspace(1, 0, steps + 1))[0], []
     for gate, rows in zip(every_gate(plan(config)), limits):
         least = int((rows[:steps, 0] == -np.inf).sum()) - refreshed_steps(config, steps)
-        known.append((least, steps if gate.rules else least))
+        if gate.decides:
+            known.append((least, steps if gate.rules else least))
     return known
 
 
@@ -96,7 +97,7 @@ def scaled_steps(run, steps):
 
 def names_of(config):
     """The names of all gates: those that reuse at a step that every gate reuses."""
-    return tuple(gate.name for gate in every_gate(plan(config)))
+    return tuple(gate.name for gate in deciding(plan(config)))
 
 
 def growth(device, fused, run):

@@ -16,7 +16,7 @@ import mindspore as ms
 from mindspore import nn
 
 from ..cache.context import CacheContext
-from ..cache.gates import every_gate
+from ..cache.gates import deciding
 from ..cache.stats import BRANCHES, CacheStats, skipped_share
 from ..cache.step import cached_call
 from ..config import CacheConfig
@@ -104,7 +104,7 @@ class CachedTransformer(StandIn):
         contexts = [self.active.get(branch, last).cache_context for branch in BRANCHES]
         costs = [costs_of_step(self.original, *context.shape[:2], context.text_len) for context in contexts]
         cond, uncond = (context.traces()[branch] for branch, context in enumerate(contexts))
-        skipped = skipped_share(every_gate(contexts[0].gates), (cond, uncond), costs)
+        skipped = skipped_share(deciding(contexts[0].gates), (cond, uncond), costs)
         return CacheStats(cond, skipped, CacheStats(uncond) if uncond[0].reused else None)
 
     def cached_scheduler(self):

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Optional
 
-from ..cache.gates import every_gate, plan, refreshed_steps
+from ..cache.gates import deciding, plan, refreshed_steps
 from ..models import costs_of
 from ..rules.forecasts import FORECASTS
 from ..rules.when import COMPUTED, EXPECTED, FORECAST, PREVIOUS, SPAN
@@ -337,9 +337,9 @@ def decisions(config, steps, computed):
     Args:
         config: the CacheConfig.
         steps: N.
-        computed: a number for each of gates.every_gate(gates.plan(config)).
+        computed: a number for each of gates.deciding(gates.plan(config)).
     """
-    gates = every_gate(plan(config))
+    gates = deciding(plan(config))
     found = [frozenset(gate.name for gate, count in zip(gates, computed) if index >= count) for index in range(steps)]
     reused = steps - refreshed_steps(config, steps)
     return found[:reused] + [names | {REFRESHED} for names in found[reused:]]

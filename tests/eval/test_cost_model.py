@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from FBCache_ms.config import CacheConfig
+from FBCache_ms.config import PRESETS, CacheConfig
 from FBCache_ms.eval import cost_model
 from FBCache_ms.eval.shared.published import (
     ATLAS,
@@ -242,3 +242,12 @@ def test_a_mistake_is_one_line_and_status_2(tmp_path, capsys, options, message):
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("cost_model: error: ") and message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_what_a_preset_computes_is_told_for_each_gate_that_decides(preset):
+    config = CacheConfig.preset(preset)
+    steps = len(config.steps_computation_mask or range(50))
+    known = cost_model.known_steps(config, steps)
+    assert len(known) == (2 if config.span == "stacks" else 1)
+    assert all(1 <= least <= most <= steps for least, most in known)

@@ -245,6 +245,8 @@ def check_speed(run):
 
 def check_memory(run):
     """The caches' bytes as allocated and by the formula; on an NPU, what a cached run takes beyond an uncached one."""
+    import numpy as np
+
     from FBCache_ms import CacheContext
 
     painter, steps = run.painter, run.args.num_inference_steps
@@ -258,9 +260,11 @@ def check_memory(run):
     channels, rows = transformer.proj_out.weight.shape[0], []
     for tag in STRUCTURES:
         config, settings = CacheConfig.named(tag), {"text_len": text_len, "channels": channels}
+        sigmas = np.linspace(1, 0, steps + 1)
         settings["stacks"] = transformer.cached_model.stacks
         # A mask or a table may be for another number of steps, and changes no byte.
-        context = CacheContext(*shape, mindspore_dtype=dtype, config=config.switched_off(), steps=steps, **settings)
+        off = config.switched_off()
+        context = CacheContext(*shape, mindspore_dtype=dtype, config=off, steps=steps, sigmas=sigmas, **settings)
         rows.append((tag, context.nbytes, cache_bytes(config, *shape, itemsize=itemsize, **settings)))
     formula = cache_bytes(cached.config, *shape, text_len, 1, itemsize)
     rows.append((f"{ROWS[-1]}, after its run", folders[cached].record(0)["cache_bytes"], formula))

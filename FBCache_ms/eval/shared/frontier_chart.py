@@ -1,6 +1,6 @@
 """The frontier as one picture: nearness to the uncached pictures over three costs."""
 
-from FBCache_ms.cache.gates import every_gate, plan, refreshed_steps
+from FBCache_ms.cache.gates import deciding, plan, refreshed_steps
 from FBCache_ms.config import CacheConfig
 from FBCache_ms.eval.shared.published import ATLAS, SHAPES, best, predict
 from FBCache_ms.predict.roofline import WHOLE_LOOP
@@ -31,7 +31,7 @@ def add_costs(cells):
             skipped = SHAPES.costs.total if gate.whole_model else SHAPES.costs.of_blocks(start, stop)
             saved += (steps - cell["computed_steps"]) * skipped
         cell["flux_dev_tflops"] = (steps * SHAPES.costs.total - saved) / 1e12
-        gates = len(every_gate(plan(config)))
+        gates = len(deciding(plan(config)))
         cell["flux_dev_seconds"] = predict(device, WHOLE_LOOP, config, steps, gates * (computed,))
 
 
