@@ -98,12 +98,20 @@ def browser(tmp_path_factory):
     browser.quit()
 
 
+def visit(browser, address):
+    """Opens a report, and waits for its script's end: get() may answer for the page that it leaves."""
+    browser.get("about:blank")
+    browser.get(address)
+    WebDriverWait(browser, 30).until(lambda page: page.execute_script("return document.readyState") == "complete")
+    WebDriverWait(browser, 30).until(lambda page: page.find_elements(By.CSS_SELECTOR, "#decisions-plot .main-svg"))
+
+
 @pytest.fixture
 def page(browser, sweep):
     """The page, freshly opened on a wide screen; at the end it must have logged nothing and asked for nothing."""
     address = (sweep[0] / "report.html").as_uri()
     show(browser, 1280)
-    browser.get(address)
+    visit(browser, address)
     yield browser
     assert browser.get_log("browser") == []
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
@@ -372,7 +380,7 @@ def test_a_large_picture_is_enlarged_from_its_file_and_a_page_that_was_moved_awa
     place = folder / sweep["cells"][2]["folder"] / "00000.png"
     for file, size in ((page, 300), (moved, 256)):
         show(browser, 1280)
-        browser.get(file.as_uri())
+        visit(browser, file.as_uri())
         Select(browser.find_element(By.ID, "choice")).select_by_value("2")
         all_of(browser, "#chosen .enlarge")[1].click()
         WebDriverWait(browser, 5).until(lambda browser: enlarged(browser)[1] == size)
