@@ -76,7 +76,8 @@ class QuantizeConfig:
 def check_quantize(config, dtype=None):
     """Raises TypeError for what is neither a QuantizeConfig nor None.
 
-    Raises ValueError for one with a ``dtype`` of float32 on Ascend, whose int8 operators take shorter ones alone.
+    Raises ValueError for one with a ``dtype`` that does not go with int8: float32 on Ascend, whose operators take shorter
+    ones alone, and bfloat16 on a CPU, where that is a rounding of its own.
     """
     if not isinstance(config, (QuantizeConfig, type(None))):
         raise TypeError(f"quantize_config must be a QuantizeConfig or None, not {type(config).__name__}")
@@ -86,6 +87,16 @@ def check_quantize(config, dtype=None):
 
     if dtype == ms.float32 and ms.get_context("device_target") != "CPU":
         raise ValueError("quantize_config needs a mindspore_dtype of bfloat16 or float16 on Ascend, not float32")
+    if ms.bfloat16 in (dtype.values() if isinstance(dtype, dict) else [dtype]):
+        refuse_bfloat16()
+
+
+def refuse_bfloat16():
+    """Raises ValueError on a CPU, in the place of rounding what is or would be bfloat16."""
+    import mindspore as ms
+
+    if ms.get_context("device_target") == "CPU":
+        raise ValueError("int8 weights need float32 ones on CPU, not bfloat16")
 
 
 def quantize(module, config=QuantizeConfig()):
@@ -95,14 +106,16 @@ def quantize(module, config=QuantizeConfig()):
 
     Raises:
         TypeError: config is no QuantizeConfig.
-        ValueError: a component is missing or quantised already, or a pattern matches no layer.
+        ValueError: a component is missing, quantised already or in bfloat16 on a CPU, or a pattern matches no layer.
     """
     check_quantize(config)
     models = parts_of(module, config.components_to_quantize)
     for name, model in models.items():
         if quantized_layers(model):
             raise ValueError(f"{name} is quantised already; dequantize() gives it dense weights again")
-    check_patterns(config, {name: linear_layers(model, config) for name, model in models.items()})
+    layers = {name: linear_layers(model, config) for name, model in models.items()}
+    check_patterns(config, layers)
+    check_quantize(config, {name: model_layer(models[name], names[0]).weight.dtype for name, names in layers.items()})
     for model in models.values():
         round_layers(model, config)
     return module
@@ -341,7 +354,7 @@ def load_quantized(kind, folder, config=None, dtype=None, variant=None):
     """
     from safetensors import safe_open
 
-    from mindspore import Tensor, float32, int8
+    from mindspore import Tensor, bfloat16, float16, float32, int8
     from mindspore.nn.utils import no_init_parameters
 
     folder, name = Path(folder), Path(folder).name
@@ -356,7 +369,10 @@ def load_quantized(kind, folder, config=None, dtype=None, variant=None):
             put_layer(model, layer, cell(*dense.weight.shape[::-1], dtype or float32, dense.bias))
         if saved is not None:
             check_fit(name, model, tensors)
-    model.to(dtype or float32)
+    for parameter in model.get_parameters():
+        # MindSpore 2.10.0's own to() reads what is not there yet.
+        if parameter.dtype in (float32, float16, bfloat16):
+            parameter.set_dtype(dtype or float32)
     parameters = {torch_name(each): parameter for each, parameter in model.parameters_and_names()}
     fresh = {} if config is None else {f"{each}.weight": cell for each, cell in quantized_layers(model).items()}
     for file in files:
@@ -383,4 +399,4 @@ def empty_model(kind, folder):
     settings = kind.config_class.from_pretrained(folder)
     if hasattr(settings, "quantization_config"):
         del settings.quantization_config
-    return kind._from_config(settings)
+    return kind(settings)

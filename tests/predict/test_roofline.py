@@ -160,7 +160,7 @@ def test_operators_and_bytes_are_those_of_the_exported_loop(graphs, reuses):
         works = step(narrow, config, WHOLE_LOOP) + condition(narrow)
     operators, moved = counted(path, shapes)
     # MindSpore 2.10.0 assigns mindone's x += y in place, in operators of its own.
-    assert total(works, "operators") == pytest.approx(operators, rel=0.02 if ms.__version__ == "2.7.0" else 0.04)
+    assert total(works, "operators") == pytest.approx(operators, rel=0.02 if ms.__version__ == "2.7.0" else 0.08)
     assert sum(work.bytes for work in works if not work.operations) == pytest.approx(moved, rel=0.05)
 
 
@@ -198,7 +198,7 @@ def test_another_familys_operators_and_bytes_are_those_of_its_exported_loop(tmp_
     narrow = {**vars(costs.PUBLISHED), **config, "num_attention_heads": 2, "in_channels": 16, "joint_attention_dim": 64}
     shapes = Shapes(SimpleNamespace(**narrow), 1, 1024, 512)
     works = step(shapes, PLAIN, WHOLE_LOOP) + costs.condition(shapes)
-    assert total(works, "operators") == pytest.approx(operators, rel=0.02 if ms.__version__ == "2.7.0" else 0.04)
+    assert total(works, "operators") == pytest.approx(operators, rel=0.02 if ms.__version__ == "2.7.0" else 0.08)
     assert sum(work.bytes for work in works if not work.operations) == pytest.approx(moved, rel=0.05)
 
 
