@@ -69,7 +69,10 @@ def check_parts(pipe, given):
         if getattr(pipe, name) is None:
             raise ValueError(f"{name} is None; a call needs one")
     if ms.get_context("device_target") == "CPU" and pipe.transformer.dtype != ms.float32:
-        raise ValueError(f"transformer is in {pipe.transformer.dtype}, which is not supported on CPU; only float32 is")
+        raise ValueError(
+            f"transformer is in {pipe.transformer.dtype} throughout, which is not supported on CPU; "
+            "from_pretrained(..., mindspore_dtype=mindspore.bfloat16) makes its blocks' matrices so"
+        )
     if pipe.vae is None and given.output_type != "latent":
         raise ValueError(f"vae is None, so output_type must be 'latent', not {given.output_type!r}")
     texts = [name for name in ("prompt", "negative_prompt") if getattr(given, name, None) is not None]

@@ -24,6 +24,7 @@ from ..config import CacheConfig
 from ..models import foreign_transformer
 from ..models.mindones import foreign_scheduler, replaced
 from ..rules.schedules import progress_of
+from ..runtime.bfloat16 import on_this_device, round_matrices
 from ..runtime.checkpoint import absent_components, check_checkpoint, check_fit, is_hub_name
 from ..runtime.device import current_device, graph_mode, prepare_device
 from ..runtime.kept_graphs import KeptGraphs, drop_graphs, drop_stale_graphs
@@ -58,8 +59,8 @@ def check_dtypes(dtypes):
     for dtype in dtypes.values() if isinstance(dtypes, dict) else [dtypes]:
         if not isinstance(dtype, (ms.Type, type(None))):
             raise TypeError(f"mindspore_dtype must be a dtype like mindspore.bfloat16, not {dtype!r}")
-        if dtype not in (None, ms.float32) and ms.get_context("device_target") == "CPU":
-            raise ValueError(f"mindspore_dtype {dtype} is not supported on CPU; only float32 is")
+        if dtype not in (None, ms.float32, ms.bfloat16) and ms.get_context("device_target") == "CPU":
+            raise ValueError(f"mindspore_dtype {dtype} is not supported on CPU; float32 and bfloat16 are")
 
 
 class WholeLoop:
@@ -179,9 +180,10 @@ class WholeLoop:
             mindspore_dtype = device.mindspore_dtype
         check_dtypes(mindspore_dtype)
         check_quantize(quantize_config, mindspore_dtype)
+        mindspore_dtype, rounded = on_this_device(mindspore_dtype)
         if mindspore_dtype is not None:
             kwargs["mindspore_dtype"] = mindspore_dtype
-        name, tensors = pretrained_model_name_or_path, {}
+        name, tensors, given = pretrained_model_name_or_path, {}, set(kwargs)
         if not is_hub_name(name):
             name = str(Path(name).expanduser())
             tensors = check_checkpoint(name, kwargs, kwargs.get("variant"), cls.FILE.KIND.__name__)
@@ -204,6 +206,8 @@ class WholeLoop:
         elif quantize_config is not None:
             for component in set(quantize_config.components_to_quantize) - set(kwargs):
                 round_layers(getattr(pipe, component), quantize_config)
+        if rounded and "transformer" not in given:
+            round_matrices(pipe.transformer)
         return pipe._with_settings(cache_config, use_graph_mode, device)
 
     @classmethod
@@ -248,7 +252,11 @@ class WholeLoop:
         for part in self.components.values():
             if isinstance(part, nn.Cell):
                 drop_graphs(part)
-        return super().to(dtype)
+        dtype, rounded = on_this_device(dtype)
+        super().to(dtype)
+        if rounded and self.transformer is not None:
+            round_matrices(self.transformer)
+        return self
 
     def fuse_lora(self, *args, **kwargs):
         """mindone's. Raises ValueError for a component with int8 weights."""

@@ -156,7 +156,7 @@ def choose_device(
 
 
 def default_dtype(name):
-    """bfloat16, in which FLUX.1 is published; float32 on a CPU, whose kernels have no other."""
+    """bfloat16, in which FLUX.1 is published; float32 on a CPU, which has more than matrices of no other."""
     return "float32" if name == "CPU" else "bfloat16"
 
 
@@ -167,8 +167,8 @@ def default_jit_level(name):
 
 def check_dtype(name, dtype):
     """Raises ValueError for a dtype, by name, that the device cannot run Flux in."""
-    if name == "CPU" and dtype != "float32":
-        raise ValueError(f"--dtype {dtype} is not supported on CPU; only float32 is")
+    if name == "CPU" and dtype == "float16":
+        raise ValueError(f"--dtype {dtype} is not supported on CPU; float32 and bfloat16 are")
 
 
 def prepare_device():

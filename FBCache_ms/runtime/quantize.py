@@ -76,8 +76,8 @@ class QuantizeConfig:
 def check_quantize(config, dtype=None):
     """Raises TypeError for what is neither a QuantizeConfig nor None.
 
-    Raises ValueError for one with a ``dtype`` that does not go with int8: float32 on Ascend, whose operators take shorter
-    ones alone, and bfloat16 on a CPU, where that is a rounding of its own.
+    Raises ValueError for one with a ``dtype`` that does not go with int8: float32 on Ascend, whose operators take
+    shorter ones alone, and bfloat16 on a CPU, where that is a rounding of its own.
     """
     if not isinstance(config, (QuantizeConfig, type(None))):
         raise TypeError(f"quantize_config must be a QuantizeConfig or None, not {type(config).__name__}")

@@ -80,6 +80,17 @@ def misfits(shapes):
             yield index, shape[1:]
 
 
+def typed(name, named, inputs):
+    """A kernel's inputs in the types that it reads: a matrix has a vector of as many numbers as its rows behind it."""
+    for index, axes in enumerate(named[:-1]):
+        if len(axes.split()) == 2 and axes.split()[0] == named[index + 1]:
+            if name.endswith("_bfloat16"):
+                inputs[index] = (inputs[index].view(np.uint32) >> 16).astype(np.uint16)
+            elif name.endswith("_int8"):
+                inputs[index] = (100 * (inputs[index] - 1)).astype(np.int8)
+    return inputs
+
+
 def check(library, name, rng):
     """Calls a kernel with all that it may be given; its outputs where that fits."""
     fitting = []
@@ -88,11 +99,12 @@ def check(library, name, rng):
         shapes = [shape_of(each, sizes) for each in named]
         # One group, one filled order.
         inputs = [rng.uniform(0.5, 1.5, shape).astype(np.float32) if shape else ONE for shape in shapes]
+        inputs = typed(name, named, inputs)
         outputs, said = call(library, name, inputs)
         assert said is None and all(np.isfinite(y).all() for y in outputs), f"{name}: {said or outputs}"
         fitting += [y.ravel() for y in outputs]
         # What is no number goes through too, except where it says how many.
-        call(library, name, [np.full_like(x, np.nan) if x.ndim else x for x in inputs])
+        call(library, name, [np.full_like(x, np.nan) if x.ndim and x.dtype == np.float32 else x for x in inputs])
         if sizes is SIZES[0]:
             for index, shape in misfits(shapes):
                 others = inputs[:index] + [np.ones(shape, np.float32)] + inputs[index + 1 :]

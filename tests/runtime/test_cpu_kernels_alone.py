@@ -67,5 +67,5 @@ def test_processors_with_shorter_registers_compute_the_same(processor, tmp_path)
     for name in this.files:
         scale = np.abs(this[name]).max()
         same = np.isclose(other[name], this[name], rtol=1e-4, atol=1e-5 * scale, equal_nan=True)
-        # An input that lies between two levels may be rounded to the other one.
-        assert same.mean() >= (0.99 if "int8" in name else 1), name
+        # An input that lies between two levels, or two bfloat16, may be rounded to the other one.
+        assert same.mean() >= (0.99 if name.endswith(("int8", "bfloat16")) else 1), name

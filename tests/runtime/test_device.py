@@ -43,7 +43,7 @@ def test_a_device_and_a_dtype_of_their_own_are_found_where_nothing_is_said():
     [
         ({"name": "GPU"}, "--device must be one of auto, Ascend, CPU, not 'GPU'"),
         ({"name": "Ascend"}, "--device Ascend: there is no Ascend NPU here"),
-        ({"dtype": "bfloat16"}, "--dtype bfloat16 is not supported on CPU"),
+        ({"dtype": "float16"}, "--dtype float16 is not supported on CPU"),
         ({"dtype": "int8"}, "--dtype must be one of auto, bfloat16"),
         ({"jit_level": "O3"}, "--jit_level must be one of auto, O0, O1, not 'O3'"),
         ({"lazy_inline": True}, "--lazy_inline is not supported on CPU"),

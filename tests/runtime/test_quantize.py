@@ -125,9 +125,10 @@ class Blocks(nn.Cell):
 
 
 @pytest.mark.skipif(kernels.LINEAR is None, reason="no g++")
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_block_of_int8_layers_is_one_kernel_on_a_cpu(checkpoint, kind, monkeypatch):
-    transformer = load(checkpoint, quantize_config=QuantizeConfig(kind)).transformer
+@pytest.mark.parametrize("kind", [*KINDS, "bfloat16"])
+def test_a_block_of_rounded_matrices_is_one_kernel_on_a_cpu(checkpoint, kind, monkeypatch):
+    how = {"mindspore_dtype": ms.bfloat16} if kind == "bfloat16" else {"quantize_config": QuantizeConfig(kind)}
+    transformer = load(checkpoint, **how).transformer
     width, heads = transformer.inner_dim, transformer.config.num_attention_heads
     rng, angles = (
         np.random.default_rng(0),
@@ -140,10 +141,10 @@ def test_a_block_of_int8_layers_is_one_kernel_on_a_cpu(checkpoint, kind, monkeyp
     with graph_mode(True):
         by_kernel = blocks(*inputs).asnumpy()
         for block in (blocks.double, blocks.single):
-            monkeypatch.setattr(vars(type(block))["kernel_weights"], "int8", False)
+            monkeypatch.setattr(vars(type(block))["kernel_weights"], "rounded", False)
             assert block.kernel_weights is None
         by_operators = Blocks(transformer)(*inputs).asnumpy()
-    # An input that lies between two levels may be rounded to the other one.
+    # An input that lies between two levels, or two bfloat16, may be rounded to the other one.
     limit = 1e-5 if kind == "int8_weight_only" else 0.02
     np.testing.assert_allclose(by_kernel, by_operators, rtol=0, atol=limit * np.abs(by_operators).max())
     assert np.abs(by_kernel - by_operators).mean() < 1e-4

@@ -182,6 +182,12 @@ BFLOAT16 = [
 ]
 DISTANCES = (1, 2, 5)
 
+LINEAR = [
+    {"seed": 0, "rows": 1, "inputs": 96, "outputs": 40},
+    {"seed": 1, "rows": 13, "inputs": 75, "outputs": 33},
+    {"seed": 2, "rows": 40, "inputs": 1100, "outputs": 70},
+]
+
 
 def walk(case):
     """Five tensors (64, 48) of float32, each a little further from the first."""

@@ -137,7 +137,7 @@ def add_model_options(add, deterministic=False, compile_cache=False):
         "--dtype",
         choices=("auto", "bfloat16", "float16", "float32"),
         default="auto",
-        help="auto: bfloat16 on Ascend, float32 on CPU",
+        help="auto: bfloat16 on Ascend, float32 on CPU; there bfloat16 is that of the blocks' matrices alone",
     )
     add(
         "--jit_level",

@@ -165,9 +165,11 @@ def single_block_layers(block):
     return (*norm, attn.to_q, attn.to_k, attn.to_v, attn.norm_q, attn.norm_k, block.proj_mlp, block.proj_out)
 
 
-def is_int8(cell):
-    """Whether the weights that a cell's kernel reads are int8."""
-    return cell.kernel_weights[1].dtype == ms.int8
+def matrices_of(cell):
+    """What the matrices are of that a cell's kernel reads; int8 ones come behind what says whether they round."""
+    if cell.kernel_weights[1].dtype == ms.int8:
+        return kernels.INT8
+    return kernels.BFLOAT16 if cell.kernel_weights[0].dtype == ms.bfloat16 else kernels.FLOAT32
 
 
 def fused_double_block(
@@ -186,7 +188,7 @@ def fused_divided_double(cell, image, text, temb, rotary, attention_kwargs):
     if not whole or temb.shape[0] != image.shape[0]:
         return None
     epsilons = number((cell.norm2.eps, cell.attn.norm_q.eps))
-    double_block = kernels.DOUBLE_BLOCK_INT8 if is_int8(cell) else kernels.DOUBLE_BLOCK
+    double_block = kernels.DOUBLE_BLOCK[matrices_of(cell)]
     outputs = double_block(image, text, temb, rotary[0], rotary[1], epsilons, *cell.kernel_weights)
     return outputs[0], (text,) + outputs[1:]
 
@@ -199,7 +201,7 @@ def fused_behind_double(norm, feed_forward, stream, attended, gate, shift, scale
     if not whole or stream.dtype != ms.float32 or gate.shape[0] != stream.shape[0]:
         return None
     modulation = gate, shift, scale, mlp_gate
-    behind = kernels.BEHIND_DOUBLE_INT8 if is_int8(feed_forward) else kernels.BEHIND_DOUBLE
+    behind = kernels.BEHIND_DOUBLE[matrices_of(feed_forward)]
     return behind(stream, attended, *modulation, number(norm.eps), *feed_forward.kernel_weights)
 
 
@@ -212,7 +214,7 @@ def fused_single_block(
     if whole and temb.shape[0] == hidden_states.shape[0]:
         cos, sin = image_rotary_emb
         epsilons = number((self.norm.norm.eps, self.attn.norm_q.eps))
-        single_block = kernels.SINGLE_BLOCK_INT8 if is_int8(self) else kernels.SINGLE_BLOCK
+        single_block = kernels.SINGLE_BLOCK[matrices_of(self)]
         return single_block(hidden_states, encoder_hidden_states, temb, cos, sin, epsilons, *self.kernel_weights)
     text_len = encoder_hidden_states.shape[1]
     streams = ops.concat((encoder_hidden_states, hidden_states), 1)
@@ -231,9 +233,9 @@ STAND_INS = (
 """As in stand_ins.py."""
 
 FUSED_STAND_INS = (
-    (transformer_flux.FluxTransformerBlock, "kernel_weights", Weights(double_block_layers, int8=True)),
+    (transformer_flux.FluxTransformerBlock, "kernel_weights", Weights(double_block_layers, rounded=True)),
     (transformer_flux.FluxTransformerBlock, "construct", fused_double_block),
-    (transformer_flux.FluxSingleTransformerBlock, "kernel_weights", Weights(single_block_layers, int8=True)),
+    (transformer_flux.FluxSingleTransformerBlock, "kernel_weights", Weights(single_block_layers, rounded=True)),
     (transformer_flux.FluxSingleTransformerBlock, "construct", fused_single_block),
     (model_kernels, "divided_double", fused_divided_double),
     (model_kernels, "behind_double", fused_behind_double),

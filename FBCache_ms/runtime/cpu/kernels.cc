@@ -4,6 +4,9 @@
 // the shapes and types of these. A graph with inputs that do not fit is refused where it is compiled, and where it runs.
 
 #include <dlfcn.h>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 #include <sched.h>
 #include <unistd.h>
 
@@ -19,6 +22,7 @@
 #include <limits>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -316,6 +320,18 @@ using Lanes = float __attribute__((vector_size(kLanes * sizeof(float)), aligned(
 constexpr int64_t kWide = 2;
 constexpr int64_t kColumns = kWide * kLanes;
 
+// Memory that begins where a line of the cache does: a register that is read across two lines takes twice as long.
+template <typename T>
+struct Aligned {
+  using value_type = T;
+  T *allocate(size_t size) { return static_cast<T *>(::operator new(size * sizeof(T), std::align_val_t(64))); }
+  void deallocate(T *memory, size_t) { ::operator delete(memory, std::align_val_t(64)); }
+  bool operator==(const Aligned &) const { return true; }
+  bool operator!=(const Aligned &) const { return false; }
+};
+template <typename T>
+using Buffer = std::vector<T, Aligned<T>>;
+
 // c = a b, or c += a b, for kRows rows of a, (kRows, depth), and c, each with its row length, and b, (depth, kColumns).
 inline void multiply_tile(const float *a, int64_t a_row, const float *b, int64_t depth, bool adds, float *c,
                           int64_t c_row) {
@@ -337,6 +353,128 @@ inline void multiply_tile(const float *a, int64_t a_row, const float *b, int64_t
   }
   for (int64_t row = 0; row < kRows; ++row) {
     for (int64_t wide = 0; wide < kWide; ++wide) *at(row, wide) = sums[row][wide];
+  }
+}
+
+// bfloat16 is a float's upper half. Two of a row are a word, and so many words a register.
+using Words = uint32_t __attribute__((vector_size(sizeof(Lanes)), aligned(2), may_alias));
+
+// The nearest bfloat16, ties to even; what is no number stays none.
+inline uint16_t bfloat16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return x == x ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : bits >> 16 | 0x40;
+}
+
+// sum + the two products of each of a's words with b's.
+inline Lanes add_pairs(Lanes sum, Words a, Words b) {
+#ifdef __AVX512BF16__
+  return (Lanes)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#else
+  return sum + (Lanes)(a << 16) * (Lanes)(b << 16) + (Lanes)(a & 0xffff0000) * (Lanes)(b & 0xffff0000);
+#endif
+}
+
+// Turns kLanes rows of kLanes words over, by as many shuffles of two rows as they have bits.
+inline void transpose(Words *rows) {
+  Words low, high, turned[kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) {
+    low[i] = i / 2 + i % 2 * kLanes;
+    high[i] = low[i] + kLanes / 2;
+  }
+  for (int64_t done = 1; done < kLanes; done *= 2) {
+    for (int64_t i = 0; i < kLanes / 2; ++i) {
+      turned[2 * i] = __builtin_shuffle(rows[i], rows[i + kLanes / 2], low);
+      turned[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + kLanes / 2], high);
+    }
+    std::copy_n(turned, kLanes, rows);
+  }
+}
+
+// A tile (kRows, kColumns) of the sums of a, (words, kRows), by b, (words, kColumns).
+inline void multiply_words(const uint32_t *a, const uint32_t *b, int64_t words, float *tile) {
+  Lanes sums[kRows][kWide] = {};
+  for (int64_t k = 0; k < words; ++k) {
+    Words right[kWide];
+    for (int64_t wide = 0; wide < kWide; ++wide) {
+      right[wide] = *reinterpret_cast<const Words *>(b + k * kColumns + wide * kLanes);
+    }
+#pragma GCC unroll 16
+    for (int64_t row = 0; row < kRows; ++row) {
+      const Words left = Words{} + a[k * kRows + row];
+      for (int64_t wide = 0; wide < kWide; ++wide) sums[row][wide] = add_pairs(sums[row][wide], left, right[wide]);
+    }
+  }
+  for (int64_t row = 0; row < kRows; ++row) {
+    for (int64_t wide = 0; wide < kWide; ++wide) {
+      *reinterpret_cast<Lanes *>(tile + row * kColumns + wide * kLanes) = sums[row][wide];
+    }
+  }
+}
+
+// The sum of the products of two rows of bfloat16 of this length.
+inline float dot(const uint16_t *a, const uint16_t *b, int64_t length) {
+  Lanes sums = {};
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= length; i += 2 * kLanes) {
+    sums = add_pairs(sums, *reinterpret_cast<const Words *>(a + i), *reinterpret_cast<const Words *>(b + i));
+  }
+  Words ends[2] = {};
+  std::memcpy(&ends[0], a + i, (length - i) * sizeof(*a));
+  std::memcpy(&ends[1], b + i, (length - i) * sizeof(*b));
+  sums = add_pairs(sums, ends[0], ends[1]);
+  float sum = 0;
+  for (int64_t lane = 0; lane < kLanes; ++lane) sum += sums[lane];
+  return sum;
+}
+
+// y += x w^T, x (rows, depth) rounded to bfloat16, w (columns, depth) of it, summed in float; rows lie x_row and y_row
+// apart. Behind a row and below the last there are zeros.
+void add_bfloat16_product(const float *x, int64_t x_row, int64_t rows, const uint16_t *w, int64_t columns,
+                          int64_t depth, float *y, int64_t y_row) {
+  // So many words of a row at a time stay in the cache.
+  constexpr int64_t kWords = 256;
+  const int64_t words = rounded_up(depth, 2 * kLanes) / 2;
+  Buffer<uint32_t> left(rounded_up(rows, kRows) * words), right(kWords * kColumns);
+  std::vector<uint16_t> halves(2 * words);
+  float tile[kRows * kColumns];
+  for (int64_t row = 0; row < rows; ++row) {
+#pragma omp simd
+    for (int64_t i = 0; i < depth; ++i) halves[i] = bfloat16(x[row * x_row + i]);
+    // To turn w over takes longer than so few rows.
+    for (int64_t column = 0; rows < kRows && column < columns; ++column) {
+      y[row * y_row + column] += dot(halves.data(), w + column * depth, depth);
+    }
+    // Word by word of kRows rows.
+    uint32_t *to = &left[row / kRows * kRows * words + row % kRows];
+    for (int64_t k = 0; k < words; ++k) std::memcpy(to + k * kRows, &halves[2 * k], sizeof(*to));
+  }
+  if (rows < kRows) return;
+  for (int64_t column = 0; column < columns; column += kColumns) {
+    const int64_t wide = std::min(kColumns, columns - column);
+    for (int64_t first = 0; first < words; first += kWords) {
+      const int64_t deep = std::min(kWords, words - first);
+      for (int64_t k = 0; k < deep; k += kLanes) {
+        const int64_t at = 2 * (first + k), size = std::min(2 * kLanes, depth - at);
+        for (int64_t lanes = 0; lanes < kColumns; lanes += kLanes) {
+          Words block[kLanes] = {};
+          for (int64_t i = 0; i < std::min(kLanes, wide - lanes); ++i) {
+            std::memcpy(&block[i], w + (column + lanes + i) * depth + at, size * sizeof(*w));
+          }
+          transpose(block);
+          for (int64_t i = 0; i < kLanes; ++i) {
+            *reinterpret_cast<Words *>(&right[(k + i) * kColumns + lanes]) = block[i];
+          }
+        }
+      }
+      for (int64_t row = 0; row < rows; row += kRows) {
+        multiply_words(&left[row * words + first * kRows], right.data(), deep, tile);
+        for (int64_t i = 0; i < std::min(kRows, rows - row); ++i) {
+          float *to = y + (row + i) * y_row + column;
+          for (int64_t j = 0; j < wide; ++j) to[j] += tile[i * kColumns + j];
+        }
+      }
+    }
   }
 }
 
@@ -457,7 +595,7 @@ class Head {
   }
 
   int64_t length_, width_, wide_;
-  std::vector<float> queries_, keys_, values_, scores_, attended_;
+  Buffer<float> queries_, keys_, values_, scores_, attended_;
 };
 
 // The rotary table of a block, cosine and sine (L, width), and the epsilon of its RMSNorms.
@@ -502,11 +640,12 @@ constexpr int64_t kDenseRows = 64;
 // So many products of two levels are summed exactly in float.
 constexpr int64_t kExact = 1024;
 
-// A linear layer: weight (columns, depth), bias (columns). With int8 weights the weight is null, and there are levels of
-// its shape and a scale (columns). Where it rounds, each row of x is made levels and a scale too.
+// A linear layer: weight (columns, depth), bias (columns). Where the weight is null, there is one of bfloat16, or levels
+// of its shape and a scale (columns). Where it rounds, each row of x is made levels and a scale too.
 struct Linear {
   const float *weight, *bias;
   int64_t columns, depth;
+  const uint16_t *half = nullptr;
   const int8_t *levels = nullptr;
   const float *scale = nullptr;
   bool rounds = false;
@@ -516,6 +655,7 @@ struct Linear {
     for (int64_t row = 0; row < rows; ++row) std::copy_n(bias, columns, y + row * y_row);
     // oneDNN takes none without rows.
     if (rows == 0) return;
+    if (half) return add_bfloat16_product(x, x_row, rows, half, columns, depth, y, y_row);
     if (!levels) return add_product(x, x_row, rows, weight, columns, y, y_row);
     std::vector<float> dense(std::min(columns, kDenseRows) * depth), rounded, steps;
     if (rounds) round_rows(x, x_row, rows, &rounded, &steps);
@@ -541,8 +681,12 @@ struct Linear {
 
   // The columns [begin, end) alone.
   Linear part(int64_t begin, int64_t end) const {
-    if (levels) return {nullptr, bias + begin, end - begin, depth, levels + begin * depth, scale + begin, rounds};
-    return {weight + begin * depth, bias + begin, end - begin, depth};
+    const int64_t start = begin * depth;
+    Linear found{nullptr, bias + begin, end - begin, depth};
+    if (weight) found.weight = weight + start;
+    if (half) found.half = half + start;
+    if (levels) found.levels = levels + start, found.scale = scale + begin, found.rounds = rounds;
+    return found;
   }
 
  private:
@@ -641,25 +785,37 @@ class Scratch {
   std::vector<std::unique_ptr<float[]>> parts_;
 };
 
-// A kernel's inputs, read one after the other. With int8 weights a scale stands between weight and bias, and before all
-// weights whether each layer rounds, 1 or 0.
+// What matrices are of. With int8 a scale stands between weight and bias, and before all weights whether each layer
+// rounds, 1 or 0.
+enum class Matrices { kFloat, kBfloat16, kInt8 };
+
+// A kernel's inputs, read one after the other.
 struct Inputs {
   void **tensors;
   int64_t **shapes;
   int next;
-  bool int8 = false;
+  Matrices matrices = Matrices::kFloat;
   const float *rounds = nullptr;
 
   const float *tensor() { return static_cast<const float *>(tensors[next++]); }
   void begin_weights() {
-    if (int8) rounds = tensor();
+    if (matrices == Matrices::kInt8) rounds = tensor();
   }
   Linear linear() {
     const int64_t *shape = shapes[next];
     const float *weight = tensor();
-    if (!int8) return {weight, tensor(), shape[0], shape[1]};
-    const float *scale = tensor();
-    return {nullptr, tensor(), shape[0], shape[1], reinterpret_cast<const int8_t *>(weight), scale, *rounds++ > 0};
+    Linear found{nullptr, nullptr, shape[0], shape[1]};
+    if (matrices == Matrices::kFloat) {
+      found.weight = weight;
+    } else if (matrices == Matrices::kBfloat16) {
+      found.half = reinterpret_cast<const uint16_t *>(weight);
+    } else {
+      found.levels = reinterpret_cast<const int8_t *>(weight);
+      found.scale = tensor();
+      found.rounds = *rounds++ > 0;
+    }
+    found.bias = tensor();
+    return found;
   }
 };
 
@@ -765,23 +921,28 @@ void in_pieces_of_both(const int64_t (&rows)[2], int64_t elements, const Work &w
 
 // x w^T + b: x (..., K), w (N, K), b (N). MindSpore has two changes of shape, a product and a sum in its place.
 SIZES(linear, "... K, N K, N")
+SIZES(linear_bfloat16, "... K, N K, N")
 INFER_TYPE(linear)
-INFER_SHAPE(linear) {
+INFER_TYPE(linear_bfloat16)
+std::vector<int64_t> linear_output(const int *ranks, int64_t **shapes) {
   std::vector<int64_t> shape(shapes[0], shapes[0] + ranks[0]);
   shape.back() = shapes[1][0];
   return shape;
 }
-KERNEL(linear) {
-  Inputs inputs{tensors, shapes, 1};
-  const float *x = TENSOR(0);
+INFER_SHAPE(linear) { return linear_output(ranks, shapes); }
+INFER_SHAPE(linear_bfloat16) { return linear_output(ranks, shapes); }
+int linear_of(Inputs inputs, int count, const int *ranks) {
+  const int64_t rows = product(inputs.shapes[0], 0, ranks[0] - 1);
+  const float *x = inputs.tensor();
   const Linear layer = inputs.linear();
-  float *y = OUTPUT;
-  const int64_t rows = product(shapes[0], 0, ranks[0] - 1);
+  float *y = static_cast<float *>(inputs.tensors[count - 1]);
   in_pieces(rows, layer.elements(rows), [=](int64_t begin, int64_t end) {
     layer(x + begin * layer.depth, layer.depth, end - begin, y + begin * layer.columns, layer.columns);
   });
   return 0;
 }
+KERNEL(linear) { return linear_of({tensors, shapes, 0}, count, ranks); }
+KERNEL(linear_bfloat16) { return linear_of({tensors, shapes, 0, Matrices::kBfloat16}, count, ranks); }
 
 // GELU with tanh, x of any shape.
 SIZES(gelu_tanh, "...")
@@ -897,10 +1058,11 @@ KERNEL(timestep_embedding) {
 #define ATTENDING_INT8 "6D D, 6D, 6D, D D, D, D, D D, D, D, D D, D, D, d, d, D D, D, D"
 #define FEED_FORWARD_INT8 "W D, W, W, D W, D, D"
 
-// A block's kernel for float weights, and for int8 ones.
-#define BLOCK_KERNELS(name)                                       \
-  KERNEL(name) { return name##_of({tensors, shapes, 0}, count); } \
-  KERNEL(name##_int8) { return name##_of({tensors, shapes, 0, true}, count); }
+// A block's kernels, by what its matrices are of.
+#define BLOCK_KERNELS(name)                                                                               \
+  KERNEL(name) { return name##_of({tensors, shapes, 0}, count); }                                         \
+  KERNEL(name##_bfloat16) { return name##_of({tensors, shapes, 0, Matrices::kBfloat16}, count); } \
+  KERNEL(name##_int8) { return name##_of({tensors, shapes, 0, Matrices::kInt8}, count); }
 
 // A double block without the end of its text stream: image (B, S, D), text (B, T, D), modulation vector (B, D), cosine
 // and sine (T + S, d), the epsilons of LayerNorm and RMSNorm (2), the image's weights as Attending and FeedForward read
@@ -908,8 +1070,10 @@ KERNEL(timestep_embedding) {
 // what it attends to, gate, shift, scale and gate of the MLP.
 #define STREAMS "B S D, B T D, B D, T+S d, T+S d, 2, "
 SIZES(double_block, STREAMS ATTENDING ", " FEED_FORWARD ", " ATTENDING)
+SIZES(double_block_bfloat16, STREAMS ATTENDING ", " FEED_FORWARD ", " ATTENDING)
 SIZES(double_block_int8, STREAMS "12, " ATTENDING_INT8 ", " FEED_FORWARD_INT8 ", " ATTENDING_INT8)
 INFER_TYPES(double_block, 6)
+INFER_TYPES(double_block_bfloat16, 6)
 INFER_TYPES(double_block_int8, 6)
 std::vector<std::vector<int64_t>> double_block_outputs(int64_t **shapes) {
   const std::vector<int64_t> image(shapes[0], shapes[0] + 3), text(shapes[1], shapes[1] + 3);
@@ -917,6 +1081,7 @@ std::vector<std::vector<int64_t>> double_block_outputs(int64_t **shapes) {
   return {image, text, vector, vector, vector, vector};
 }
 INFER_SHAPES(double_block) { return double_block_outputs(shapes); }
+INFER_SHAPES(double_block_bfloat16) { return double_block_outputs(shapes); }
 INFER_SHAPES(double_block_int8) { return double_block_outputs(shapes); }
 int double_block_of(Inputs inputs, int count) {
   void **tensors = inputs.tensors;
@@ -979,10 +1144,13 @@ BLOCK_KERNELS(double_block)
 // the weights as FeedForward reads them.
 #define ATTENDED "B L D, B L D, B D, B D, B D, B D, 1, "
 SIZES(behind_double, ATTENDED FEED_FORWARD)
+SIZES(behind_double_bfloat16, ATTENDED FEED_FORWARD)
 SIZES(behind_double_int8, ATTENDED "2, " FEED_FORWARD_INT8)
 INFER_TYPE(behind_double)
+INFER_TYPE(behind_double_bfloat16)
 INFER_TYPE(behind_double_int8)
 INFER_SHAPE(behind_double) { return {shapes[0], shapes[0] + ranks[0]}; }
+INFER_SHAPE(behind_double_bfloat16) { return {shapes[0], shapes[0] + ranks[0]}; }
 INFER_SHAPE(behind_double_int8) { return {shapes[0], shapes[0] + ranks[0]}; }
 int behind_double_of(Inputs inputs, int count) {
   void **tensors = inputs.tensors;
@@ -1001,14 +1169,18 @@ BLOCK_KERNELS(behind_double)
 // A single block: image (B, S, D), text (B, T, D), modulation vector (B, D), cosine and sine (T + S, d), the epsilons,
 // then weights and biases of modulation, queries, keys, values, the RMSNorms' weights, MLP and output. Both streams
 // behind it, text first.
-SIZES(single_block, STREAMS "3D D, 3D, D D, D, D D, D, D D, D, d, d, W D, W, D D+W, D")
+#define SINGLE "3D D, 3D, D D, D, D D, D, D D, D, d, d, W D, W, D D+W, D"
+SIZES(single_block, STREAMS SINGLE)
+SIZES(single_block_bfloat16, STREAMS SINGLE)
 SIZES(single_block_int8, STREAMS "6, 3D D, 3D, 3D, D D, D, D, D D, D, D, D D, D, D, d, d, W D, W, W, D D+W, D, D")
 INFER_TYPES(single_block, 2)
+INFER_TYPES(single_block_bfloat16, 2)
 INFER_TYPES(single_block_int8, 2)
 std::vector<std::vector<int64_t>> single_block_outputs(int64_t **shapes) {
   return {{shapes[1], shapes[1] + 3}, {shapes[0], shapes[0] + 3}};
 }
 INFER_SHAPES(single_block) { return single_block_outputs(shapes); }
+INFER_SHAPES(single_block_bfloat16) { return single_block_outputs(shapes); }
 INFER_SHAPES(single_block_int8) { return single_block_outputs(shapes); }
 int single_block_of(Inputs inputs, int count) {
   void **tensors = inputs.tensors;

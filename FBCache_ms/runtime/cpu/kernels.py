@@ -58,10 +58,10 @@ COMPILER = shutil.which("g++")
 KERNELS_FILE = COMPILER and compiled(COMPILER, users_folder())
 
 
-def kernel(name, inputs, outputs=1, int8=()):
+def kernel(name, inputs, outputs=1, matrices=(), kind=DataType.F32_Default):
     """A kernel of so many float32 tensors as an operator, None where there is no library.
 
-    Those inputs whose numbers are in ``int8`` are int8.
+    Those inputs whose numbers are in ``matrices`` are of another kind.
     """
     if KERNELS_FILE is None:
         return None
@@ -72,8 +72,8 @@ def kernel(name, inputs, outputs=1, int8=()):
     for index in range(outputs):
         info.output(index, f"output{index}")
     kinds = [DataType.F32_Default] * (inputs + outputs)
-    for index in int8:
-        kinds[index] = DataType.I8_Default
+    for index in matrices:
+        kinds[index] = kind
     info.dtype_format(*kinds)
     return ops.Custom(f"{KERNELS_FILE}:{name}", func_type="aot", reg_info=info.get_op_info())
 
@@ -99,12 +99,29 @@ SINUSOIDS = kernel("sinusoids", 2)
 WEIGHTED_SUM = {order: kernel(f"weighted_sum_{order}", 2 + order) for order in (1, 2, 3)}
 FINITE_DIFFERENCES = {order: kernel(f"finite_differences_{order}", 3 + order) for order in (1, 2, 3)}
 LINEAR = product_kernel("linear", 3)
+LINEAR_BFLOAT16 = product_kernel("linear_bfloat16", 3, 1, (1,), DataType.BF16_Default)
 ADA_LAYER_NORM = product_kernel("ada_layer_norm", 5)
 TIMESTEP_EMBEDDING = product_kernel("timestep_embedding", 5)
-DOUBLE_BLOCK = product_kernel("double_block", 34, 6)
-BEHIND_DOUBLE = product_kernel("behind_double", 11)
-SINGLE_BLOCK = product_kernel("single_block", 20, 2)
-# With int8 weights: whether each layer rounds its input stands before them, and a scale behind each.
-DOUBLE_BLOCK_INT8 = product_kernel("double_block_int8", 47, 6, (7, 10, 13, 16, 21, 24, 27, 30, 33, 36, 39, 44))
-BEHIND_DOUBLE_INT8 = product_kernel("behind_double_int8", 14, 1, (8, 11))
-SINGLE_BLOCK_INT8 = product_kernel("single_block_int8", 27, 2, (7, 10, 13, 16, 21, 24))
+
+FLOAT32, BFLOAT16, INT8 = range(3)
+"""What a block's matrices are of, and where that kernel stands among the block's."""
+
+
+def block_kernels(name, inputs, outputs, matrices, inputs_int8, matrices_int8):
+    """A block's kernels, the last for int8: there a scale stands behind each matrix.
+
+    Before all weights of int8 stands whether each layer rounds its input, 1 or 0.
+    """
+    return (
+        product_kernel(name, inputs, outputs),
+        product_kernel(f"{name}_bfloat16", inputs, outputs, matrices, DataType.BF16_Default),
+        product_kernel(f"{name}_int8", inputs_int8, outputs, matrices_int8, DataType.I8_Default),
+    )
+
+
+DOUBLE_BLOCK = block_kernels(
+    *("double_block", 34, 6, (6, 8, 10, 12, 16, 18, 20, 22, 24, 26, 28, 32)),
+    *(47, (7, 10, 13, 16, 21, 24, 27, 30, 33, 36, 39, 44)),
+)
+BEHIND_DOUBLE = block_kernels("behind_double", 11, 1, (7, 9), 14, (8, 11))
+SINGLE_BLOCK = block_kernels("single_block", 20, 2, (6, 8, 10, 12, 16, 18), 27, (7, 10, 13, 16, 21, 24))

@@ -148,8 +148,14 @@ def masked(scores, mask):
 
 
 def linear_cell(self, input):
-    """mint.nn.Linear.construct."""
-    output = ops.MatMul(transpose_b=True)(input.reshape(-1, input.shape[-1]), self.weight)
+    """mint.nn.Linear.construct; with a weight of bfloat16 the input is rounded to that, and products summed in float32.
+
+    A product of two bfloat16 is exact in float32.
+    """
+    rows, weight = input.reshape(-1, input.shape[-1]), self.weight
+    if weight.dtype == ms.bfloat16:
+        rows, weight = ops.cast(ops.cast(rows, weight.dtype), input.dtype), ops.cast(weight, input.dtype)
+    output = ops.MatMul(transpose_b=True)(rows, weight)
     if self.bias is not None:
         output = ops.BiasAdd()(output, self.bias)
     return output.reshape(input.shape[:-1] + output.shape[-1:])
@@ -225,7 +231,8 @@ def fused_linear_cell(self, input):
     """mint.nn.Linear.construct."""
     if kernels.LINEAR is None or self.bias is None or input.dtype != ms.float32:
         return linear_cell(self, input)
-    return kernels.LINEAR(input, self.weight, self.bias)
+    linear = kernels.LINEAR_BFLOAT16 if self.weight.dtype == ms.bfloat16 else kernels.LINEAR
+    return linear(input, self.weight, self.bias)
 
 
 def fused_gelu(input, *, approximate="none"):
@@ -258,31 +265,35 @@ class Weights:
     """The weights that a cell's kernel reads, in its order; None where the cell is more than the kernel stands for.
 
     An attribute, made when the parser asks for it, since parsing as many attributes takes it a while for each block.
-    ``layers`` gives a cell's layers in that order, or None. Where there is a kernel for ``int8`` weights, those of all
-    layers may be: first comes whether each rounds its input, 1 or 0, and behind each weight its scale.
+    ``layers`` gives a cell's layers in that order, or None. Where there are kernels for ``rounded`` matrices, those of
+    all layers may be bfloat16 or int8. With int8, whether each layer rounds its input, 1 or 0, comes first, and behind
+    each matrix its scale.
     """
 
-    def __init__(self, layers, int8=False):
-        self.layers, self.int8 = layers, int8
+    def __init__(self, layers, rounded=False):
+        self.layers, self.rounded = layers, rounded
 
     def __get__(self, cell, owner):
         layers = None if cell is None or kernels.LINEAR is None else self.layers(cell)
         if layers is None:
             return None
-        weights, dense, rounds = (), 0, ()
+        weights, matrices, rounds = (), set(), ()
         for layer in layers:
             # An adapter is a layer of another type.
             if is_mindones(layer, mint.nn.Linear):
-                weights, dense = (*weights, layer.weight, layer.bias), dense + 1
-            elif self.int8 and any(is_mindones(layer, kind) for kind in (Int8WeightOnlyLinear, Int8Linear)):
+                weights += (layer.weight, layer.bias)
+                matrices.add(layer.weight.dtype)
+            elif self.rounded and any(is_mindones(layer, kind) for kind in (Int8WeightOnlyLinear, Int8Linear)):
                 weights += (layer.weight, layer.weight_scale, layer.bias)
                 rounds += (isinstance(layer, Int8Linear),)
+                matrices.add(layer.weight.dtype)
             elif is_mindones(layer, normalization.RMSNorm) and layer.bias is None:
                 weights += (layer.weight,)
             else:
                 return None
-        kinds = {ms.float32, ms.int8} if rounds else {ms.float32}
-        if dense and rounds or any(weight is None or weight.dtype not in kinds for weight in weights):
+        if len(matrices) > 1 or not matrices <= ({ms.float32, ms.bfloat16, ms.int8} if self.rounded else {ms.float32}):
+            return None
+        if any(weight is None or weight.dtype not in {ms.float32, *matrices} for weight in weights):
             return None
         return (ms.Tensor(rounds, ms.float32), *weights) if rounds else weights
 
@@ -453,7 +464,7 @@ FUSED_STAND_INS = (
     (embeddings.TimestepEmbedding, "kernel_weights", Weights(timestep_embedding_layers)),
     (embeddings.TimestepEmbedding, "construct", fused_timestep_embedding_cell),
     (mint.nn.LayerNorm, "kernel_weights", Weights(layer_norm_layers)),
-    (attention.FeedForward, "kernel_weights", Weights(feed_forward_layers, int8=True)),
+    (attention.FeedForward, "kernel_weights", Weights(feed_forward_layers, rounded=True)),
     (rule_kernels, "relative_difference", fused_relative_difference),
     (rule_kernels, "weighted_sum", fused_weighted_sum),
     (rule_kernels, "finite_differences", fused_finite_differences),
