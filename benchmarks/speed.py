@@ -20,6 +20,7 @@ BENCHMARKS = {
     "products": "A block against its products",
     "branches": "What a branch costs",
     "against_torch": "Against torch",
+    "growth_against_torch": "Against torch as the model grows",
     "against_example": "Against the example in mindone",
     "first_picture": "The first picture",
     "sweep_time": "A sweep against its denoise loops",
@@ -27,6 +28,8 @@ BENCHMARKS = {
     "frontier": "The frontier",
 }
 PEERS = ("para_attention", "cache_dit")
+NEEDS = {"against_torch": any, "growth_against_torch": lambda given: given[-1]}
+"""What of the peers' environments, in that order, a benchmark cannot do without."""
 
 
 def parse_arguments(argv=None):
@@ -35,15 +38,15 @@ def parse_arguments(argv=None):
     add = parser.add_argument
     add("--only", nargs="+", choices=BENCHMARKS, default=list(BENCHMARKS), metavar="NAME", help="which")
     for peer in PEERS:
-        add(f"--{peer}", metavar="PYTHON", help="as of against_torch.py, which is left out without either")
+        add(f"--{peer}", metavar="PYTHON", help="as of against_torch.py; what needs it is left out without")
     add("--into", type=Path, metavar="FOLDER", help="where each benchmark also writes its table, as its own --into")
     add_save_path(add, "./results/speed", "the tables")
     args = parser.parse_args(argv)
-    if not any(getattr(args, peer) for peer in PEERS):
-        args.only = [name for name in args.only if name != "against_torch"]
+    given = [getattr(args, peer) is not None for peer in PEERS]
+    args.only = [name for name in args.only if name not in NEEDS or NEEDS[name](given)]
     try:
         if not args.only:
-            raise ValueError("against_torch needs --para_attention, --cache_dit or both")
+            raise ValueError("torch's tables need --cache_dit, --para_attention or both")
         if args.into is not None and not args.into.is_dir():
             raise ValueError(f"--into: there is no folder {args.into}")
         check_folder(args.save_path)
@@ -57,7 +60,7 @@ def command_of(name, args):
     options = ["--save_path", str(args.save_path)]
     if args.into is not None:
         options += ["--into", str(args.into / f"{name}.md")]
-    if name == "against_torch":
+    if name in NEEDS:
         options += [text for peer in PEERS if getattr(args, peer) for text in (f"--{peer}", getattr(args, peer))]
     return [sys.executable, str(Path(__file__).with_name(f"{name}.py")), *options]
 

@@ -105,6 +105,6 @@ def value_text(value):
 
 def did_you_mean(word, allowed):
     """The end of an error's message: a question that names the nearest allowed word, or nothing if none is near."""
-    words = {name.lower(): name for name in allowed}
+    words = {str(name).lower(): name for name in allowed}
     near = get_close_matches(str(word).lower(), words, 1)
     return f"; did you mean {words[near[0]]}?" if near else ""

@@ -13,6 +13,9 @@ def test_against_torch_is_run_where_there_is_a_peer(tmp_path):
     assert args.only == ["growth", "against_torch"]
     assert speed.command_of("against_torch", args)[-2:] == ["--cache_dit", "python"]
     assert "--cache_dit" not in speed.command_of("growth", args)
+    only = [*options, "--only", "against_torch", "growth_against_torch"]
+    assert speed.parse_arguments([*only, "--para_attention", "python"]).only == ["against_torch"]
+    assert speed.parse_arguments([*only, "--cache_dit", "python"]).only == ["against_torch", "growth_against_torch"]
 
 
 def test_tables_go_to_their_places(tmp_path):

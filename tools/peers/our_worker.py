@@ -14,6 +14,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="folder in diffusers layout")
     parser.add_argument("--cache", default="balanced", metavar="TAG|PRESET", help="(default: balanced)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: float32)")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     stream = take_standard_output()
@@ -23,7 +24,7 @@ def main():
     from FBCache_ms import CacheConfig, FluxPipeline
     from FBCache_ms.runtime.device import choose_device
 
-    config, device = CacheConfig.named(args.cache), choose_device("CPU")
+    config, device = CacheConfig.named(args.cache), choose_device("CPU", args.dtype)
     ms.device_context.cpu.op_tuning.threads_num(args.threads)
     pipe = FluxPipeline.from_pretrained(args.checkpoint, cache_config=config, device=device)
     pipe.set_progress_bar_config(disable=True)

@@ -92,11 +92,13 @@ def main():
     parser.add_argument("--cache", choices=CACHES, default="none")
     parser.add_argument("--threshold", type=float, default=0.12, help="of the cache (default: 0.12)")
     parser.add_argument("--compile", action="store_true", help="torch.compile of the transformer")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: float32)")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     stream = take_standard_output()
     torch.set_num_threads(args.threads)
-    pipe = FluxPipeline.from_pretrained(args.checkpoint)
+    dtype = getattr(torch, args.dtype)
+    pipe = FluxPipeline.from_pretrained(args.checkpoint, torch_dtype=dtype)
     pipe.progress_bar = stopwatch = Stopwatch()
     apply, packages = CACHES[args.cache]
     reused = apply(pipe, args.threshold)
@@ -106,7 +108,7 @@ def main():
         pipe.transformer.compile()
 
     def draw(latents, **arguments):
-        picture = pipe(latents=torch.from_numpy(latents), output_type="pil", **arguments).images[0]
+        picture = pipe(latents=torch.from_numpy(latents).to(dtype), output_type="pil", **arguments).images[0]
         return picture, stopwatch.seconds, reused(arguments["num_inference_steps"])
 
     parts = [f"{NAMES.get(package, package)} {version(package)}" for package in ("diffusers", *packages)]
