@@ -166,7 +166,7 @@ class WholeLoop:
 
         A text is a folder's path, unless it is a hub's owner/model and there is no folder of either name. A component
         that is handed over, or is None, needs no files. A device, as choose_device returns it, also says the dtype,
-        unless there is a mindspore_dtype.
+        unless there is a mindspore_dtype. On a CPU bfloat16 is that of the blocks' matrices alone.
 
         Raises:
             OSError: the folder or a file of it is missing or damaged, or the hub has none or cannot be reached.
