@@ -22,7 +22,6 @@
 #include <limits>
 #include <memory>
 #include <mutex>
-#include <new>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -320,18 +319,6 @@ using Lanes = float __attribute__((vector_size(kLanes * sizeof(float)), aligned(
 constexpr int64_t kWide = 2;
 constexpr int64_t kColumns = kWide * kLanes;
 
-// Memory that begins where a line of the cache does: a register that is read across two lines takes twice as long.
-template <typename T>
-struct Aligned {
-  using value_type = T;
-  T *allocate(size_t size) { return static_cast<T *>(::operator new(size * sizeof(T), std::align_val_t(64))); }
-  void deallocate(T *memory, size_t) { ::operator delete(memory, std::align_val_t(64)); }
-  bool operator==(const Aligned &) const { return true; }
-  bool operator!=(const Aligned &) const { return false; }
-};
-template <typename T>
-using Buffer = std::vector<T, Aligned<T>>;
-
 // c = a b, or c += a b, for kRows rows of a, (kRows, depth), and c, each with its row length, and b, (depth, kColumns).
 inline void multiply_tile(const float *a, int64_t a_row, const float *b, int64_t depth, bool adds, float *c,
                           int64_t c_row) {
@@ -435,7 +422,7 @@ void add_bfloat16_product(const float *x, int64_t x_row, int64_t rows, const uin
   // So many words of a row at a time stay in the cache.
   constexpr int64_t kWords = 256;
   const int64_t words = rounded_up(depth, 2 * kLanes) / 2;
-  Buffer<uint32_t> left(rounded_up(rows, kRows) * words), right(kWords * kColumns);
+  std::vector<uint32_t> left(rounded_up(rows, kRows) * words), right(kWords * kColumns);
   std::vector<uint16_t> halves(2 * words);
   float tile[kRows * kColumns];
   for (int64_t row = 0; row < rows; ++row) {
@@ -595,7 +582,7 @@ class Head {
   }
 
   int64_t length_, width_, wide_;
-  Buffer<float> queries_, keys_, values_, scores_, attended_;
+  std::vector<float> queries_, keys_, values_, scores_, attended_;
 };
 
 // The rotary table of a block, cosine and sine (L, width), and the epsilon of its RMSNorms.
@@ -1059,8 +1046,8 @@ KERNEL(timestep_embedding) {
 #define FEED_FORWARD_INT8 "W D, W, W, D W, D, D"
 
 // A block's kernels, by what its matrices are of.
-#define BLOCK_KERNELS(name)                                                                               \
-  KERNEL(name) { return name##_of({tensors, shapes, 0}, count); }                                         \
+#define BLOCK_KERNELS(name)                                                                       \
+  KERNEL(name) { return name##_of({tensors, shapes, 0}, count); }                                 \
   KERNEL(name##_bfloat16) { return name##_of({tensors, shapes, 0, Matrices::kBfloat16}, count); } \
   KERNEL(name##_int8) { return name##_of({tensors, shapes, 0, Matrices::kInt8}, count); }
 
