@@ -65,7 +65,7 @@ def parse_arguments(argv=None):
     parser = Parser(__name__, "growth_against_torch", description=__doc__)
     add = parser.add_argument
     add("--para_attention", metavar="PYTHON", help="of an environment with ParaAttention")
-    add("--cache_dit", metavar="PYTHON", required=True, help="of an environment with cache-dit")
+    add("--cache_dit", metavar="PYTHON", help="of an environment with cache-dit, whose torch is the plain one too")
     add("--widths", nargs="+", type=int, default=list(MODELS), choices=MODELS, metavar="D", help="which")
     add("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES, metavar="DTYPE", help="which")
     add("--runs", type=int, default=5, metavar="N", help="turns")
@@ -74,6 +74,8 @@ def parse_arguments(argv=None):
     add_into_option(parser)
     args = parser.parse_args(argv)
     try:
+        if args.cache_dit is None:
+            raise ValueError("there is nothing to compare with; give --cache_dit")
         check_range("runs", args.runs, 1)
         check_range("steps", args.steps, FEW_STEPS + 1, MAX_STEPS)
         check_folder(args.save_path)

@@ -91,6 +91,11 @@ def check_quantize(config, dtype=None):
         refuse_bfloat16()
 
 
+def kinds_in(model):
+    """The dtypes of a model's Parameters, by name."""
+    return {str(parameter.dtype) for parameter in model.get_parameters()}
+
+
 def refuse_bfloat16():
     """Raises ValueError on a CPU, in the place of rounding what is or would be bfloat16."""
     import mindspore as ms
@@ -115,7 +120,10 @@ def quantize(module, config=QuantizeConfig()):
             raise ValueError(f"{name} is quantised already; dequantize() gives it dense weights again")
     layers = {name: linear_layers(model, config) for name, model in models.items()}
     check_patterns(config, layers)
-    check_quantize(config, {name: model_layer(models[name], names[0]).weight.dtype for name, names in layers.items()})
+    for model in models.values():
+        # A model that is bfloat16 throughout is compiled for Ascend.
+        if kinds_in(model) >= {"Float32", "BFloat16"}:
+            refuse_bfloat16()
     for model in models.values():
         round_layers(model, config)
     return module

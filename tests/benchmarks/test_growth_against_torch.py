@@ -61,7 +61,10 @@ def test_a_row_has_the_ratio_of_medians_and_what_it_takes_over_the_limit():
     assert rows[2]["System"] == "compiled, not to be had here: no compiler"
 
 
-def test_a_width_that_is_not_there_is_refused(capsys):
+@pytest.mark.parametrize(
+    "options, named", [(["--cache_dit", "python", "--widths", "640"], "640"), (["--runs", "2"], "give --cache_dit")]
+)
+def test_what_cannot_be_run_is_said_at_once(options, named, capsys):
     with pytest.raises(SystemExit):
-        parse_arguments(["--cache_dit", "python", "--widths", "640"])
-    assert "640" in capsys.readouterr().err
+        parse_arguments(options)
+    assert named in capsys.readouterr().err

@@ -146,7 +146,7 @@ def test_another_size_and_true_cfg_and_operator_by_operator(tmp_path):
         (["--ckpt", "no/such/place"], "no/such/place"),
         (["--device", "Ascend"], "Ascend"),
         (["--device", "GPU"], "GPU"),
-        (["--dtype", "bfloat16"], "bfloat16"),
+        (["--dtype", "float16"], "float16"),
         (["--save_path", "pyproject.toml"], "pyproject.toml"),
         (["--save_path", "/proc/none"], "/proc/none"),
         (["--colour", "red"], "--colour"),
