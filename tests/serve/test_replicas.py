@@ -99,9 +99,13 @@ def served(*options):
         assert process.wait(60) == 0
 
 
+PAINTER = "FBCache_ms.serve.painter"
+
+
 def painters():
     """The drawing processes, which are Ray's children where Ray has placed them."""
-    return [each for each in psutil.process_iter(["cmdline"]) if "FBCache_ms.serve.painter" in each.info["cmdline"]]
+    # A process that has just ended has no command line.
+    return [each for each in psutil.process_iter(["cmdline"]) if PAINTER in (each.info["cmdline"] or ())]
 
 
 @contextmanager
