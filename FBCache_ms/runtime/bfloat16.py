@@ -6,7 +6,7 @@ float32. So a picture shows what bfloat16 does to the largest part of a model, i
 
 import mindspore as ms
 
-from .quantize import QuantizeConfig, linear_layers, model_layer
+from .quantize import QuantizeConfig, linear_layers, model_layer, quantized_layers, refuse_bfloat16
 
 
 def on_this_device(dtypes):
@@ -29,6 +29,8 @@ def float32_for(dtype):
 
 
 def round_matrices(transformer):
-    """Makes the matrices of a transformer's blocks bfloat16, in place."""
+    """Makes the matrices of a transformer's blocks bfloat16, in place. Raises ValueError for one with int8 weights."""
+    if quantized_layers(transformer):
+        refuse_bfloat16()
     for name in linear_layers(transformer, QuantizeConfig()):
         model_layer(transformer, name).weight.set_dtype(ms.bfloat16)

@@ -138,12 +138,15 @@ def test_an_adapter_acts(checkpoint):
     assert psnr(*adapted) > psnr(adapted[0], plain) + 15
 
 
-def test_bfloat16_and_int8_are_not_both_had_on_a_cpu(checkpoint):
+def test_bfloat16_and_int8_are_not_both_had_on_a_cpu(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="int8 weights need float32 ones on CPU, not bfloat16"):
         load(checkpoint, quantize_config=QuantizeConfig(), mindspore_dtype=ms.bfloat16)
     pipe = load(checkpoint, mindspore_dtype=ms.bfloat16)
     with pytest.raises(ValueError, match="int8 weights need float32 ones on CPU, not bfloat16"):
         quantize(pipe)
+    load(checkpoint, quantize_config=QuantizeConfig()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="int8 weights need float32 ones on CPU, not bfloat16"):
+        load(tmp_path, mindspore_dtype=ms.bfloat16)
 
 
 def test_a_transformer_that_is_bfloat16_throughout_is_refused(checkpoint):
