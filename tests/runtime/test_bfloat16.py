@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from make_models import FLUX2_LAYERS, make
-from narrow import make_narrow
-from test_quantize import adapter, draw, load
+from narrow import adapter, draw, load, make_narrow
 
 import mindspore as ms
 from mindspore import mint

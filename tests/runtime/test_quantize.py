@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import quantized
 from make_models import FLUX2_LAYERS, make
-from narrow import make_narrow
+from narrow import PROMPT, adapter, draw, load, make_narrow
 from quantized import make_wide
 from safetensors import safe_open
 
@@ -35,7 +35,6 @@ from FBCache_ms.runtime.cpu import kernels
 from FBCache_ms.runtime.device import graph_mode
 from FBCache_ms.runtime.quantize import check_quantize, quantized_as, quantized_layers
 
-PROMPT = "a big red circle in the center, blue background"
 KINDS = {"int8_weight_only": Int8WeightOnlyLinear, "int8": Int8Linear}
 PIPELINES = {"qwenimage": QwenImagePipeline, "flux2": Flux2Pipeline}
 DOUBLES, SINGLES = 1, 2
@@ -44,17 +43,6 @@ DOUBLES, SINGLES = 1, 2
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     return make_narrow(tmp_path_factory.mktemp("checkpoint") / "narrow", DOUBLES, SINGLES)
-
-
-def load(folder, **settings):
-    pipe = FluxPipeline.from_pretrained(folder, **settings)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def draw(pipe, **settings):
-    settings = {"num_inference_steps": 8, "output_type": "np", "generator": np.random.default_rng(0), **settings}
-    return pipe(PROMPT, **settings)[0][0]
 
 
 def layer_of(kind, inputs, outputs, seed=0, dtype=ms.float32):
@@ -255,17 +243,6 @@ def test_dense_weights_come_back_within_the_rounding(checkpoint):
         assert (name, one.shape, one.dtype) == (other_name, other.shape, other.dtype)
         level = np.abs(one.asnumpy()).max(-1, keepdims=True) / 127
         assert (np.abs(one.asnumpy() - other.asnumpy()) <= 0.501 * level).all()
-
-
-def adapter():
-    """A LoRA for a layer of the first block and one of the last."""
-    rng, tensors = np.random.default_rng(0), {}
-    for layer in ("transformer_blocks.0.attn.to_q", f"single_transformer_blocks.{SINGLES - 1}.proj_mlp"):
-        outputs = 512 if layer.endswith("mlp") else 128
-        for part, shape in {"lora_A": (4, 128), "lora_B": (outputs, 4)}.items():
-            name = f"transformer.{layer}.{part}.weight"
-            tensors[name] = ms.Parameter(ms.Tensor(0.1 * rng.standard_normal(shape), ms.float32), name=name)
-    return tensors
 
 
 @pytest.mark.release
