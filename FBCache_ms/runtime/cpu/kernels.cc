@@ -343,7 +343,7 @@ inline void multiply_tile(const float *a, int64_t a_row, const float *b, int64_t
   }
 }
 
-// bfloat16 is a float's upper half. Two of a row are a word, and so many words a register.
+// bfloat16 is a float's upper half. A word is two of a row, or one as a float; a register holds so many words.
 using Words = uint32_t __attribute__((vector_size(sizeof(Lanes)), aligned(2), may_alias));
 
 // The nearest bfloat16, ties to even; what is no number stays none.
@@ -378,23 +378,31 @@ inline void transpose(Words *rows) {
   }
 }
 
-// A tile (kRows, kColumns) of the sums of a, (words, kRows), by b, (words, kColumns).
-inline void multiply_words(const uint32_t *a, const uint32_t *b, int64_t words, float *tile) {
-  Lanes sums[kRows][kWide] = {};
+// sums (kRows, kColumns) = kRows columns' words by those of Wide * kLanes rows: kLanes rows' first words, their second and
+// so on, and the next rows' so many ``group`` words on. A word is so many Halves.
+template <int64_t Halves, int64_t Wide>
+inline void multiply_words(const uint16_t *const *columns, const uint32_t *rows, int64_t group, int64_t words,
+                           float *sums) {
+  Lanes tile[kRows][Wide] = {};
   for (int64_t k = 0; k < words; ++k) {
-    Words right[kWide];
-    for (int64_t wide = 0; wide < kWide; ++wide) {
-      right[wide] = *reinterpret_cast<const Words *>(b + k * kColumns + wide * kLanes);
+    Words right[Wide];
+    for (int64_t wide = 0; wide < Wide; ++wide) {
+      right[wide] = *reinterpret_cast<const Words *>(rows + wide * group + k * kLanes);
     }
 #pragma GCC unroll 16
-    for (int64_t row = 0; row < kRows; ++row) {
-      const Words left = Words{} + a[k * kRows + row];
-      for (int64_t wide = 0; wide < kWide; ++wide) sums[row][wide] = add_pairs(sums[row][wide], left, right[wide]);
+    for (int64_t i = 0; i < kRows; ++i) {
+      uint32_t word;
+      std::memcpy(&word, columns[i] + 2 * k, sizeof(word));
+      const Words left = Words{} + word;
+      for (int64_t wide = 0; wide < Wide; ++wide) {
+        Lanes &sum = tile[i][wide];
+        sum = Halves == 2 ? add_pairs(sum, left, right[wide]) : sum + (Lanes)left * (Lanes)right[wide];
+      }
     }
   }
-  for (int64_t row = 0; row < kRows; ++row) {
-    for (int64_t wide = 0; wide < kWide; ++wide) {
-      *reinterpret_cast<Lanes *>(tile + row * kColumns + wide * kLanes) = sums[row][wide];
+  for (int64_t i = 0; i < kRows; ++i) {
+    for (int64_t wide = 0; wide < Wide; ++wide) {
+      *reinterpret_cast<Lanes *>(sums + i * kColumns + wide * kLanes) = tile[i][wide];
     }
   }
 }
@@ -415,54 +423,129 @@ inline float dot(const uint16_t *a, const uint16_t *b, int64_t length) {
   return sum;
 }
 
+// Whether the processor has an instruction for pairs of bfloat16 that is worth it: AMD's multiply twice as many in a cycle
+// as they do floats, Intel's half as many.
+#ifndef FAST_PAIRS
+#ifdef __AVX512BF16__
+#define FAST_PAIRS __builtin_cpu_is("amd")
+#else
+#define FAST_PAIRS false
+#endif
+#endif
+
 // y += x w^T, x (rows, depth) rounded to bfloat16, w (columns, depth) of it, summed in float; rows lie x_row and y_row
-// apart. Behind a row and below the last there are zeros.
+// apart. A register holds words of so many rows of x, which are turned over: there are fewer of them than of w's.
+template <int64_t Halves>
+class Bfloat16Product {
+ public:
+  Bfloat16Product(const float *x, int64_t x_row, int64_t rows, const uint16_t *w, int64_t columns, int64_t depth,
+                  float *y, int64_t y_row)
+      : x_(x), x_row_(x_row), rows_(rows), w_(w), columns_(columns), depth_(depth), y_(y), y_row_(y_row) {}
+
+  void add() {
+    if (rows_ < kRows) return add_row_by_row();
+    turned_.resize(rounded_up(rows_, kLanes) * kWords);
+    for (int64_t first = 0; first < depth_; first += Halves * kWords) {
+      const int64_t deep = std::min(Halves * kWords, depth_ - first);
+      for (int64_t row = 0; row < rows_; row += kLanes) turn(row, first, deep);
+      for (int64_t column = 0; column < columns_; column += kBlock) add_columns(column, first, deep);
+    }
+  }
+
+ private:
+  // So many words of a row, and so many columns, at a time stay in the cache.
+  static constexpr int64_t kWords = 512, kBlock = kRows * kLanes / 2, kGroup = kWords * kLanes;
+
+  // For fewer rows than a tile has.
+  void add_row_by_row() {
+    std::vector<uint16_t> halves(depth_);
+    for (int64_t row = 0; row < rows_; ++row) {
+#pragma omp simd
+      for (int64_t i = 0; i < depth_; ++i) halves[i] = bfloat16(x_[row * x_row_ + i]);
+      for (int64_t column = 0; column < columns_; ++column) {
+        y_[row * y_row_ + column] += dot(halves.data(), w_ + column * depth_, depth_);
+      }
+    }
+  }
+
+  // kLanes rows' words of a piece of the depth, word by word; zeros behind it and below the last row.
+  void turn(int64_t row, int64_t first, int64_t deep) {
+    for (int64_t at = 0; at < deep; at += Halves * kLanes) {
+      Words block[kLanes] = {};
+      for (int64_t i = 0; i < std::min(kLanes, rows_ - row); ++i) {
+        const float *from = x_ + (row + i) * x_row_ + first + at;
+        uint16_t halves[Halves * kLanes] = {};
+#pragma omp simd
+        for (int64_t j = 0; j < std::min(Halves * kLanes, deep - at); ++j) halves[j] = bfloat16(from[j]);
+        to_words(halves, Halves * kLanes, reinterpret_cast<uint32_t *>(&block[i]));
+      }
+      transpose(block);
+      std::memcpy(&turned_[row * kWords + at / Halves * kLanes], block, sizeof(block));
+    }
+  }
+
+  static void to_words(const uint16_t *halves, int64_t size, uint32_t *words) {
+    if (Halves == 2) {
+      std::memcpy(words, halves, size * sizeof(*halves));
+      return;
+    }
+#pragma omp simd
+    for (int64_t i = 0; i < size; ++i) words[i] = static_cast<uint32_t>(halves[i]) << 16;
+  }
+
+  // A block of columns by all rows, over a piece of the depth.
+  void add_columns(int64_t column, int64_t first, int64_t deep) {
+    const int64_t count = std::min(kBlock, columns_ - column);
+    const uint16_t *columns[kBlock];
+    for (int64_t i = 0; i < kBlock; ++i) {
+      columns[i] = w_ + (column + std::min(i, count - 1)) * depth_ + first;
+      // They are words as they lie, where the last one is whole.
+      if (Halves == 2 && deep % 2 == 0) continue;
+      copied_.resize(kBlock * kWords);
+      to_words(columns[i], deep, &copied_[i * kWords]);
+      columns[i] = reinterpret_cast<const uint16_t *>(&copied_[i * kWords]);
+    }
+    float sums[kBlock * kColumns];
+    for (int64_t row = 0; row < rows_; row += kColumns) {
+      const int64_t tall = std::min(kColumns, rows_ - row);
+      const auto multiply = tall > kLanes ? multiply_words<Halves, kWide> : multiply_words<Halves, 1>;
+      for (int64_t i = 0; i < count; i += kRows) {
+        multiply(columns + i, &turned_[row * kWords], kGroup, (deep + Halves - 1) / Halves, sums + i * kColumns);
+      }
+      for (int64_t i = 0; i < tall; i += kLanes) {
+        for (int64_t j = 0; j < count; j += kLanes) {
+          add_turned(sums + j * kColumns + i, std::min(kLanes, tall - i), std::min(kLanes, count - j),
+                     y_ + (row + i) * y_row_ + column + j);
+        }
+      }
+    }
+  }
+
+  // y (rows, columns) += sums (columns, rows), no more than kLanes of either.
+  void add_turned(const float *sums, int64_t rows, int64_t columns, float *y) {
+    Words block[kLanes];
+    for (int64_t i = 0; i < kLanes; ++i) std::memcpy(&block[i], sums + i * kColumns, sizeof(block[i]));
+    transpose(block);
+    for (int64_t i = 0; i < rows; ++i, y += y_row_) {
+      const Lanes row = (Lanes)block[i];
+      for (int64_t j = 0; j < columns; ++j) y[j] += row[j];
+    }
+  }
+
+  const float *x_;
+  int64_t x_row_, rows_;
+  const uint16_t *w_;
+  int64_t columns_, depth_;
+  float *y_;
+  int64_t y_row_;
+  std::vector<uint32_t> turned_, copied_;
+};
+
 void add_bfloat16_product(const float *x, int64_t x_row, int64_t rows, const uint16_t *w, int64_t columns,
                           int64_t depth, float *y, int64_t y_row) {
-  // So many words of a row at a time stay in the cache.
-  constexpr int64_t kWords = 256;
-  const int64_t words = rounded_up(depth, 2 * kLanes) / 2;
-  std::vector<uint32_t> left(rounded_up(rows, kRows) * words), right(kWords * kColumns);
-  std::vector<uint16_t> halves(2 * words);
-  float tile[kRows * kColumns];
-  for (int64_t row = 0; row < rows; ++row) {
-#pragma omp simd
-    for (int64_t i = 0; i < depth; ++i) halves[i] = bfloat16(x[row * x_row + i]);
-    // To turn w over takes longer than so few rows.
-    for (int64_t column = 0; rows < kRows && column < columns; ++column) {
-      y[row * y_row + column] += dot(halves.data(), w + column * depth, depth);
-    }
-    // Word by word of kRows rows.
-    uint32_t *to = &left[row / kRows * kRows * words + row % kRows];
-    for (int64_t k = 0; k < words; ++k) std::memcpy(to + k * kRows, &halves[2 * k], sizeof(*to));
-  }
-  if (rows < kRows) return;
-  for (int64_t column = 0; column < columns; column += kColumns) {
-    const int64_t wide = std::min(kColumns, columns - column);
-    for (int64_t first = 0; first < words; first += kWords) {
-      const int64_t deep = std::min(kWords, words - first);
-      for (int64_t k = 0; k < deep; k += kLanes) {
-        const int64_t at = 2 * (first + k), size = std::min(2 * kLanes, depth - at);
-        for (int64_t lanes = 0; lanes < kColumns; lanes += kLanes) {
-          Words block[kLanes] = {};
-          for (int64_t i = 0; i < std::min(kLanes, wide - lanes); ++i) {
-            std::memcpy(&block[i], w + (column + lanes + i) * depth + at, size * sizeof(*w));
-          }
-          transpose(block);
-          for (int64_t i = 0; i < kLanes; ++i) {
-            *reinterpret_cast<Words *>(&right[(k + i) * kColumns + lanes]) = block[i];
-          }
-        }
-      }
-      for (int64_t row = 0; row < rows; row += kRows) {
-        multiply_words(&left[row * words + first * kRows], right.data(), deep, tile);
-        for (int64_t i = 0; i < std::min(kRows, rows - row); ++i) {
-          float *to = y + (row + i) * y_row + column;
-          for (int64_t j = 0; j < wide; ++j) to[j] += tile[i * kColumns + j];
-        }
-      }
-    }
-  }
+  static const bool pairs = FAST_PAIRS;
+  if (pairs) return Bfloat16Product<2>(x, x_row, rows, w, columns, depth, y, y_row).add();
+  Bfloat16Product<1>(x, x_row, rows, w, columns, depth, y, y_row).add();
 }
 
 // One stream's queries, keys and values (B, length, heads * width), the weights (width) of its RMSNorms, and where what
