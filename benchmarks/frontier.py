@@ -28,6 +28,7 @@ from FBCache_ms.eval.shared.arguments import (
     add_clip_option,
     add_drawing_options,
     add_into_option,
+    branches_of,
     check_cache,
     check_model_and_size,
     check_range,
@@ -325,7 +326,7 @@ def work(args):
         cells, common = measure(run)
         if not cells:
             continue
-        add_costs(cells)
+        add_costs(cells, branches_of(run))
         title = f"{steps} steps, {len(args.prompts)} prompts: nearness to the uncached pictures over three costs"
         write_text(run.save_path / CHART, chart_page(title, cells))
         found = leaders(cells, args.lead)

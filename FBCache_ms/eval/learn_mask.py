@@ -15,6 +15,7 @@ from FBCache_ms.eval.shared.arguments import (
     add_clip_option,
     add_drawing_options,
     add_into_option,
+    branches_of,
     check_cache,
     check_model_and_size,
     check_range,
@@ -326,16 +327,18 @@ def fit_lines(search):
     return [f"  {search['factors']} factors fitted, from {before:.3g} on; {masks} masks were fitted to"]
 
 
-def hours_of_flux_dev(cache, steps, pictures):
-    """Predicted hours of so many denoise loops."""
+def hours_of_flux_dev(cache, steps, loops):
+    """Predicted hours of so many denoise loops, of one branch each."""
     config = CacheConfig.named(cache)
     computed = (sum(config.steps_computation_mask),)
-    return pictures * predict(best(ATLAS).device, WHOLE_LOOP, config, steps, computed) / 3600
+    return loops * predict(best(ATLAS).device, WHOLE_LOOP, config, steps, computed) / 3600
 
 
 def text_of(args, preset, path):
     """What a person wants to know of a mask: what it is worth, and the line to use it."""
     search, learnt, others = (preset[name] for name in ("search", "figures_of_the_prompts_learnt_from", "figures"))
+    loops = branches_of(args) * search["pictures"]
+    hours = hours_of_flux_dev(preset["config"], args.num_inference_steps, loops)
     return "\n".join(
         [
             f"{others['computed_steps']:g} of {args.num_inference_steps} steps: {preset['config']}",
@@ -343,8 +346,7 @@ def text_of(args, preset, path):
             f"{search['evaluations']} masks tried on {args.learn_from} prompts",
             *(fit_lines(search) if "factors" in search else []),
             f"  {search['pictures']} pictures were drawn for it; FLUX.1-dev at 1024 x 1024 is predicted to take "
-            f"{hours_of_flux_dev(preset['config'], args.num_inference_steps, search['pictures']):.1f} h for as many on "
-            f"one NPU of an {ATLAS.device.name}",
+            f"{hours:.1f} h for as many on one NPU of an {ATLAS.device.name}",
             f"  PSNR {learnt['psnr']:.1f} dB on these, {others['psnr']:.1f} dB on {len(preset['prompts'])} others "
             f"(worst prompt {preset['lowest_psnr']:.1f}); {others['speedup']:.2f}x ({others['seconds']:.3f} s against "
             f"{others['uncached_seconds']:.3f} s)",

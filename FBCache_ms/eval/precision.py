@@ -17,7 +17,6 @@ from FBCache_ms.eval.shared.arguments import (
     check_model_and_size,
     check_range,
     exit_status,
-    guidance_of,
     reason,
 )
 from FBCache_ms.eval.shared.drawing import session
@@ -151,13 +150,7 @@ def record(painter, index, prompt):
             return {}
 
         painter.pipe(
-            prompt=prompt,
-            height=painter.image_size[0],
-            width=painter.image_size[1],
-            num_inference_steps=painter.args.num_inference_steps,
-            **guidance_of(painter.args),
-            generator=np.random.default_rng((painter.args.seed, index)),
-            output_type="latent",
+            **{**painter.arguments(index, prompt, painter.args.num_inference_steps), "output_type": "latent"},
             cache_config=CacheConfig(0, probe=probe),
             callback_on_step_end=read,
         )

@@ -16,9 +16,9 @@ from FBCache_ms.eval.shared.arguments import (
     add_model_options,
     add_picture_options,
     add_save_path,
+    branches_of,
     cache_config,
     check_cache,
-    check_guidance,
     check_model_and_size,
     check_range,
     device_of,
@@ -65,14 +65,7 @@ def parse_arguments(argv=None):
     )
     add = parser.add_argument_group("picture").add_argument
     add("--prompt", default="a big red circle in the center, blue background", metavar="TEXT", help="what to show")
-    add("--negative_prompt", metavar="TEXT", help="what not to show; takes effect with --true_cfg_scale above 1")
     add_picture_options(add)
-    add(
-        "--true_cfg_scale",
-        type=float,
-        metavar="G",
-        help="of true classifier-free guidance; 1: none (default: 1, Qwen-Image 4 with a negative prompt)",
-    )
     add("--num_images_per_prompt", type=int, default=1, metavar="N", help="how many pictures")
     add_cache_options(parser)
     add = parser.add_argument_group("output").add_argument
@@ -94,16 +87,9 @@ def parse_arguments(argv=None):
 def check_arguments(args):
     """Raises ValueError or OSError, naming the option, for a value that cannot work."""
     check_range("num_images_per_prompt", args.num_images_per_prompt, 1)
-    if args.true_cfg_scale is not None and args.true_cfg_scale > 1 and args.negative_prompt is None:
-        raise ValueError("--true_cfg_scale above 1 needs a --negative_prompt")
     if args.compare and importlib.util.find_spec("skimage") is None:
         raise ValueError("--compare needs scikit-image; install FBCache_ms[eval]")
     check_model_and_size(args)
-    check_guidance(args, "true_cfg_scale")
-    if args.negative_prompt is None and args.true_cfg_scale is not None:
-        args.true_cfg_scale = 1.0
-    elif args.negative_prompt is not None and args.true_cfg_scale is None:
-        raise ValueError(f"--negative_prompt is not for this checkpoint: a {family_of(args.ckpt).PIPELINE} takes none")
     if args.compare and args.image_size is not None and min(args.image_size) < SSIM_WINDOW:
         raise ValueError(f"--compare needs an --image_size of {SSIM_WINDOW} pixels or more, for SSIM")
     check_cache(args.config, args.ckpt, args.num_inference_steps)
@@ -111,7 +97,7 @@ def check_arguments(args):
         raise ValueError("--context_parallel has to be as many as msrun has started: one prompt is drawn once")
     if args.cfg_parallel and args.context_parallel % 2:
         raise ValueError(f"--cfg_parallel needs an even --context_parallel, not {args.context_parallel}")
-    if args.cfg_parallel and (args.negative_prompt is None or args.true_cfg_scale <= 1):
+    if args.cfg_parallel and branches_of(args) == 1:
         raise ValueError("--cfg_parallel needs a --negative_prompt and a --true_cfg_scale above 1")
     check_folder(args.save_path)
 

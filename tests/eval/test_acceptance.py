@@ -4,6 +4,7 @@ import json
 from argparse import Namespace
 
 import pytest
+from make_models import make
 from narrow import make_narrow
 
 import mindspore as ms
@@ -31,6 +32,16 @@ def test_one_npu_shares_no_picture(monkeypatch, tmp_path):
 @pytest.mark.release
 def test_two_devices_share_a_picture_as_one_draws_it(tmp_path):
     assert ascend_acceptance.main(["--limit", "1", "--only", "sharing", "--save_path", str(tmp_path)]) == 0
+
+
+def test_the_speed_table_is_drawn_with_the_guidance_that_the_model_takes(tmp_path, monkeypatch):
+    asked, options = [], ["--ckpt", str(make(tmp_path / "model", "qwenimage")), "--negative_prompt", "dark"]
+    monkeypatch.setattr(acceptance_checks, "run_program", lambda module, options: asked.extend(map(str, options)))
+    args = ascend_acceptance.parse_arguments([*options, "--only", "speed", "--save_path", str(tmp_path / "out")])
+    with pytest.raises(FileNotFoundError):
+        acceptance_checks.check_speed(Namespace(args=args))
+    benchmarked = benchmark.parse_arguments(asked)
+    assert (benchmarked.negative_prompt, benchmarked.true_cfg_scale) == ("dark", 4.0)
 
 
 @pytest.mark.slow

@@ -7,11 +7,13 @@ from argparse import Namespace
 
 import numpy as np
 import pytest
+from narrow import make_narrow
 
 from FBCache_ms.config import CacheConfig
+from FBCache_ms.eval import sweep
 from FBCache_ms.eval.shared import ranks
 from FBCache_ms.eval.shared.arguments import exit_status
-from FBCache_ms.eval.shared.drawing import Setting, draw_missing
+from FBCache_ms.eval.shared.drawing import Painter, Setting, draw_missing
 from FBCache_ms.eval.shared.files import locked
 from FBCache_ms.eval.shared.metrics import read_picture
 from FBCache_ms.eval.shared.pictures import PictureFolder
@@ -161,6 +163,29 @@ def test_each_rank_times_the_uncached_run_beside_every_fourth_picture_of_its_own
     painter = Painter()
     draw_missing(painter, {setting: PictureFolder(tmp_path / "fid", {})}, prompts, uncached_beside=False)
     assert painter.uncached == 0
+
+
+def test_a_negative_prompt_guides_what_a_program_draws(tmp_path):
+    def painter(*options):
+        given = "--ckpt", str(ckpt), "--save_path", str(tmp_path / "out"), *options
+        return Painter(sweep.parse_arguments(given))
+
+    ckpt, setting = make_narrow(tmp_path / "narrow"), Setting(CacheConfig(0.12), 2)
+    guided, plain = painter("--negative_prompt", "dark", "--true_cfg_scale", "3"), painter()
+    picture, facts, _ = guided.draw(0, "a cat", setting)
+    (expected,) = guided.pipe(
+        "a cat",
+        negative_prompt="dark",
+        true_cfg_scale=3.0,
+        num_inference_steps=2,
+        max_sequence_length=guided.pipe.text_length,
+        generator=np.random.default_rng((0, 0)),
+        cache_config=setting.config,
+        output_type="np",
+    )[0]
+    np.testing.assert_array_equal(picture, (expected * 255).round().astype(np.uint8))
+    assert guided.common == {**plain.common, "negative_prompt": "dark", "true_cfg_scale": 3.0}
+    assert facts["tflops"] == 2 * plain.draw(0, "a cat", setting)[1]["tflops"]
 
 
 def test_the_first_rank_waits_for_the_others_but_not_for_ever():

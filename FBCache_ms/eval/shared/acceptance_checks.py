@@ -15,6 +15,7 @@ from typing import Optional
 from FBCache_ms.config import PRESETS, CacheConfig
 from FBCache_ms.eval import benchmark, environment
 from FBCache_ms.eval import run_flux_withFBCache_pipeline as fbcache_flux
+from FBCache_ms.eval.shared.arguments import guidance_of
 from FBCache_ms.eval.shared.cases import BASELINE, ROWS, UNCACHED, Row
 from FBCache_ms.eval.shared.drawing import Painter, Setting, draw_missing
 from FBCache_ms.eval.shared.floors import FLOOR_ELSEWHERE, FLOORS, MOST_LOST_CLIP_SCORE, is_embedded
@@ -222,13 +223,14 @@ def check_speed(run):
     args, folder = run.args, run.args.save_path / "speed"
     options = ["--save_path", folder, "--runs", args.runs, "--limit", min(args.limit, args.runs)]
     options += ["--pynative" if args.pynative else "--no-pynative"]
-    for name in ("ckpt", "device", "dtype", "jit_level", "num_inference_steps", "guidance_scale", "seed"):
+    for name in ("ckpt", "device", "dtype", "jit_level", "num_inference_steps", "seed"):
         options += [f"--{name}", getattr(args, name)]
     if args.image_size is not None:
         options += ["--image_size", *args.image_size]
     if args.lazy_inline:
         options += ["--lazy_inline"]
-    for name, value in {"compile_cache": args.compile_cache, "prompts": args.prompts_file}.items():
+    guidance = {**guidance_of(args), "negative_prompt": args.negative_prompt}
+    for name, value in {**guidance, "compile_cache": args.compile_cache, "prompts": args.prompts_file}.items():
         if value is not None:
             options += [f"--{name}", value]
     run_program(benchmark, options)

@@ -176,10 +176,17 @@ def add_model_options(add, deterministic=False, compile_cache=False):
 
 
 def add_picture_options(add):
-    """--image_size, --num_inference_steps, --guidance_scale and --seed."""
+    """--negative_prompt, --image_size, --num_inference_steps, --guidance_scale, --true_cfg_scale and --seed."""
+    add("--negative_prompt", metavar="TEXT", help="what not to show; takes effect with --true_cfg_scale above 1")
     add("--image_size", type=int, nargs=2, metavar=("H", "W"), help="pixels (default: the model's own size)")
     add("--num_inference_steps", type=int, default=28, metavar="N", help="steps of the denoise loop")
     add("--guidance_scale", type=float, metavar="G", help="of the guidance embedding (default: 3.5, FLUX.2 4)")
+    add(
+        "--true_cfg_scale",
+        type=float,
+        metavar="G",
+        help="of true classifier-free guidance; 1: none (default: 1, Qwen-Image 4 with a negative prompt)",
+    )
     add("--seed", type=int, default=0, metavar="N", help="of the noise that a picture begins as")
 
 
@@ -250,7 +257,7 @@ def check_model_and_size(args):
             # msrun's scheduler draws nothing; it serves the cluster until that ends.
             device_of(args)
             sys.exit(0)
-    check_guidance(args, "guidance_scale")
+    check_guidance(args)
     if args.image_size is not None:
         unit = image_unit(args.ckpt)
         if min(args.image_size) < 1 or any(size % unit for size in args.image_size):
@@ -271,24 +278,37 @@ def check_quantized(args, tensors):
         check_parts(args.ckpt, tensors, args.quantize)
 
 
-def check_guidance(args, name):
-    """Sets a scale that the command line does not give, None where the pipeline takes none.
+def check_guidance(args):
+    """Sets the scales that the command line does not give: None where the pipeline takes none, 1 for no true CFG.
 
-    Raises ValueError for what is no finite number, or is not taken.
+    Raises ValueError for what is no finite number, or is not taken, and for true CFG without a negative prompt.
     """
-    family, given = family_of(args.ckpt), getattr(args, name)
-    if given is None:
-        setattr(args, name, family.GUIDANCE.get(name))
-    elif name not in family.GUIDANCE:
-        raise ValueError(f"--{name} is not for this checkpoint: a {family.PIPELINE} takes {', '.join(family.GUIDANCE)}")
-    elif not math.isfinite(given):
-        raise ValueError(f"--{name} must be a finite number, not {given}")
+    if args.true_cfg_scale is not None and args.true_cfg_scale > 1 and args.negative_prompt is None:
+        raise ValueError("--true_cfg_scale above 1 needs a --negative_prompt")
+    family = family_of(args.ckpt)
+    for name in ("guidance_scale", "true_cfg_scale"):
+        given = getattr(args, name)
+        if given is None:
+            setattr(args, name, family.GUIDANCE.get(name))
+        elif name not in family.GUIDANCE:
+            taken = ", ".join(family.GUIDANCE)
+            raise ValueError(f"--{name} is not for this checkpoint: a {family.PIPELINE} takes {taken}")
+        elif not math.isfinite(given):
+            raise ValueError(f"--{name} must be a finite number, not {given}")
+    if args.negative_prompt is None and args.true_cfg_scale is not None:
+        args.true_cfg_scale = 1.0
+    elif args.negative_prompt is not None and args.true_cfg_scale is None:
+        raise ValueError(f"--negative_prompt is not for this checkpoint: a {family.PIPELINE} takes none")
 
 
 def guidance_of(args):
-    """The scales that a pipeline's call takes, by name; without true CFG where the program has no option for it."""
-    given = {name: getattr(args, name, 1.0) for name in family_of(args.ckpt).GUIDANCE}
-    return {name: scale for name, scale in given.items() if scale is not None}
+    """The scales that a pipeline's call takes, by name."""
+    return {name: getattr(args, name) for name in family_of(args.ckpt).GUIDANCE}
+
+
+def branches_of(args):
+    """How many branches a step has: 2 under true classifier-free guidance, which takes the negative prompt too."""
+    return 2 if args.negative_prompt is not None and args.true_cfg_scale > 1 else 1
 
 
 def check_range(name, value, low, high=None):

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from zlib import crc32
 
 from FBCache_ms.config import CacheConfig
-from FBCache_ms.eval.shared.arguments import device_of, guidance_of
+from FBCache_ms.eval.shared.arguments import branches_of, device_of, guidance_of
 from FBCache_ms.eval.shared.cases import UNCACHED
 from FBCache_ms.eval.shared.files import locked
 from FBCache_ms.eval.shared.pictures import PictureFolder
@@ -88,6 +88,8 @@ class Painter:
             "FBCache_ms": version("FBCache_ms"),
             "quantize": args.quantize and args.quantize.to_dict(),
         }
+        if branches_of(args) == 2:
+            self.common.update(negative_prompt=args.negative_prompt, true_cfg_scale=args.true_cfg_scale)
         self._pipe, self._warm = None, set()
         self._embeds = lru_cache(KEPT_PROMPTS)(lambda prompt: self.pipe.embeddings(prompt))
 
@@ -158,14 +160,17 @@ class Painter:
         return self.image_size[0] // unit * (self.image_size[1] // unit)
 
     def _operations(self, text_tokens):
-        return step_costs(self.pipe.transformer.config, 1, self.image_tokens, text_tokens).total
+        config, branches = self.pipe.transformer.config, branches_of(self.args)
+        return step_costs(config, branches, self.image_tokens, text_tokens).total
 
     def arguments(self, index, prompt, steps):
         """What any pipeline with these modules is to be called with to draw prompt number ``index``."""
         import numpy as np
 
+        negative = self._embeds(self.args.negative_prompt) if branches_of(self.args) == 2 else {}
         return {
             **self._embeds(prompt),
+            **{f"negative_{name}": value for name, value in negative.items()},
             **guidance_of(self.args),
             "height": self.image_size[0],
             "width": self.image_size[1],

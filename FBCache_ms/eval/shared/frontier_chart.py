@@ -19,8 +19,8 @@ OTHERS = "#c9d1d9"
 HEIGHT = 420
 
 
-def add_costs(cells):
-    """Writes into each cell what FLUX.1-dev takes with as many computed steps."""
+def add_costs(cells, branches):
+    """Writes into each cell what FLUX.1-dev takes with as many computed steps, each of so many branches."""
     device = best(ATLAS).device
     for cell in cells:
         config, steps = CacheConfig.named(cell["cache"]), cell["steps"]
@@ -30,9 +30,9 @@ def add_costs(cells):
             start, stop = gate.span(SHAPES.costs.doubles, SHAPES.costs.singles)
             skipped = SHAPES.costs.total if gate.whole_model else SHAPES.costs.of_blocks(start, stop)
             saved += (steps - cell["computed_steps"]) * skipped
-        cell["flux_dev_tflops"] = (steps * SHAPES.costs.total - saved) / 1e12
+        cell["flux_dev_tflops"] = branches * (steps * SHAPES.costs.total - saved) / 1e12
         gates = len(deciding(plan(config)))
-        cell["flux_dev_seconds"] = predict(device, WHOLE_LOOP, config, steps, gates * (computed,))
+        cell["flux_dev_seconds"] = branches * predict(device, WHOLE_LOOP, config, steps, gates * (computed,))
 
 
 def chart_page(title, cells):
