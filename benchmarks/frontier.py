@@ -258,6 +258,8 @@ def table_of(cells):
             "Time (s)": spread([entry["seconds"] for entry in cell["pictures"]]),
             "Speedup": f"{cell['speedup']:.2f}x",
             "PSNR": f"{cell['psnr']:.1f}" if finite(cell) else "equal",
+            "Prompt Score": share(cell["prompt_score"]),
+            "CLIP Score": "-" if cell["clip_score"] is None else f"{cell['clip_score']:.3f}",
             "Operations": share(cell["operations"]),
             "Of others'": share(cell["of_others"]),
             "Of fewer steps'": share(cell["of_fewer_steps"]),
@@ -282,19 +284,21 @@ def leaders_table(found):
     ]
 
 
-def text_of(args, steps, cells, found, shown):
-    """The text for one number of steps, with the table of the cells that are shown."""
+def text_of(args, steps, cells, found, rows):
+    """The text for one number of steps, with a table of some of the cells."""
     title = f"{steps} steps, {len(args.prompts)} prompts, {len(cells)} settings"
     if not found:
-        return f"{title}: none leads by {args.lead:g}x\n\n{markdown(table_of(shown))}"
+        return f"{title}: none leads by {args.lead:g}x\n\n{markdown(table_of(rows))}"
     return (
         f"{title}; who leads by {args.lead:g}x or more, the winner first:\n\n{markdown(leaders_table(found))}\n"
-        f"{markdown(table_of(shown))}"
+        f"{markdown(table_of(rows))}"
     )
 
 
-def outstanding(cells, found):
-    """The cells of the front, those of the leaders, and plain First-Block Cache's, which they lead over."""
+def shown(cells, found, args):
+    """What a page shows: of all families the front, the leaders and First-Block Cache; of chosen ones every cell."""
+    if args.families:
+        return cells
     leading = [cell for run in found.values() for cell in run]
     return [cell for cell in cells if cell["front"] or cell["case"] == PLAIN or any(cell is each for each in leading)]
 
@@ -331,7 +335,7 @@ def work(args):
         write_text(run.save_path / CHART, chart_page(title, cells))
         found = leaders(cells, args.lead)
         texts.append(text_of(args, steps, cells, found, cells))
-        summaries.append(text_of(args, steps, cells, found, outstanding(cells, found)))
+        summaries.append(text_of(args, steps, cells, found, shown(cells, found, args)))
         table += table_of(cells)
         names = {family: [cell["name"] for cell in leading] for family, leading in found.items()}
         data["runs"].append({"settings": {**common, "steps": steps}, "leaders": names, "cells": cells})

@@ -1,5 +1,6 @@
 import json
 import math
+from argparse import Namespace
 
 import frontier
 import pytest
@@ -96,3 +97,9 @@ def test_a_frontier_is_drawn_for_every_number_of_steps(tmp_path, capsys, monkeyp
     assert [any(each["cache"] == str(mask) for each in run["cells"]) for run in data["runs"]] == [True, False]
     assert "3 steps, 2 prompts" in text and "4 steps, 2 prompts" in text
     assert (tmp_path / "out" / "4_steps" / "sweep.json").is_file()
+
+
+@pytest.mark.parametrize("families, names", [(None, ["FBCache", "first"]), (["FBCache"], ["FBCache", "first", "last"])])
+def test_a_page_shows_chosen_families_whole_and_of_all_what_stands_out(families, names):
+    cells = [{"case": name, "front": name == "first"} for name in ("FBCache", "first", "last")]
+    assert [each["case"] for each in frontier.shown(cells, {}, Namespace(families=families))] == names
