@@ -3,6 +3,7 @@ import shutil
 import tempfile
 
 import pytest
+from file_processes import FileProcesses
 
 import mindspore as ms
 
@@ -32,8 +33,10 @@ def stay_on_one_core(worker):
 
 def pytest_configure(config):
     """Sets the device before any test file makes a tensor, and a folder for what programs keep in the user's."""
-    if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
-        stay_on_one_core(os.environ["PYTEST_XDIST_WORKER"])
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        if hasattr(os, "sched_setaffinity"):
+            stay_on_one_core(os.environ["PYTEST_XDIST_WORKER"])
+        config.pluginmanager.register(FileProcesses())
     os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="FBCache_ms_tests_")
     config.add_cleanup(lambda: shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True))
     ms.set_device(config.getoption("--device"))

@@ -10,7 +10,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 PYTHONS = ("3.9", "3.10", "3.11", "3.12")
-DISTRIBUTIONS = {"PIL": "pillow", "skimage": "scikit-image"}
+DISTRIBUTIONS = {"PIL": "pillow", "_pytest": "pytest", "skimage": "scikit-image"}
 """By module, where the names differ."""
 
 

@@ -86,10 +86,19 @@ def small_transformer(width=4, blocks=(1, 2)):
     )
 
 
-def key_of(tag="F1B0_W0_R0.12", transformer=None, tokens=3, dtype=ms.float32, branches=1, **compilation):
+def key_of(
+    tag="F1B0_W0_R0.12",
+    transformer=None,
+    width=4,
+    blocks=(1, 2),
+    tokens=3,
+    dtype=ms.float32,
+    branches=1,
+    **compilation,
+):
     """The graph_key of a loop."""
     config = CacheConfig.from_tag(tag)
-    transformer = transformer or small_transformer()
+    transformer = transformer or small_transformer(width, blocks)
     cache = CacheContext(1, tokens, 4, branches=branches, mindspore_dtype=dtype, config=config, text_len=2, steps=8)
     loop = FluxDenoiseLoop(transformer, cache)
     inputs = (ms.Tensor(np.zeros((1, tokens, 4)), dtype), None)
@@ -100,9 +109,9 @@ def key_of(tag="F1B0_W0_R0.12", transformer=None, tokens=3, dtype=ms.float32, br
 @pytest.mark.parametrize(
     "change",
     [
-        {"transformer": small_transformer(width=8)},
-        {"transformer": small_transformer(blocks=(2, 1))},
-        {"transformer": small_transformer(blocks=(1, 3))},
+        {"width": 8},
+        {"blocks": (2, 1)},
+        {"blocks": (1, 3)},
         {"tokens": 5},
         {"branches": 2},
         {"dtype": ms.bfloat16},
