@@ -111,6 +111,8 @@ def settings_of(args):
     family, blocks = family_of(args.ckpt), block_counts(args.ckpt)
     # Clients need not know where a preset file lies.
     presets = {name_of(preset): CacheConfig.named(preset) for preset in args.presets}
+    if len(presets) < len(args.presets):
+        raise ValueError(f"--presets {' '.join(args.presets)}: two have the same name, by which clients ask for them")
     for name, config in presets.items():
         config.check_blocks(*blocks)
         check_steps(config, args.num_inference_steps)

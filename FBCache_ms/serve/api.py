@@ -152,9 +152,9 @@ def make_app(settings, desk, metrics):
         """The Job that a request's body asks for, in the queue."""
         fields = checked(parse(await body_of(request)))
         order = ordered(fields, settings, fields.stream if streams is None else streams)
-        await moderated(settings, "check_prompt", fields.prompt)
+        await moderated(settings, "check_prompt", fields.prompt, "prompt")
         if fields.negative_prompt is not None:
-            await moderated(settings, "check_prompt", fields.negative_prompt)
+            await moderated(settings, "check_prompt", fields.negative_prompt, "negative_prompt")
         job = Job(order, owner(request))
         desk.submit(job)
         return job
@@ -285,13 +285,13 @@ class KeptJobs:
         self.jobs = OrderedDict()
 
     def add(self, job):
-        """Takes a Job; lets those go that are done for long, or are too many."""
+        """Takes a Job; lets those go that are done for long, or have too many pictures."""
         self.jobs[job.id] = job
         pictures, now = 0, time.time()
-        for each in reversed(list(self.jobs.values())):
-            pictures += len(each.order.drawings)
-            old = pictures > limits.KEPT_PICTURES or now - each.created > limits.KEPT_SECONDS
-            if old and each.finished:
+        done = [each for each in self.jobs.values() if each.finished]
+        for each in sorted(done, key=lambda job: job.finished_at, reverse=True):
+            pictures += len(each.results)
+            if pictures > limits.KEPT_PICTURES or now - each.finished_at > limits.KEPT_SECONDS:
                 del self.jobs[each.id]
 
     def get(self, job_id):
@@ -328,13 +328,13 @@ async def has_left(request):
         pass
 
 
-async def moderated(settings, check, thing):
-    """Raises ApiError for what the moderation hook refuses."""
+async def moderated(settings, check, thing, field):
+    """Raises ApiError, which names the request's field, for what the moderation hook refuses."""
     if settings.moderation is None:
         return
     reason = await asyncio.to_thread(getattr(settings.moderation, check), thing)
     if reason:
-        raise ApiError(400, str(reason), "prompt", "moderation_blocked")
+        raise ApiError(400, str(reason), field, "moderation_blocked")
 
 
 def event_stream(found):
@@ -406,7 +406,7 @@ async def picture_of(job, index, settings):
     fields = job.order.fields
     each = 2 if fields.fbcache.compare else 1
     (pixels, facts), drawing = job.results[index * each], job.order.drawings[index * each]
-    await moderated(settings, "check_picture", pixels)
+    await moderated(settings, "check_picture", pixels, None)
     found = {"b64_json": await asyncio.to_thread(encoded, pixels, fields.output_format), "seed": drawing.seed}
     own = {"cache": drawing.tag}
     if fields.fbcache.stats:

@@ -21,7 +21,8 @@ MOST_DEATHS = 2
 """A request under which the drawing process has died so often is not tried again."""
 
 FIRST_TRIES = 3
-"""If it has failed so often before it was ever ready, there is no point in another try."""
+"""A drawing process that has failed so often before it was ever ready gives little hope; where all do, the server ends.
+"""
 
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
 """Seconds before the drawing process is started anew: they double with each failure in a row."""
@@ -43,7 +44,7 @@ class Job:
 
     def __init__(self, order, owner=None):
         self.order, self.owner = order, owner
-        self.id, self.created = f"job-{secrets.token_urlsafe(12)}", time.time()
+        self.id, self.created, self.finished_at = f"job-{secrets.token_urlsafe(12)}", time.time(), None
         self.state, self.error = QUEUED, None
         self.results, self.step, self.deaths, self.timer = [], None, 0, None
         self.changed, self.ended = asyncio.Event(), asyncio.Event()
@@ -66,7 +67,7 @@ class Job:
     def finish(self, state, error=None):
         """Ends it; ``error`` is the ApiError that its client gets."""
         if not self.finished:
-            self.state, self.error = state, error
+            self.state, self.error, self.finished_at = state, error, time.time()
             if self.timer is not None:
                 self.timer.cancel()
             self.ended.set()
@@ -226,24 +227,24 @@ class Seat:
     def __init__(self, desk, number):
         self.desk, self.settings, self.metrics, self.place = desk, desk.settings, desk.metrics, number
         self.child, self.jobs, self.number, self.compilations = None, [], 0, 0
-        self.ready, self.was_ready, self.progress = False, False, (0, desk.settings.graphs)
+        self.ready, self.was_ready, self.hopeless, self.progress = False, False, False, (0, desk.settings.graphs)
 
     async def run(self):
-        """Keeps a drawing process at work. Raises Failed if there can be none."""
+        """Keeps a drawing process at work. Raises Failed if no place can have one."""
         failures = 0
         while True:
             try:
                 self.child = await self.desk.start(self.settings, self.place)
                 await self.get_ready()
                 self.ready = self.was_ready = True
+                self.hopeless = False
                 self.desk.told()
                 while True:
                     await self.draw_next()
                     failures = 0
-            except Gone as gone:
-                if not self.was_ready and failures == FIRST_TRIES - 1:
-                    raise Failed(f"{gone}, {FIRST_TRIES} times before it had compiled everything") from None
-                logger.warning("%s; it is started anew", gone)
+            except (Gone, Failed) as error:
+                self.check_hope(error, failures + 1)
+                logger.warning("%s; it is started anew", error)
                 self.ready = False
                 self.metrics.restarts.inc()
                 self.give_back()
@@ -254,8 +255,16 @@ class Seat:
             await asyncio.sleep(min(FIRST_WAIT * 2**failures, LONGEST_WAIT))
             failures += 1
 
+    def check_hope(self, error, failures):
+        """Raises Failed where no place was ever ready, and each has failed for good or FIRST_TRIES times."""
+        self.hopeless = not self.was_ready and (isinstance(error, Failed) or failures >= FIRST_TRIES)
+        if all(seat.hopeless for seat in self.desk.seats):
+            if isinstance(error, Failed):
+                raise error
+            raise Failed(f"{error}, {failures} times before it had compiled everything") from None
+
     async def get_ready(self):
-        """Waits until everything is compiled."""
+        """Waits until everything is compiled. Raises Failed where the model cannot be served."""
         self.compilations = 0
         while True:
             kind, *rest = await self.child.receive(self.settings.start_timeout)

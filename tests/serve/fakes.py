@@ -43,11 +43,15 @@ class FakeChild:
 
     Args:
         told: a list that gets every message.
+        broken: whether it cannot load the model.
     """
 
-    def __init__(self, told):
+    def __init__(self, told, broken=False):
         self.told, self.messages, self.dead = told, asyncio.Queue(), asyncio.Event()
         self.cancelled, self.tasks = set(), []
+        if broken:
+            self.messages.put_nowait(("failed", "the device is broken"))
+            return
         self.messages.put_nowait(("compiled", 1, 1, 1))
         self.messages.put_nowait(("ready", {}))
 
@@ -107,14 +111,17 @@ class FakeChild:
 
 
 @contextmanager
-def serving(**changes):
-    """A server with FakeChildren, in a thread: its address as ``url``, and what the children were told."""
+def serving(broken=(), **changes):
+    """A server with FakeChildren, in a thread: its address as ``url``, and what the children were told.
+
+    Those of the places in ``broken`` cannot load the model.
+    """
     told, ready = [], threading.Event()
     listener = listening("127.0.0.1", 0)
     found = SimpleNamespace(url=f"http://127.0.0.1:{listener.getsockname()[1]}", told=told)
 
     async def start(settings, place):
-        return FakeChild(told)
+        return FakeChild(told, place in broken)
 
     async def work():
         found.loop, found.task = asyncio.get_running_loop(), asyncio.current_task()

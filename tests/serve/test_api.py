@@ -349,11 +349,15 @@ def test_moderation_refuses_prompts_and_pictures():
         return "not this picture" if pixels.shape[1] == 96 else None
 
     moderation = SimpleNamespace(check_prompt=check_prompt, check_picture=check_picture)
-    with serving(moderation=moderation) as server, httpx.Client(base_url=server.url) as client:
+    with serving(moderation=moderation, negative_prompts=True) as server, httpx.Client(base_url=server.url) as client:
         wait_for(lambda: client.get("/ready").status_code == 200)
-        for fields, message in (({"prompt": "bad"}, "not this prompt"), ({"size": "96x64"}, "not this picture")):
+        for fields, param, message in (
+            ({"prompt": "bad"}, "prompt", "not this prompt"),
+            ({"negative_prompt": "bad", "true_cfg_scale": 2.0}, "negative_prompt", "not this prompt"),
+            ({"size": "96x64"}, None, "not this picture"),
+        ):
             error = error_of(draw(client, **fields), 400)
-            assert (error["code"], error["message"]) == ("moderation_blocked", message)
+            assert (error["code"], error["param"], error["message"]) == ("moderation_blocked", param, message)
             assert len([each for each in server.told if each[0] == "draw"]) == ("size" in fields)
         assert draw(client).status_code == 200
 
@@ -363,7 +367,7 @@ def test_a_fault_of_ours_is_a_500_that_tells_nothing(caplog):
         raise RuntimeError(text)
 
     moderation = SimpleNamespace(check_prompt=check_prompt)
-    with serving(moderation=moderation) as server, httpx.Client(base_url=server.url) as client:
+    with serving(moderation=moderation, negative_prompts=True) as server, httpx.Client(base_url=server.url) as client:
         wait_for(lambda: client.get("/ready").status_code == 200)
         error = error_of(draw(client, prompt="a-secret-prompt"), 500)
     assert error["message"] == "the server has a fault" and "secret" not in caplog.text

@@ -52,6 +52,12 @@ def test_one_process_draws_on_where_another_has_died():
         assert draw(client)["b64_json"]
 
 
+def test_a_place_that_never_gets_ready_leaves_the_others_alone():
+    with serving(broken={0}, replicas=2) as server, httpx.Client(base_url=server.url) as client:
+        wait_for(lambda: metric(client, "fbcache_painter_restarts_total") >= 2)
+        assert is_ready(client) and draw(client)["b64_json"]
+
+
 def test_each_process_has_an_npu_of_its_own(monkeypatch):
     monkeypatch.delenv("ASCEND_RT_VISIBLE_DEVICES", raising=False)
     assert device_of(3) == {"ASCEND_RT_VISIBLE_DEVICES": "3"}

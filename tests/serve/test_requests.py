@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from fakes import SETTINGS
@@ -9,7 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from FBCache_ms.config import PRESETS, CacheConfig
+from FBCache_ms.serve import settings as limits
+from FBCache_ms.serve.api import KeptJobs
 from FBCache_ms.serve.errors import ApiError
+from FBCache_ms.serve.jobs import SUCCEEDED, Job
 from FBCache_ms.serve.requests import FBCacheFields, ImageFields, checked, ordered, parse
 
 
@@ -172,6 +176,30 @@ def test_a_threshold_without_a_gate_is_refused():
 def test_no_cache_is_the_same_structure_switched_off(found):
     config = CacheConfig.from_tag(drawings(**found)[0].tag)
     assert config == CacheConfig.preset("balanced").switched_off()
+
+
+def test_no_cache_asks_for_no_number_of_steps():
+    settings = replace(SETTINGS, presets={"fitted": CacheConfig.preset("fitted_8_of_28")})
+    tag = drawings(settings, cache="none", num_inference_steps=20)[0].tag
+    assert tag == str(CacheConfig.preset("fitted_8_of_28").switched_off())
+    assert refusal(settings, num_inference_steps=20)[:2] == (400, "cache")
+
+
+def test_of_finished_jobs_the_last_to_end_are_kept(monkeypatch):
+    monkeypatch.setattr(limits, "KEPT_PICTURES", 2)
+    kept = KeptJobs()
+    first, second, third, waiting = (Job(SimpleNamespace(drawings=(None,))) for _ in range(4))
+    for job in (third, second, first, waiting):
+        kept.add(job)
+    for job in (first, second, third):
+        job.created -= 2 * limits.KEPT_SECONDS
+        job.results = [None]
+        job.finish(SUCCEEDED)
+    kept.add(Job(waiting.order))
+    assert [kept.get(job.id) for job in (first, second, third, waiting)] == [None, second, third, waiting]
+    second.finished_at -= 2 * limits.KEPT_SECONDS
+    kept.add(Job(waiting.order))
+    assert [kept.get(job.id) for job in (second, third, waiting)] == [None, third, waiting]
 
 
 def test_a_comparison_is_a_twin_of_the_same_seed_without_the_cache():
