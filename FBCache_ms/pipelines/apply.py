@@ -41,6 +41,8 @@ def apply_cache_on_pipe(pipe, config=None, kept_shapes=KEPT_GRAPHS):
     if reason:
         raise ValueError(reason)
     check_structure(config, transformer)
+    if given is pipe or not hasattr(pipe, "scheduler"):
+        raise ValueError(f"{type(pipe).__name__} is no pipeline: give one with a transformer and a scheduler")
     if given is not transformer and given.pipe() is pipe:
         given.cache_settings, given.steps.most = config, kept_shapes
         given.begin_generation()
@@ -57,5 +59,8 @@ def remove_cache_from_pipe(pipe):
     if isinstance(pipe, WholeLoop):
         pipe.cache_config = None
     for name, kind in {"transformer": CachedTransformer, "scheduler": CachedScheduler}.items():
-        if type(getattr(pipe, name, None)) is kind:
-            pipe.__dict__[name] = getattr(pipe, name).original
+        found = getattr(pipe, name, None)
+        if type(found) is kind:
+            if kind is CachedTransformer and found.sharing is not None:
+                found.disable_parallelism()
+            pipe.__dict__[name] = found.original

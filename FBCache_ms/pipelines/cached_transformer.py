@@ -25,7 +25,7 @@ from ..rules.schedules import progress_of
 from ..runtime.checkpoint import TINY_FLUX
 from ..runtime.device import current_device, graph_mode
 from ..runtime.kept_graphs import KeptGraphs
-from ..runtime.parallel import sharing_of, unshare, why_not_shared
+from ..runtime.parallel import digest, sharing_of, unshare, why_not_shared
 
 logger = logging.get_logger(__name__)
 
@@ -69,7 +69,7 @@ class CachedTransformer(StandIn):
     """A transformer whose calls go through the cache: for each shape a cached step that shares its weights.
 
     Args:
-        transformer: mindone's FluxTransformer2DModel.
+        transformer: mindone's, of a family that models/ has.
         config: the CacheConfig; another one may take its place between generations.
         pipe: the pipeline that it is in.
         most: how many shapes' graphs and buffers are kept.
@@ -102,7 +102,9 @@ class CachedTransformer(StandIn):
         # A branch that was not called has no trace in the other's step either.
         last = next(reversed(self.active.values()))
         contexts = [self.active.get(branch, last).cache_context for branch in BRANCHES]
-        costs = [costs_of_step(self.original, *context.shape[:2], context.text_len) for context in contexts]
+        devices = 1 if self.sharing is None else self.sharing.ranks.number
+        shapes = [(context.shape[0], context.shape[1] * devices, context.text_len * devices) for context in contexts]
+        costs = [costs_of_step(self.original, *shape) for shape in shapes]
         cond, uncond = (context.traces()[branch] for branch, context in enumerate(contexts))
         skipped = skipped_share(deciding(contexts[0].gates), (cond, uncond), costs)
         return CacheStats(cond, skipped, CacheStats(uncond) if uncond[0].reused else None)
@@ -178,7 +180,7 @@ class CachedTransformer(StandIn):
             if not self.chosen:
                 self.active = {}
             if self.sharing is not None:
-                latents, inputs = self.shared(latents, timestep, inputs)
+                latents, inputs = self.shared(latents, timestep, inputs, begins=branch not in self.active)
             step = self.active[branch] = self.step_for(latents, inputs["encoder_hidden_states"].shape[1], scheduler)
             with step.cache_context(branch):
                 output = step(latents, timestep, inputs, constants)
@@ -198,12 +200,11 @@ class CachedTransformer(StandIn):
         inputs = graph_input({name: value for name, value in inputs.items() if value is not None})
         return graph_input(latents), graph_input(timestep), inputs, constants, return_dict
 
-    def shared(self, latents, timestep, inputs):
-        """This rank's share of a call; all begin a generation with the first rank's latents."""
-        if not self.chosen:
-            settings, prompts = str(self.cache_settings), inputs["encoder_hidden_states"].float().asnumpy().tobytes()
-            self.sharing.agree(settings=(settings, timestep.float().asnumpy()), shapes=latents.shape, prompts=prompts)
-            latents = self.sharing.firsts(latents)
+    def shared(self, latents, timestep, inputs, begins):
+        """This rank's share of a call. Raises ValueError where a branch begins and ranks were given other things."""
+        if begins:
+            settings = str(self.cache_settings), timestep.float().asnumpy()
+            self.sharing.agree_on_inputs([inputs], settings=settings, shapes=latents.shape, latents=digest(latents))
         return graph_input(self.sharing.latents(latents)), graph_input(self.sharing.inputs(inputs))
 
     def step_for(self, latents, text_len, scheduler):

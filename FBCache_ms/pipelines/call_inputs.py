@@ -75,6 +75,8 @@ def check_parts(pipe, given):
         )
     if pipe.vae is None and given.output_type != "latent":
         raise ValueError(f"vae is None, so output_type must be 'latent', not {given.output_type!r}")
+    if pipe.vae is None and getattr(given, "image", None) is not None:
+        raise ValueError("vae is None, so image cannot be read")
     texts = [name for name in ("prompt", "negative_prompt") if getattr(given, name, None) is not None]
     for name in pipe.READERS:
         if texts and getattr(pipe, name) is None:
@@ -148,13 +150,15 @@ def described(value):
 
 
 def levels(sigmas):
-    """The noise levels that a call brings, (N,). Raises ValueError unless they are finite numbers."""
+    """The noise levels that a call brings, (N,). Raises ValueError unless they are 1 to 1000 finite numbers."""
     try:
         values = np.asarray(sigmas, dtype=np.float32)
     except (TypeError, ValueError):
         values = None
     if values is None or values.ndim != 1 or not np.isfinite(values).all():
         raise ValueError(f"sigmas must be a list of finite numbers, not {sigmas!r}")
+    if not 1 <= len(values) <= MAX_STEPS:
+        raise ValueError(f"sigmas must be 1 to {MAX_STEPS} numbers, not {len(values)}")
     return values
 
 

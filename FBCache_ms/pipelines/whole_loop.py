@@ -26,7 +26,7 @@ from ..models.mindones import foreign_scheduler, replaced
 from ..rules.schedules import progress_of
 from ..runtime.bfloat16 import on_this_device, round_matrices
 from ..runtime.checkpoint import absent_components, check_checkpoint, check_fit, is_hub_name
-from ..runtime.device import current_device, graph_mode, prepare_device
+from ..runtime.device import Device, current_device, graph_mode, prepare_device
 from ..runtime.kept_graphs import KeptGraphs, drop_graphs, drop_stale_graphs
 from ..runtime.parallel import sharing_of, unshare, why_not_shared
 from ..runtime.quantize import check_quantize, load_parts, quantize, quantized_as, refuse_fusing, round_layers
@@ -61,6 +61,12 @@ def check_dtypes(dtypes):
             raise TypeError(f"mindspore_dtype must be a dtype like mindspore.bfloat16, not {dtype!r}")
         if dtype not in (None, ms.float32, ms.bfloat16) and ms.get_context("device_target") == "CPU":
             raise ValueError(f"mindspore_dtype {dtype} is not supported on CPU; float32 and bfloat16 are")
+
+
+def check_device(device):
+    """Raises TypeError unless this is a Device or None."""
+    if not isinstance(device, (Device, type(None))):
+        raise TypeError(f"device must be a Device, as choose_device returns it, not {device!r}")
 
 
 class WholeLoop:
@@ -170,12 +176,14 @@ class WholeLoop:
 
         Raises:
             OSError: the folder or a file of it is missing or damaged, or the hub has none or cannot be reached.
-            TypeError: cache_config is neither a CacheConfig nor None, or quantize_config no QuantizeConfig.
+            TypeError: cache_config is neither a CacheConfig nor None, quantize_config no QuantizeConfig, or device no
+                Device.
             ValueError: a component's weights do not fit its config, or cannot be quantised so, or the device cannot do
                 the dtype.
         """
         prepare_device()
         check_config(None if cache_config is DEFAULT else cache_config)
+        check_device(device)
         if mindspore_dtype is None and device is not None:
             mindspore_dtype = device.mindspore_dtype
         check_dtypes(mindspore_dtype)
@@ -218,10 +226,11 @@ class WholeLoop:
         dtypes stay unless there is a mindspore_dtype: the other pipeline has the same components.
 
         Raises:
-            TypeError: cache_config is neither a CacheConfig nor None, or an argument is unknown.
+            TypeError: cache_config is neither a CacheConfig nor None, device no Device, or an argument is unknown.
             ValueError: the other pipeline lacks a component, or the device cannot do the dtype.
         """
         check_config(None if cache_config is DEFAULT else cache_config)
+        check_device(device)
         check_dtypes(kwargs.setdefault("mindspore_dtype", None))
         components = pipeline.components
         original = {name: part.original for name, part in components.items() if isinstance(part, StandIn)}
@@ -299,11 +308,12 @@ class WholeLoop:
         kwargs = dict(getattr(given, self.KWARGS) or {})
         scale = kwargs.pop("scale", None)
         setattr(given, self.KWARGS, kwargs)
+        if reason is None:
+            self.check_kwargs(kwargs)
         if config is None:
             # The pipeline's own order, so that switching the cache off compiles nothing.
             config = (self.cache_config or CacheConfig()).switched_off()
         elif reason is None:
-            self.check_kwargs(kwargs)
             check_structure(config, self.transformer)
             check_steps(config, given.num_inference_steps)
             warn_of_learnt(config, self.transformer)
@@ -367,8 +377,11 @@ class WholeLoop:
 
         Raises:
             TypeError: config is no ContextParallelConfig.
-            ValueError: the processes or the attention processors do not allow it.
+            ValueError: the processes, the attention processors or the model do not allow it.
         """
+        guided = "true_cfg_scale" in signature(self.MINDONES.__call__).parameters
+        if getattr(config, "cfg_parallel", False) and not guided:
+            raise ValueError(f"cfg_parallel needs a negative prompt, and {type(self).__name__} takes none")
         self.disable_parallelism()
         self.sharing = sharing_of(self.transformer, config)
 
@@ -379,7 +392,8 @@ class WholeLoop:
 
     def _shared_beginning(self, given, config, latents, inputs):
         """The first rank's latents; raises ValueError where the ranks were given different things."""
-        self.sharing.agree(
+        self.sharing.agree_on_inputs(
+            inputs.given,
             versions=(ms.__version__, version("FBCache_ms")),
             shapes=(latents.shape, inputs.text_len, inputs.branches, str(latents.dtype)),
             settings=(
@@ -388,7 +402,6 @@ class WholeLoop:
                 float(inputs._constants[0].asnumpy()),
                 self.scheduler.sigmas.asnumpy(),
             ),
-            prompts=inputs.embeds.float().asnumpy().tobytes(),
         )
         return self.sharing.firsts(latents)
 
@@ -484,7 +497,7 @@ class WholeLoop:
         inputs.follow(scheduler)
         # Adapters or weights may be others now, and a compiled graph would not see that.
         self._loops.settle()
-        other = self._loop_for(config, latents, inputs)
+        other = self._loop_for(config, latents, inputs, in_use=1)
         if other is not loop:
             other.cache.go_on(loop.cache.trace())
         return other, tensors["latents"]
@@ -493,8 +506,8 @@ class WholeLoop:
         """What keeps calls from the cached loop, in words; None if nothing does."""
         return foreign_scheduler(self.scheduler) or foreign_transformer(self.transformer)
 
-    def _loop_for(self, config, latents, inputs):
-        """The denoise loop for these latents, inputs and structure, compiled."""
+    def _loop_for(self, config, latents, inputs, in_use=0):
+        """The denoise loop for these latents, inputs and structure, compiled; see KeptGraphs for ``in_use``."""
         transformer, branches, steps = self.transformer, inputs.branches, self._num_timesteps
         whole = inputs.own(latents)
 
@@ -508,7 +521,7 @@ class WholeLoop:
 
         structure = (*config.structure, None if inputs.pair is None else inputs.pair.rank)
         key = (*whole.shape[:2], inputs.text_len, branches, latents.dtype, structure)
-        loop = self._loops.get(transformer, key, make)
+        loop = self._loops.get(transformer, key, make, in_use)
         if self.use_graph_mode:
             compiled_before = len(loop.compile_cache)
             arguments = inputs(latents, 0, steps)

@@ -240,6 +240,11 @@ class Sharing:
                     "than rank 0"
                 )
 
+    def agree_on_inputs(self, branches, **facts):
+        """``agree``, also on what the transformer is given: for each prompt its arguments by name."""
+        prompts = [given["encoder_hidden_states"] for given in branches]
+        self.agree(**facts, prompts=digest(prompts), inputs=digest(branches))
+
     def tell(self, message=None):
         """Hands the first rank's message, a dictionary for JSON, to all others, which call this without one."""
         text = json.dumps(message).encode().ljust(MESSAGE)
@@ -276,6 +281,15 @@ class Sharing:
     def any(self, flag):
         """Whether a flag is set on any rank."""
         return bool(self.exchange(ms.Tensor([int(flag)], ms.int32)).asnumpy().any())
+
+
+def digest(value):
+    """What tells a call's input from another: tensors by their numbers, collections by their entries."""
+    if isinstance(value, ms.Tensor):
+        return hashlib.sha256(value.float().asnumpy().tobytes()).hexdigest(), value.shape
+    if isinstance(value, dict):
+        return [(name, digest(each)) for name, each in sorted(value.items())]
+    return [digest(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def traced(numbers):
@@ -328,13 +342,20 @@ def sharing_of(transformer, config):
 
 
 def why_not_shared(transformer, sharing):
-    """What is wrong if a transformer's attention is shared and this Sharing, or None, does not share its calls."""
+    """What is wrong if a transformer's attention is not shared as this Sharing, or None, has it; None if nothing is."""
     first = next(iter(getattr(transformer, "transformer_blocks", ())), None)
-    if sharing is None and isinstance(getattr(getattr(first, "attn", None), "processor", None), Gathered):
+    processor = getattr(getattr(first, "attn", None), "processor", None)
+    ranks = processor.ranks if isinstance(processor, Gathered) else None
+    if ranks is (sharing.ranks if sharing is not None and sharing.ranks.number > 1 else None):
+        return None
+    if sharing is None:
         return (
             "another pipeline shares the transformer's calls among several devices; end that by disable_parallelism()"
         )
-    return None
+    return (
+        f"attention processor {type(processor).__name__} is not the one that enable_parallelism has put there; call it "
+        "again"
+    )
 
 
 def unshare(transformer):

@@ -70,7 +70,7 @@ def test_what_can_be_drawn_passes(pipe, settings, pictures):
         *[({"num_images_per_prompt": number}, "num_images_per_prompt") for number in (0, 1.5, True)],
         *[({"max_sequence_length": length}, "max_sequence_length") for length in (0, 32.0, 513)],
         *[({"sigmas": values}, "sigmas") for values in ([1, np.nan], [[1, 0.5]], "abc", [1, "x"], 3)],
-        ({"sigmas": []}, "num_inference_steps"),
+        ({"sigmas": []}, "sigmas"),
         ({"prompt": []}, "prompt"),
         ({"prompt": [PROMPTS[0], 5]}, "prompt"),
         ({"prompt_2": PROMPTS * 2}, "prompt_2 lists 4 prompts; give one, or 2"),

@@ -627,6 +627,8 @@ SHAPES = {
         ({**embeds(0, length=4, kind="negative_"), "negative_prompt_embeds_mask": None}, "negative_prompt_embeds_mask"),
         ({"height": 72}, "height must be a positive multiple of 16"),
         ({"attention_kwargs": {"colour": 1}, "config": CacheConfig()}, "attention_kwargs colour are not supported"),
+        ({"attention_kwargs": {"colour": 1}, "config": None}, "attention_kwargs colour are not supported"),
+        ({"sigmas": []}, "sigmas must be 1 to 1000 numbers, not 0"),
         ({"max_sequence_length": 2000}, "cannot be greater than 1024"),
     ],
     "flux2": [
@@ -635,6 +637,7 @@ SHAPES = {
         ({"width": 18}, "width must be a positive multiple of 4"),
         ({"guidance_scale": None}, "guidance_scale"),
         ({"attention_kwargs": {"colour": 1}, "config": CacheConfig()}, "attention_kwargs colour are not supported"),
+        ({"attention_kwargs": {"colour": 1}, "config": None}, "attention_kwargs colour are not supported"),
         ({"prompt": "a red circle"}, "text_encoder is None, so prompt cannot be read; give prompt_embeds"),
     ],
 }
@@ -647,6 +650,12 @@ def test_what_cannot_be_drawn_is_refused_before_anything_runs(name, settings, na
     with pytest.raises(ValueError, match=named) as error:
         family.draw(**settings)
     assert one_line(error)
+
+
+def test_an_image_cannot_be_read_without_an_autoencoder(flux2, monkeypatch):
+    monkeypatch.setitem(vars(flux2.ours), "vae", None)
+    with pytest.raises(ValueError, match="vae is None, so image cannot be read"):
+        flux2.draw(image=Image.new("RGB", (64, 64)), output_type="latent")
 
 
 @pytest.mark.parametrize(

@@ -380,6 +380,18 @@ def test_another_model_is_refused_by_name():
         apply_cache_on_pipe(Pipe(), CONFIG)
 
 
+def test_a_transformer_without_its_pipeline_is_refused(pipe):
+    with pytest.raises(ValueError, match="FluxTransformer2DModel is no pipeline"):
+        apply_cache_on_pipe(pipe.transformer, CONFIG)
+    assert "transformer" not in vars(pipe.transformer)
+
+
+def test_a_device_by_name_is_refused(pipe):
+    for make, given in ((FluxPipeline.from_pretrained, str(TINY_FLUX)), (FluxPipeline.from_pipe, pipe)):
+        with pytest.raises(TypeError, match="device must be a Device, as choose_device returns it, not 'CPU'"):
+            make(given, device="CPU")
+
+
 def test_the_caches_of_true_cfgs_branches_are_independent(pipe):
     """With the same prompt in both branches they decide alike; another negative prompt changes its own branch only
     where the latents differ, which they do not when guidance is 1 + tiny."""
@@ -488,7 +500,7 @@ def test_other_schedulers_run_uncached(pipe, caplog):
         (PROMPT, {"width": -64}, "width"),
         (PROMPT, {"num_inference_steps": 0}, "num_inference_steps"),
         (PROMPT, {"num_inference_steps": 1001}, "num_inference_steps"),
-        (PROMPT, {"sigmas": []}, "num_inference_steps"),
+        (PROMPT, {"sigmas": []}, "sigmas must be 1 to 1000 numbers, not 0"),
         (PROMPT, {"max_sequence_length": 513}, "max_sequence_length"),
         ([PROMPT, OTHER], {"negative_prompt": [OTHER] * 3, "true_cfg_scale": 2.0}, "negative_prompt"),
         (PROMPT, {"callback_on_step_end_tensor_inputs": ["noise"]}, "noise"),

@@ -317,7 +317,7 @@ def test_a_strength_that_is_set_while_adapters_are_scaled_stays(adapted):
     assert layer.scaling == {"mine": 3.0}
 
 
-def test_adapters_that_a_callback_sets_act_from_the_next_step_on(adapted, mindone_pipe):
+def test_adapters_that_a_callback_sets_act_from_the_next_step_on(adapted, monkeypatch):
     def off(pipe, step, timestep, tensors):
         if step == 1:
             pipe.set_adapters(["mine"], [0.0])
@@ -329,8 +329,11 @@ def test_adapters_that_a_callback_sets_act_from_the_next_step_on(adapted, mindon
     pieces = [draw(adapted, cache_config=None, num_inference_steps=STEPS, callback_on_step_end=lambda *told: {})]
     np.testing.assert_array_equal(pieces[0], on)
     assert np.abs(changed - on).max() > 1e-3
-    draw(adapted, cache_config=CONFIG, num_inference_steps=6, callback_on_step_end=off)
-    assert adapted.cache_stats.reused == (False, True, False, True, True, True)
+    for kept in (kept_graphs.KEPT_GRAPHS, 1):
+        adapted.set_adapters(["mine"], [1.0])
+        monkeypatch.setattr(adapted._loops, "most", kept)
+        draw(adapted, cache_config=CONFIG, num_inference_steps=6, callback_on_step_end=off)
+        assert adapted.cache_stats.reused == (False, True, False, True, True, True)
 
 
 def test_adapters_that_a_callback_sets_act_under_an_applied_cache(adapted, mindone_pipe):

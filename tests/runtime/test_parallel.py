@@ -10,7 +10,9 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from threading import Event, Thread
+from types import SimpleNamespace
 
+import mindone.diffusers
 import numpy as np
 import psutil
 import pytest
@@ -22,7 +24,7 @@ from shared_picture import CASES, FLUX, FLUX2, QWEN, draw
 
 import mindspore as ms
 
-from FBCache_ms import ContextParallelConfig
+from FBCache_ms import ContextParallelConfig, Flux2Pipeline, apply_cache_on_pipe, remove_cache_from_pipe
 from FBCache_ms.eval import fid_mscoco
 from FBCache_ms.predict import sharing
 from FBCache_ms.runtime import parallel, scheduler_watch
@@ -149,17 +151,19 @@ from FBCache_ms import CacheConfig, ContextParallelConfig, FluxPipeline, choose_
 choose_device("CPU")
 pipe = FluxPipeline.from_pretrained(sys.argv[1])
 pipe.enable_parallelism(ContextParallelConfig())
-rank, threshold, prompt = pipe.sharing.ranks.rank, 0.3, "a big red circle"
+rank, threshold, prompt, guidance = pipe.sharing.ranks.rank, 0.3, "a big red circle", 3.5
 if sys.argv[2] == "settings":
     threshold += 0.1 * rank
 elif sys.argv[2] == "prompts":
     prompt = ["a big red circle", "a small green square"][rank]
+elif sys.argv[2] == "inputs":
+    guidance += rank
 elif sys.argv[2] == "weights":
     weight = pipe.transformer.x_embedder.weight
     weight.set_data(weight * (1 + rank))
 elif rank == 1:
     raise RuntimeError("something went wrong here")
-pipe(prompt, num_inference_steps=8, cache_config=CacheConfig(threshold))
+pipe(prompt, num_inference_steps=8, guidance_scale=guidance, cache_config=CacheConfig(threshold))
 """
 
 
@@ -167,7 +171,7 @@ pipe(prompt, num_inference_steps=8, cache_config=CacheConfig(threshold))
     "what",
     [
         pytest.param("settings", marks=pytest.mark.slow),
-        *[pytest.param(what, marks=pytest.mark.release) for what in ("prompts", "weights", "nothing")],
+        *[pytest.param(what, marks=pytest.mark.release) for what in ("prompts", "inputs", "weights", "nothing")],
     ],
 )
 def test_ranks_that_were_given_different_things_are_told_so_and_end(what, checkpoints, tmp_path):
@@ -366,6 +370,39 @@ def test_a_transformer_that_another_pipeline_shares_is_refused(pipe):
     try:
         with pytest.raises(ValueError, match="another pipeline shares the transformer's calls"):
             pipe("a big red circle", num_inference_steps=1)
+        sharing = SimpleNamespace(ranks=ranks)
+        assert parallel.why_not_shared(pipe.transformer, sharing) is None
     finally:
         parallel.unshare(pipe.transformer)
     assert pipe.transformer.transformer_blocks[0].attn.processor is processor
+    # Another pipeline with the same transformer has ended it, or set processors of its own.
+    assert "processor FluxAttnProcessor is not the one" in parallel.why_not_shared(pipe.transformer, sharing)
+
+
+def test_what_ranks_compare_is_every_input():
+    def given(**more):
+        return {"encoder_hidden_states": ms.Tensor([[1.0, 2.0]]), "guidance": ms.Tensor([3.5]), "still": None, **more}
+
+    whole = parallel.digest([given(), given()])
+    assert parallel.digest([given(), given()]) == whole
+    others = {"guidance": ms.Tensor([3.0])}, {"still": ms.Tensor([0.0])}, {"ids": (ms.Tensor([1.0]), {"a": 1})}
+    for other in others:
+        assert parallel.digest([given(), given(**other)]) != whole
+
+
+def test_the_cache_that_is_taken_out_leaves_no_shared_attention(pipe):
+    plain = mindone.diffusers.FluxPipeline(**pipe.components)
+    applied = apply_cache_on_pipe(plain).transformer
+    ranks = parallel.Ranks.__new__(parallel.Ranks)
+    ranks.number, ranks.rank = 2, 0
+    parallel.share(pipe.transformer, ranks)
+    applied.sharing = SimpleNamespace(ranks=ranks)
+    remove_cache_from_pipe(plain)
+    assert plain.transformer is pipe.transformer and parallel.why_not_shared(pipe.transformer, None) is None
+
+
+def test_flux_2_takes_no_negative_prompt_to_share():
+    with pytest.raises(ValueError, match="cfg_parallel needs a negative prompt, and Flux2Pipeline takes none"):
+        Flux2Pipeline.enable_parallelism(
+            Flux2Pipeline.__new__(Flux2Pipeline), parallel.ContextParallelConfig(cfg_parallel=True)
+        )
