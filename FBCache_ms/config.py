@@ -330,6 +330,8 @@ class CacheConfig(_Fields):
         scheduled = self.schedule is not None or self.steps_computation_mask is not None
         if self.schedule is not None and self.steps_computation_mask is not None:
             raise ValueError("schedule and steps_computation_mask both name the computed steps; give one")
+        if self.warmup_interval > 1 and self.warmup_steps == 0:
+            raise ValueError(f"warmup_interval={self.warmup_interval} has no effect with warmup_steps=0")
         if gate.is_there and not gate.rules and not scheduled:
             raise ValueError(f"gate {self.gate!r} needs a schedule or a steps_computation_mask")
         if self.Fn_compute_blocks == 0 and gate.needs_a_block:
@@ -494,7 +496,7 @@ class CacheConfig(_Fields):
             or (self.start, self.end) != (0, 1)
             or FORECASTS[self.forecast].rows is not None
             or FORECASTS[self.forecast].coordinate is not None
-            or any(rule.computes_last for rule in self.rules)
+            or any(rule.computes_last or rule.threshold_at is not None for rule in self.rules)
         )
 
     @classmethod
@@ -549,14 +551,15 @@ class CacheConfig(_Fields):
         Raises ValueError for any other text, and for a file without a tag as its "config".
         """
         if isinstance(text, str) and text.endswith(".json"):
+            file = text
             try:
-                text = json.loads(Path(text).read_text(encoding="utf-8"))["config"]
+                text = json.loads(Path(file).read_text(encoding="utf-8"))["config"]
             except OSError as error:
-                raise ValueError(f"cache preset file {text} cannot be read: {error.strerror}") from None
+                raise ValueError(f"cache preset file {file} cannot be read: {error.strerror}") from None
             except (KeyError, TypeError, ValueError):
-                raise ValueError(
-                    f'cache preset file {text} must hold a JSON object with a tag as its "config"'
-                ) from None
+                text = None
+            if not isinstance(text, str):
+                raise ValueError(f'cache preset file {file} must hold a JSON object with a tag as its "config"')
         if text in PRESETS:
             return cls.preset(text)
         if isinstance(text, str) and not re.match(r"F\d", text):

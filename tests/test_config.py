@@ -198,6 +198,8 @@ def test_a_tag_that_cannot_be_had_is_refused_by_name(tag, named):
         ("steps_computation_mask", (), ValueError),
         ("steps_computation_mask", 3, TypeError),
         ("teacache_coefficients", (1.0,) * 6, ValueError),
+        ("teacache_coefficients", (10**400,), ValueError),
+        ("max_cached_steps", 10**400, ValueError),
         ("teacache_coefficients", (float("inf"),), ValueError),
         ("teacache_coefficients", ("1",), TypeError),
         ("max_accumulated_residual_diff", float("inf"), ValueError),
@@ -208,6 +210,13 @@ def test_a_value_out_of_range_is_refused_by_name(field, value, error):
         CacheConfig(**{field: value})
 
 
+def test_how_many_numbers_a_field_has_is_told():
+    with pytest.raises(ValueError, match="teacache_coefficients must be 1 to 5 numbers"):
+        CacheConfig(teacache_coefficients=(1.0,) * 6)
+    with pytest.raises(ValueError, match="steps_computation_mask must be 1 or more digits 0 and 1, not"):
+        CacheConfig(steps_computation_mask=())
+
+
 MEANCACHE = {"gate": "static", "schedule": "meancache_10", "forecast": "meancache", "taylorseer_derivative": 3}
 
 
@@ -215,6 +224,7 @@ MEANCACHE = {"gate": "static", "schedule": "meancache_10", "forecast": "meancach
     "settings, reason",
     [
         ({"gate": "static"}, "needs a schedule"),
+        ({"warmup_interval": 4}, "warmup_interval=4 has no effect with warmup_steps=0"),
         ({"schedule": "fora", "steps_computation_mask": (1, 0)}, "give one"),
         ({"Fn_compute_blocks": 0}, "compares what the first blocks add"),
         ({"gate": "cg_taylor"}, "taylorseer_derivative must be 1 or more"),
@@ -365,6 +375,7 @@ def test_fora_computes_every_interval_th_step():
 
 @given(st.integers(1, 60), st.integers(0, 9), st.integers(1, 4), st.floats(0, 0.5), st.floats(0.5, 1))
 def test_a_row_computes_first_then_asks(steps, warmup, interval, start, end):
+    interval = interval if warmup else 1
     config = CacheConfig(warmup_steps=warmup, warmup_interval=interval, start=start, end=end)
     actions = step_actions(config, steps, (0.1,))
     assert actions[0] == COMPUTE
@@ -413,3 +424,21 @@ def test_meancaches_steps_are_no_more_than_the_velocities_kept(steps):
 def test_a_threshold_that_falls_is_each_steps_own():
     limits = step_tables(CacheConfig(gate="speca", speca_threshold=2, speca_decay=0.25, speca_floor=0.8), 4)[0]
     np.testing.assert_allclose(limits[0, :4, 3], (2, 2**0.5, 1, 0.8), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("preset, depends", [("speca", True), ("teacache", True), ("balanced", False)])
+def test_a_context_asks_for_the_number_of_steps_where_a_threshold_depends_on_it(preset, depends):
+    assert CacheConfig.preset(preset).depends_on_steps == depends
+
+
+@pytest.mark.parametrize("steps", [0, 1001])
+def test_more_steps_than_the_tables_hold_are_refused(steps):
+    with pytest.raises(ValueError, match=rf"steps must be in \[1, 1000\], not {steps}"):
+        step_tables(CacheConfig(), steps)
+
+
+@pytest.mark.parametrize("held", ['{"config": {}}', '{"config": 3}', "[]", "{}", "no JSON"])
+def test_a_preset_file_without_a_tag_is_refused(held, tmp_path):
+    (tmp_path / "preset.json").write_text(held)
+    with pytest.raises(ValueError, match="preset.json must hold a JSON object with a tag"):
+        CacheConfig.named(str(tmp_path / "preset.json"))

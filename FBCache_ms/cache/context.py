@@ -363,6 +363,7 @@ class CacheContext:
         self.whole_model = any(gate.whole_model for gate in plans)
         self.buffers = tuple(buffers)
         self.traced = (self.step, *(each for gate in every_gate(self.gates) for each in (gate.reused, gate.diffs)))
+        self.tallied = tuple(gate.tallies.values for gate in self.gates)
         self.configure(config, steps, sigmas)
 
     def configure(self, config, steps=None, sigmas=None, progress=None):
@@ -427,15 +428,18 @@ class CacheContext:
         self.step.write(self.step.read() + 1)
 
     def trace(self):
-        """The steps and decisions of the generation so far, NumPy arrays for ``go_on``."""
-        return [buffer.value.asnumpy() for buffer in self.traced]
+        """The steps, decisions and tallies of the generation so far, NumPy arrays for ``go_on``."""
+        return [buffer.value.asnumpy() for buffer in (*self.traced, *self.tallied)]
 
     def go_on(self, trace):
         """Goes on with a generation that another context of this structure has begun; its next step computes."""
         for branch in range(self.branches):
             self.select(ms.Tensor(branch, ms.int32))
             self.reset()
-        for buffer, values in zip(self.traced, trace):
+        decided, tallies = trace[: len(self.traced)], trace[len(self.traced) :]
+        # As many reuses in a row as a generation begins with.
+        tallies = [np.maximum(each, Tallies.initial).astype(np.float32) for each in tallies]
+        for buffer, values in zip((*self.traced, *self.tallied), decided + tallies):
             ops.assign(buffer.value, ms.Tensor(values))
 
     def forget(self):

@@ -231,8 +231,11 @@ def step_tables(config, steps, sigmas=None, progress=None):
         numbers (G, numbers_width), float32: gate_numbers of each gate, and at their ends weights_table or
             refreshes_table.
 
-    Raises ValueError where sigmas are missing, or where a mask or a table is for another number of steps.
+    Raises ValueError for a number of steps out of range, where sigmas are missing, or where a mask or a table is for
+    another number of steps.
     """
+    if not 1 <= steps <= MAX_STEPS:
+        raise ValueError(f"steps must be in [1, {MAX_STEPS}], not {steps}")
     if config.by_noise and sigmas is None:
         raise ValueError(f"{config} measures distances in the noise level and needs the schedule's sigmas")
     gates, forecast = every_gate(plan(config)), FORECASTS[config.forecast]

@@ -43,7 +43,9 @@ class Option:
         if self.kind is str:
             return "one of " + ", ".join(self.allowed)
         if self.kind is tuple:
-            return "digits 0 and 1" if self.digits else "numbers, in text with / between them"
+            fewest, most = self.allowed
+            number = f"{fewest} or more" if most is None else f"{fewest} to {most}"
+            return f"{number} digits 0 and 1" if self.digits else f"{number} numbers, in text with / between them"
         low, high = self.allowed
         if self.kind is Integral:
             return f"a whole number from {low} on"
@@ -74,7 +76,7 @@ class Option:
         if isinstance(value, bool) or not isinstance(value, self.kind):
             raise TypeError(message)
         low, high = self.allowed
-        if not math.isfinite(value) or value < low or high is not None and value > high:
+        if not is_finite(value) or value < low or high is not None and value > high:
             raise ValueError(message)
         return int(value) if self.kind is Integral else float(value)
 
@@ -86,11 +88,19 @@ class Option:
         if any(isinstance(number, bool) or not isinstance(number, Real) for number in values):
             raise TypeError(message)
         fewest, most = self.allowed
-        if len(values) < fewest or most is not None and len(values) > most or not all(map(math.isfinite, values)):
+        if len(values) < fewest or most is not None and len(values) > most or not all(map(is_finite, values)):
             raise ValueError(message)
         if self.digits and not set(values) <= {0, 1}:
             raise ValueError(message)
         return tuple(map(int if self.digits else float, values))
+
+
+def is_finite(number):
+    """Whether a number is a finite one, which float can hold."""
+    try:
+        return math.isfinite(number)
+    except OverflowError:
+        return False
 
 
 def value_text(value):

@@ -1,6 +1,7 @@
 """Rounds a model's linear layers to int8: while a checkpoint is loaded, or behind that.
 
-    pipe = FluxPipeline.from_pretrained(path, quantize_config=QuantizeConfig("int8_weight_only"))
+    config = QuantizeConfig("int8_weight_only")
+    pipe = FluxPipeline.from_pretrained(path, device=choose_device(), quantize_config=config)
 
 The layers are models/quantized.py's; everything else of mindone's model stays. The names are cache-dit's.
 """
@@ -53,6 +54,8 @@ class QuantizeConfig:
             if not isinstance(value, (list, tuple)) or not all(isinstance(each, str) and each for each in value):
                 raise TypeError(f"{name} must be a list of texts, not {value!r}")
             object.__setattr__(self, name, tuple(value))
+        if self.weight_only_layers is not None and self.quant_type != "int8":
+            raise ValueError(f"weight_only_layers has no effect with quant_type {self.quant_type!r}; it needs 'int8'")
         if not self.components_to_quantize:
             raise ValueError("components_to_quantize names no component")
 
@@ -81,19 +84,31 @@ def check_quantize(config, dtype=None):
     """
     if not isinstance(config, (QuantizeConfig, type(None))):
         raise TypeError(f"quantize_config must be a QuantizeConfig or None, not {type(config).__name__}")
-    if config is None or dtype is None:
+    if config is None:
         return
     import mindspore as ms
 
-    if dtype == ms.float32 and ms.get_context("device_target") != "CPU":
-        raise ValueError("quantize_config needs a mindspore_dtype of bfloat16 or float16 on Ascend, not float32")
-    if ms.bfloat16 in (dtype.values() if isinstance(dtype, dict) else [dtype]):
+    names = config.components_to_quantize
+    dtypes = [dtype.get(name, dtype.get("default")) for name in names] if isinstance(dtype, dict) else [dtype]
+    # mindone loads as float32 where nothing is said.
+    dtypes = [each or ms.float32 for each in dtypes]
+    if ms.float32 in dtypes:
+        refuse_float32()
+    if ms.bfloat16 in dtypes:
         refuse_bfloat16()
 
 
 def kinds_in(model):
     """The dtypes of a model's Parameters, by name."""
     return {str(parameter.dtype) for parameter in model.get_parameters()}
+
+
+def refuse_float32():
+    """Raises ValueError on Ascend, whose operators take shorter dtypes alone."""
+    import mindspore as ms
+
+    if ms.get_context("device_target") != "CPU":
+        raise ValueError("int8 weights need a mindspore_dtype of bfloat16 or float16 on Ascend, not float32")
 
 
 def refuse_bfloat16():
@@ -111,9 +126,11 @@ def quantize(module, config=QuantizeConfig()):
 
     Raises:
         TypeError: config is no QuantizeConfig.
-        ValueError: a component is missing, quantised already or in bfloat16 on a CPU, or a pattern matches no layer.
+        ValueError: a component is missing, quantised already, in bfloat16 on a CPU or in float32 on Ascend, or a
+            pattern matches no layer.
     """
-    check_quantize(config)
+    if not isinstance(config, QuantizeConfig):
+        raise TypeError(f"config must be a QuantizeConfig, not {type(config).__name__}")
     models = parts_of(module, config.components_to_quantize)
     for name, model in models.items():
         if quantized_layers(model):
@@ -121,6 +138,8 @@ def quantize(module, config=QuantizeConfig()):
     layers = {name: linear_layers(model, config) for name, model in models.items()}
     check_patterns(config, layers)
     for model in models.values():
+        if kinds_in(model) == {"Float32"}:
+            refuse_float32()
         # A model that is bfloat16 throughout is compiled for Ascend.
         if kinds_in(model) >= {"Float32", "BFloat16"}:
             refuse_bfloat16()

@@ -37,6 +37,15 @@ def forecast_from(values, nodes, x, order, rule="taylor"):
     return weighted_sum(weights, derivatives).asnumpy()
 
 
+def test_a_generation_that_goes_on_elsewhere_keeps_its_tallies_and_computes_first():
+    first, other = (CacheContext(1, 4, 3, config=CacheConfig(0.1, max_cached_steps=5), branches=2) for _ in range(2))
+    for buffer in first.tallied:
+        ops.assign(buffer.value, single([[3, 2, 0.5], [1, 0, 0.25]]))
+    other.go_on(first.trace())
+    for buffer in other.tallied:
+        np.testing.assert_array_equal(buffer.value.asnumpy(), [[3, np.inf, 0.5], [1, np.inf, 0.25]])
+
+
 @pytest.mark.parametrize("order", [0, 1, 2, 3])
 @pytest.mark.parametrize("gap", [1, 2, 3])
 def test_taylorseers_forecasts_are_the_closed_forms(order, gap):

@@ -41,6 +41,7 @@ def test_dbcache(first, last, steps, seed, change, threshold, warmup, interval, 
     streams, margin = Streams(seed, steps, change), []
     mask = data.draw(st.none() | st.lists(st.integers(0, 1), min_size=steps, max_size=steps))
     limit = data.draw(st.sampled_from([0, 0.3, 1.0]))
+    interval = interval if warmup else 1
     config = CacheConfig(
         threshold,
         warmup_steps=warmup,
@@ -480,7 +481,7 @@ def test_fifty_settings_of_one_structure_are_one_compilation():
     for index in range(50):
         config = CacheConfig(
             float(rng.uniform()),
-            warmup_steps=int(rng.integers(6)),
+            warmup_steps=int(rng.integers(1, 6)),
             warmup_interval=int(rng.integers(1, 4)),
             max_cached_steps=int(rng.integers(-1, 9)),
             max_consecutive_cache_hits=int(rng.integers(-1, 4)),

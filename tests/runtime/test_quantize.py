@@ -373,7 +373,7 @@ def test_a_config_that_says_nothing_is_refused(message):
 
 REFUSED = {
     "exclude_layers: 'nothing' matches no layer of transformer": {"exclude_layers": ["nothing"]},
-    "weight_only_layers: 'nothing' matches no layer": {"weight_only_layers": ["nothing"]},
+    "weight_only_layers: 'nothing' matches no layer": {"quant_type": "int8", "weight_only_layers": ["nothing"]},
     "there is no text_encoder_3 to load, but .*text_encoder": {"components_to_quantize": ["text_encoder_3"]},
 }
 
@@ -393,6 +393,12 @@ def test_float32_is_not_for_int8_operators_on_ascend(monkeypatch):
     check_quantize(None, ms.float32)
     with pytest.raises(ValueError, match="mindspore_dtype of bfloat16 or float16 on Ascend, not float32"):
         check_quantize(QuantizeConfig(), ms.float32)
+    for dtype in (None, {"default": ms.float32}, {"vae": ms.float16}, {"transformer": None, "default": ms.bfloat16}):
+        with pytest.raises(ValueError, match="not float32"):
+            check_quantize(QuantizeConfig(), dtype)
+    check_quantize(QuantizeConfig(), {"default": ms.bfloat16, "vae": ms.float32})
+    with pytest.raises(ValueError, match="not float32"):
+        quantize(mint.nn.Linear(2, 2))
 
 
 def test_nothing_is_quantised_twice(checkpoint, tmp_path):
