@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Optional
 
 import FBCache_ms
-from FBCache_ms.cache.gates import plan, refreshed_steps
 from FBCache_ms.config import CacheConfig
 from FBCache_ms.eval import sweep
 from FBCache_ms.eval.shared.arguments import Parser, add_into_option, add_save_path, check_range, exit_status, reason
 from FBCache_ms.eval.shared.cases import UNCACHED
 from FBCache_ms.eval.shared.files import check_folder, check_into, write_text
+from FBCache_ms.eval.shared.frontier_chart import tflops
 from FBCache_ms.eval.shared.machine import machine
 from FBCache_ms.eval.shared.scenes import held_out_captions
 from FBCache_ms.eval.shared.tables import markdown, publish
@@ -111,14 +111,10 @@ ROWS = (
 
 def counted_tflops(row, cell, config=FLUX_DEV):
     """A row's operations on FLUX.1-dev in 10^12, from the steps that ``cell`` computed; None where nothing is known."""
-    costs = step_costs(config, 1, IMAGE_TOKENS, TEXT_TOKENS)
     if cell is None:
         return None
-    cache = CacheConfig.named(row.cache)
-    saved = -refreshed_steps(cache, row.steps) * costs.refresh
-    for gate in plan(cache):
-        saved += (row.steps - cell["computed_steps"]) * costs.of_blocks(*gate.span(costs.doubles, costs.singles))
-    return (row.steps * costs.total - saved) / 1e12
+    costs = step_costs(config, 1, IMAGE_TOKENS, TEXT_TOKENS)
+    return tflops(CacheConfig.named(row.cache), row.steps, cell["computed_steps"], costs)
 
 
 def columns_of(row, cell):

@@ -41,7 +41,7 @@ from FBCache_ms.eval.shared.files import check_folder, check_into, put_into, say
 from FBCache_ms.eval.shared.frontier_chart import add_costs, chart_page
 from FBCache_ms.eval.shared.machine import machine
 from FBCache_ms.eval.shared.measure import Judge, cell_of, clip_folder, write_sweep
-from FBCache_ms.eval.shared.prompts import choose_prompts
+from FBCache_ms.eval.shared.prompts import OWN_PROMPTS, choose_prompts, knows_captions_alone
 from FBCache_ms.eval.shared.scenes import held_out_captions
 from FBCache_ms.eval.shared.tables import KINDS, markdown, show, spread, write_tables
 from FBCache_ms.eval.tune import FAMILIES, INTERVALS, THRESHOLDS
@@ -92,7 +92,8 @@ LEARNT_FROM = 6
 def parse_arguments(argv=None):
     """The command line; ``args.runs`` has the arguments of each number of steps."""
     parser = Parser(__name__, "frontier", description=__doc__, conflict_handler="resolve")
-    add_drawing_options(parser, limit=50, save_path="./results/frontier")
+    # Those that follow would end with the first frontier.
+    add_drawing_options(parser, limit=50, save_path="./results/frontier", context_parallel=False)
     add = parser.add_argument
     add("--num_inference_steps", type=int, nargs="+", default=[28, 50], metavar="N", help="a frontier each")
     add("--cache", nargs="+", default=[], metavar="TAG|FILE", help="further settings, such as masks of learn_mask's")
@@ -165,7 +166,10 @@ def unseen_prompts(args):
         if cache.endswith(".json"):
             preset = json.loads(Path(cache).read_text(encoding="utf-8"))
             seen.update(preset.get("search", {}).get("prompts", ()))
-    more = argparse.Namespace(**{**vars(args), "limit": args.limit + len(seen)})
+    wanted = args.limit + len(seen)
+    if args.prompts is None and not knows_captions_alone(args.ckpt):
+        wanted = max(min(wanted, len(OWN_PROMPTS)), args.limit)
+    more = argparse.Namespace(**{**vars(args), "limit": wanted})
     prompts = [prompt for prompt in choose_prompts(more) if prompt not in seen]
     return prompts[: args.limit]
 

@@ -8,6 +8,7 @@ goes on with the kind of weights it was at.
 """
 
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from FBCache_ms.config import CacheConfig
+from FBCache_ms.eval.quality import summary
 from FBCache_ms.eval.shared.arguments import Parser, add_into_option, add_save_path, check_range, exit_status, reason
 from FBCache_ms.eval.shared.closed_loop import Ledger
 from FBCache_ms.eval.shared.files import check_folder, check_into
@@ -120,7 +122,7 @@ def rows_of(kind, found, truth, captions):
             "threshold": config.residual_diff_threshold,
             "order": config.taylorseer_derivative,
             "reused": float(np.mean([reused.mean() for _, reused, _ in pictures])),
-            "psnr": statistics.mean(psnrs),
+            "psnr": summary(psnrs)["mean"],
             "ssim": statistics.mean(ssims),
             "prompt_score": statistics.mean(scores),
             "changed": changed,
@@ -139,7 +141,7 @@ def text_of(rows):
                 "Threshold": f"{row['threshold']:g}",
                 "Order": row["order"],
                 "Steps reused": f"{row['reused']:.0%}",
-                "PSNR (dB)": f"{row['psnr']:.1f}" if row["psnr"] is not None else "equal",
+                "PSNR (dB)": f"{row['psnr']:.1f}" if np.isfinite(row["psnr"]) else "equal",
                 "SSIM": f"{row['ssim']:.4f}",
                 "Prompt score": f"{row['prompt_score']:.1%}",
                 "Decisions changed": f"{row['changed']} of {row['decisions']}",
@@ -153,8 +155,6 @@ def text_of(rows):
 
 def make_wide(folder):
     """Writes a random transformer of FLUX.1's width, in bfloat16 and in shards, and what a pipeline's folder needs."""
-    import shutil
-
     from mindone.diffusers import FluxTransformer2DModel
 
     import mindspore as ms
@@ -245,7 +245,8 @@ def main(argv=None):
         configs = [CacheConfig(value, order) for value in THRESHOLDS for order in ORDERS]
         configs.append(CacheConfig(0))
         rows, sizes = [], []
-        ledger = Ledger(args.save_path / f"of_{args.limit}_captions", (0, 1))
+        unfinished = args.save_path / f"unfinished_{args.limit}_captions"
+        ledger = Ledger(unfinished, (0, 1))
 
         @cache
         def truth():
@@ -263,6 +264,8 @@ def main(argv=None):
         text = f"{text_of(rows)}\n{memory_text(memory)}"
         data = {"settings": {**machine(), "captions": captions}, "rows": rows, "sizes": sizes, "memory": memory}
         publish(args.save_path, "quantized", text, rows, data, args.into)
+        # The next run measures anew.
+        shutil.rmtree(unfinished)
 
     return exit_status("quantized", work)
 

@@ -34,11 +34,19 @@ from FBCache_ms.runtime.quantize import QUANT_TYPES
 
 SIZES, STEPS, BATCHES, ORDERS = (512, 768, 1024, 1536, 2048), (4, 14, 28, 50), (1, 2, 4, 8), (0, 1, 2, 3)
 FIGURES = {
-    "peak": ("peak_tflops", 1e12, "10^12 operations of matrix products a second"),
-    "bandwidth": ("bandwidth_gbs", 1e9, "10^9 bytes a second between memory and cores"),
-    "efficiency": ("efficiency", 1, "the share of both that is reached, in (0, 1]"),
-    "launch_seconds": ("launch_us", 1e-6, "microseconds for launching an operator of a graph"),
-    "turn_seconds": ("turn_ms", 1e-3, "milliseconds of a turn of the host, once a run"),
+    "peak": ("peak_tflops", 1e12, "10^12 operations of matrix products a second (default: published)"),
+    "bandwidth": ("bandwidth_gbs", 1e9, "10^9 bytes a second between memory and cores (default: published)"),
+    "efficiency": (
+        "efficiency",
+        1,
+        "the share of both that is reached, in (0, 1] (default: fitted to published times)",
+    ),
+    "launch_seconds": ("launch_us", 1e-6, "microseconds for launching an operator of a graph (default: 10)"),
+    "turn_seconds": (
+        "turn_ms",
+        1e-3,
+        "milliseconds of a turn of the host, once a run (default: fitted to published times)",
+    ),
 }
 """An Accelerator's fields that the user can set: the option, its unit, what it is."""
 
@@ -344,29 +352,32 @@ def page_of(prediction):
 
 
 def read_run(path):
-    """The tag, number of steps, image size and number of computed steps in a run.json.
+    """What a run.json says: tag, steps, image size, number of computed steps, pictures, and whether weights are int8.
 
-    Raises OSError or ValueError, naming the file, for one that cannot be read or is none.
+    Raises OSError or ValueError, naming the file, for one that cannot be read, is none, or cannot be predicted.
     """
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
-        found = run["config"], run["steps"], tuple(run["image_size"]), len(run["computed_steps"])
-        if [type(value) for value in (*found[:2], *found[2])] != [str, int, int, int]:
+        found = run["config"], run["steps"], tuple(run["image_size"]), len(run["computed_steps"]), run["pictures"]
+        if [type(value) for value in (*found[:2], *found[2], found[4])] != [str, int, int, int, int]:
             raise TypeError
+        quantized, branches = bool(run.get("quantize")), run.get("branches", 1)
     except OSError as error:
         raise OSError(f"--run {path} cannot be read: {error.strerror}") from None
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"--run {path} is no run.json of fbcache-flux") from None
-    return found
+    if branches > 1:
+        raise ValueError(f"--run {path} is of true classifier-free guidance, which is not predicted")
+    return (*found, quantized)
 
 
 def run_of(args):
     """The Run that the command line asks for. Raises OSError, TypeError or ValueError for one that cannot be."""
     cache, steps, size, given = args.cache, args.num_inference_steps, args.image_size, args.computed_steps
     if args.run is not None:
-        if any(value is not None for value in (cache, steps, size)):
-            raise ValueError("--run says --cache, --num_inference_steps and --image_size")
-        cache, steps, size, computed = read_run(args.run)
+        if any(value is not None for value in (cache, steps, size, args.batch_size, args.quantize)):
+            raise ValueError("--run says --cache, --num_inference_steps, --image_size, --batch_size and --quantize")
+        cache, steps, size, computed, args.batch_size, args.quantize = read_run(args.run)
         if len(names_of(CacheConfig.named(cache))) == 1:
             if given is not None:
                 raise ValueError("--run says --computed_steps too, where there is one gate")
@@ -377,7 +388,8 @@ def run_of(args):
     steps, size = ATLAS.steps if steps is None else steps, size or (1024, 1024)
     check_range("num_inference_steps", steps, 1, MAX_STEPS)
     check_range("text_tokens", args.text_tokens, 1)
-    check_range("batch_size", args.batch_size, 1)
+    batch_size = 1 if args.batch_size is None else args.batch_size
+    check_range("batch_size", batch_size, 1)
     if min(size) < 1 or any(side % unit for side in size):
         raise ValueError(f"--image_size must be positive multiples of {unit}, not {' '.join(map(str, size))}")
     config = ATLAS.configs[-1] if cache is None else CacheConfig.named(cache)
@@ -385,7 +397,7 @@ def run_of(args):
     if cache is None and given is None:
         given = [max(round(steps * (1 - best(ATLAS).reused[-1] / ATLAS.steps)), 1)]
     tokens = size[0] // unit * (size[1] // unit)
-    shapes = Shapes(transformer, args.batch_size, tokens, args.text_tokens, weight_itemsize=args.quantize and 1)
+    shapes = Shapes(transformer, batch_size, tokens, args.text_tokens, weight_itemsize=1 if args.quantize else None)
     return Run(shapes, unit, config, steps, computed_steps(config, steps, given))
 
 
@@ -414,7 +426,7 @@ def parse_arguments(argv=None):
     add("--image_size", type=int, nargs=2, metavar=("H", "W"), help="pixels (default: 1024 1024)")
     add("--text_tokens", type=int, default=512, metavar="T", help="of a prompt")
     add("--num_inference_steps", type=int, metavar="N", help=f"steps of a generation (default: {ATLAS.steps})")
-    add("--batch_size", type=int, default=1, metavar="B", help="pictures at once")
+    add("--batch_size", type=int, metavar="B", help="pictures at once (default: 1)")
     add("--cache", metavar="TAG|PRESET", help="what is on (default: as published)")
     add(
         "--quantize",
@@ -428,10 +440,10 @@ def parse_arguments(argv=None):
         metavar="N",
         help="for a cache that decides while it runs, one a gate (default: what its schedule says)",
     )
-    add("--run", type=Path, metavar="FILE", help="a run.json, for its cache, size, steps and decisions")
+    add("--run", type=Path, metavar="FILE", help="a run.json, for its cache, size, steps, pictures and decisions")
     add = parser.add_argument_group("the device").add_argument
     for option, _, text in FIGURES.values():
-        add(f"--{option}", type=float, metavar="X", help=f"{text} (default: as fitted to published times)")
+        add(f"--{option}", type=float, metavar="X", help=text)
     add_save_path(parser.add_argument_group("output").add_argument, "./results/cost_model", "tables and charts")
     add_into_option(parser)
     args = parser.parse_args(argv)

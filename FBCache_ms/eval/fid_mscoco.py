@@ -49,7 +49,8 @@ def parse_arguments(argv=None):
         metavar="PATH",
         help="the Python of an environment with tools/metrics/requirements.txt, for --inception",
     )
-    add_drawing_options(parser, limit=5000, save_path="./results/fid_mscoco")
+    prompts = "captions as MSCOCO has them, JSON (default: captions_val2017.json in --coco_root)"
+    add_drawing_options(parser, limit=5000, save_path="./results/fid_mscoco", prompts=prompts)
     add = parser.add_argument_group("rows").add_argument
     add(
         "--cache",

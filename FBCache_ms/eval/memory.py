@@ -7,12 +7,13 @@ from FBCache_ms.config import CacheConfig
 from FBCache_ms.eval.shared.arguments import Parser, add_into_option, add_save_path, check_range, exit_status, reason
 from FBCache_ms.eval.shared.files import check_folder, check_into
 from FBCache_ms.eval.shared.tables import markdown, publish
+from FBCache_ms.models import costs_of
 from FBCache_ms.predict.memory import cache_bytes
 from FBCache_ms.runtime.checkpoint import block_counts, image_unit, transformer_config
 
 ITEMSIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
-WIDTH, BLOCKS, PIXELS = 3072, (19, 38), 16
-"""FLUX.1-dev's: of the transformer, how many of either kind it has, and of a token's side."""
+WIDTH, BLOCKS, PIXELS, CHANNELS = 3072, (19, 38), 16, 64
+"""FLUX.1-dev's: of the transformer, how many of either kind it has, of a token's side, and of the latents."""
 
 ROWS = (
     *((f"First-Block Cache, order {order}", f"F1B0_W0_T{min(order, 1)}O{order}_R0.12", 1) for order in range(4)),
@@ -52,10 +53,10 @@ def parse_arguments(argv=None):
         for name in ("sides", "batch_sizes"):
             for value in getattr(args, name):
                 check_range(name, value, 1)
-        width, blocks, args.pixels = WIDTH, BLOCKS, PIXELS
+        width, blocks, args.pixels, args.channels = WIDTH, BLOCKS, PIXELS, CHANNELS
         if args.ckpt is not None:
             config, blocks, args.pixels = transformer_config(args.ckpt), block_counts(args.ckpt), image_unit(args.ckpt)
-            width = config.num_attention_heads * config.attention_head_dim
+            width, args.channels = costs_of(config).width(config), costs_of(config).channels(config)
         args.stacks = blocks
         args.inner_dim = width if args.inner_dim is None else args.inner_dim
         for name in ("text_len", "inner_dim"):
@@ -92,7 +93,7 @@ def count(args):
             for batch in args.batch_sizes:
                 shape = batch, (side // args.pixels) ** 2, args.inner_dim, args.text_len, branches
                 row[f"{side} x {side}, batch {batch}"] = cache_bytes(
-                    config, *shape, ITEMSIZES[args.dtype], stacks=args.stacks
+                    config, *shape, ITEMSIZES[args.dtype], args.channels, args.stacks
                 )
         rows.append(row)
     return rows

@@ -19,6 +19,7 @@ from FBCache_ms.eval.shared.arguments import (
     exit_status,
     reason,
 )
+from FBCache_ms.eval.shared.closed_loop import last_residuals, to_numpy
 from FBCache_ms.eval.shared.drawing import session
 from FBCache_ms.eval.shared.files import check_folder, check_into, put_into, say_written
 from FBCache_ms.eval.shared.prompts import choose_prompts
@@ -138,15 +139,18 @@ class Streams:
 
 
 def record(painter, index, prompt):
-    """The Streams of prompt number ``index``, read from the cache while every step is computed."""
+    """The Streams of prompt number ``index``, the prompt's own under true guidance.
+
+    They are read from the cache while every step is computed.
+    """
     kept = {}
     for probe in ("residual", "hidden"):
         steps = []
 
         def read(pipe, step, timestep, tensors):
             context = pipe.cache_context
-            steps.append([np.array(context.first_residual.float().asnumpy()).ravel()])
-            steps[-1].append(np.array(context.derivatives.float().asnumpy()[0]).ravel())
+            first = to_numpy(context.first_residual).reshape(context.branches, -1)[0]
+            steps.append((np.array(first), last_residuals(context)[0].ravel()))
             return {}
 
         painter.pipe(

@@ -208,6 +208,9 @@ def run(args):
     report = {
         "config": str(args.config),
         "prompt": args.prompt,
+        "negative_prompt": args.negative_prompt,
+        **guidance_of(args),
+        "branches": branches_of(args),
         "seed": args.seed,
         "steps": args.num_inference_steps,
         "pictures": len(pictures),

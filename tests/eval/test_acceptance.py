@@ -9,7 +9,7 @@ from narrow import make_narrow
 
 import mindspore as ms
 
-from FBCache_ms import CacheConfig, FluxPipeline
+from FBCache_ms import CacheConfig, FluxPipeline, QuantizeConfig
 from FBCache_ms.eval import ascend_acceptance, benchmark, environment
 from FBCache_ms.eval.environment import Part
 from FBCache_ms.eval.shared import acceptance_checks
@@ -34,14 +34,22 @@ def test_two_devices_share_a_picture_as_one_draws_it(tmp_path):
     assert ascend_acceptance.main(["--limit", "1", "--only", "sharing", "--save_path", str(tmp_path)]) == 0
 
 
-def test_the_speed_table_is_drawn_with_the_guidance_that_the_model_takes(tmp_path, monkeypatch):
+def test_the_speed_table_is_drawn_with_the_guidance_and_the_weights_of_the_run(tmp_path, monkeypatch):
     asked, options = [], ["--ckpt", str(make(tmp_path / "model", "qwenimage")), "--negative_prompt", "dark"]
+    options += ["--quantize", "int8", "transformer", "text_encoder"]
     monkeypatch.setattr(acceptance_checks, "run_program", lambda module, options: asked.extend(map(str, options)))
     args = ascend_acceptance.parse_arguments([*options, "--only", "speed", "--save_path", str(tmp_path / "out")])
     with pytest.raises(FileNotFoundError):
         acceptance_checks.check_speed(Namespace(args=args))
     benchmarked = benchmark.parse_arguments(asked)
     assert (benchmarked.negative_prompt, benchmarked.true_cfg_scale) == ("dark", 4.0)
+    assert benchmarked.quantize == args.quantize == QuantizeConfig("int8", (), ("transformer", "text_encoder"))
+
+
+def test_loop_and_memory_hold_for_another_model_and_its_guidance(tmp_path, capsys):
+    options = ["--ckpt", str(make(tmp_path / "model", "qwenimage")), "--negative_prompt", "dark"]
+    options += ["--image_size", "64", "64", "--num_inference_steps", "4", "--limit", "1", "--only", "memory", "loop"]
+    assert ascend_acceptance.main([*options, "--save_path", str(tmp_path / "out")]) == 0, capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -192,15 +192,34 @@ def test_a_checkpoint_and_a_devices_figures_are_taken(tmp_path, capsys):
 
 
 def test_a_run_is_predicted_from_its_file(tmp_path):
-    run = {"config": "F1B0_W0_T1O1_R0.2", "steps": 14, "image_size": [512, 768], "computed_steps": [0, 1, 5]}
+    run = {
+        "config": "F1B0_W0_T1O1_R0.2",
+        "steps": 14,
+        "image_size": [512, 768],
+        "computed_steps": [0, 1, 5],
+        "pictures": 2,
+    }
     (tmp_path / "run.json").write_text(json.dumps(run))
     args = cost_model.parse_arguments(["--run", str(tmp_path / "run.json"), "--save_path", str(tmp_path)])
     assert (args.what.steps, args.what.computed, args.what.shapes.image_tokens) == (14, (3,), 32 * 48)
     assert args.what.config == CacheConfig.from_tag("F1B0_W0_T1O1_R0.2")
+    shapes = args.what.shapes
+    assert (shapes.batch, shapes.weight_itemsize) == (2, None)
+    (tmp_path / "run.json").write_text(json.dumps({**run, "quantize": {"transformer": {"quant_type": "int8"}}}))
+    args = cost_model.parse_arguments(["--run", str(tmp_path / "run.json"), "--save_path", str(tmp_path)])
+    assert args.what.shapes.weight_itemsize == 1
+
+
+def test_a_run_of_true_guidance_is_not_predicted(tmp_path, capsys):
+    run = {"config": "F1B0_W0_R0.2", "steps": 2, "image_size": [64, 64], "computed_steps": [0], "pictures": 1}
+    (tmp_path / "run.json").write_text(json.dumps({**run, "branches": 2}))
+    with pytest.raises(SystemExit):
+        cost_model.parse_arguments(["--run", str(tmp_path / "run.json"), "--save_path", str(tmp_path)])
+    assert "is of true classifier-free guidance, which is not predicted" in capsys.readouterr().err
 
 
 def test_a_run_of_two_gates_needs_the_computed_steps_of_each(tmp_path, capsys):
-    run = {"config": "double_gate", "steps": 14, "image_size": [512, 768], "computed_steps": [0, 1, 5]}
+    run = {"config": "double_gate", "steps": 14, "image_size": [512, 768], "computed_steps": [0, 1, 5], "pictures": 2}
     (tmp_path / "run.json").write_text(json.dumps(run))
     options = ["--run", str(tmp_path / "run.json"), "--save_path", str(tmp_path)]
     with pytest.raises(SystemExit):
@@ -233,6 +252,7 @@ def test_a_run_of_two_gates_needs_the_computed_steps_of_each(tmp_path, capsys):
         (["--run", "nowhere.json"], "--run nowhere.json cannot be read"),
         (["--run", __file__], "is no run.json of fbcache-flux"),
         (["--run", "nowhere.json", "--cache", "fora"], "--run says --cache"),
+        (["--run", "nowhere.json", "--batch_size", "2"], "--run says --cache"),
         (["--into", "nowhere/page.md"], "--into nowhere/page.md: there is no folder nowhere"),
     ],
 )

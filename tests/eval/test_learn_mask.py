@@ -1,16 +1,19 @@
 import json
 import math
 from itertools import combinations
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from make_models import make
 from narrow import make_narrow
 
+import mindspore as ms
+
 from FBCache_ms.config import CacheConfig
 from FBCache_ms.eval import learn_mask
 from FBCache_ms.eval.learn_mask import with_mask
-from FBCache_ms.eval.shared.closed_loop import ClosedLoop
+from FBCache_ms.eval.shared.closed_loop import ClosedLoop, last_residuals
 from FBCache_ms.eval.shared.masks import PEAKS, POWER, Estimate, ShortestPath, anneal, lagrange, starts
 
 
@@ -155,6 +158,15 @@ def test_fitted_weights_lie_nearer_and_a_second_run_draws_nothing_again(options,
     # The uncached pictures alone.
     assert len(drawn) == 1
     assert json.loads(file.read_text())["search"] == first["search"]
+
+
+def test_the_last_residual_of_each_branch_is_order_0_of_its_differences():
+    values = np.arange(48, dtype=np.float32)
+    for branches in (1, 2):
+        shape = (6, 1, 4, 2) if branches == 1 else (2, 3, 1, 4, 2)
+        context = SimpleNamespace(branches=branches, shape=(1, 4, 2), derivatives=ms.Tensor(values.reshape(shape)))
+        found = last_residuals(context)
+        assert found.shape == (branches, 1, 4, 2) and list(found[:, 0, 0, 0]) == [0, 24][:branches]
 
 
 def test_weights_may_be_fitted_to_each_step_on_its_own(options, tmp_path):

@@ -154,6 +154,17 @@ def painter(tmp_path_factory):
 
 
 @pytest.mark.slow
+def test_under_true_guidance_the_prompts_own_streams_are_recorded(painter, monkeypatch):
+    (prompt,) = painter.args.prompts
+    plain = precision.record(painter, 0, prompt)
+    monkeypatch.setattr(painter.args, "negative_prompt", "dark")
+    monkeypatch.setattr(painter.args, "true_cfg_scale", 1.001)
+    guided = precision.record(painter, 0, prompt)
+    np.testing.assert_allclose(guided.probed[0], plain.probed[0], atol=1e-4)
+    assert guided.final.shape == plain.final.shape
+
+
+@pytest.mark.slow
 def test_the_recorded_streams_are_those_that_the_cache_compares(painter):
     (prompt,) = painter.args.prompts
     probes, residuals = precision.record(painter, 0, prompt).changes(exact)

@@ -11,6 +11,7 @@ from FBCache_ms import CacheConfig, CacheContext
 from FBCache_ms.eval import memory
 from FBCache_ms.predict.memory import cache_bytes, cache_parts
 from FBCache_ms.rules.when import GATES
+from FBCache_ms.runtime.checkpoint import TINY_FLUX, image_unit, transformer_config
 
 SPANS = ({}, {"Bn_compute_blocks": 2}, {"span": "stacks"}, {"span": "single"}, {"span": "model"})
 FORECASTS = ("taylor", "hicache", "newton", "dicache")
@@ -120,6 +121,17 @@ def test_the_program_counts_for_another_model(tmp_path):
     assert "double gate" not in rows and "DBCache, last blocks run" not in rows
     with pytest.raises(SystemExit):
         memory.main([*options, "--cache", "double_gate", "--save_path", str(tmp_path / "out")])
+
+
+def test_the_program_counts_the_models_own_channels(tmp_path):
+    options = ["--ckpt", str(TINY_FLUX), "--sides", "64", "--batch_sizes", "1", "--text_len", "8"]
+    assert memory.main([*options, "--cache", "easycache", "--save_path", str(tmp_path)]) == 0
+    counted = json.loads((tmp_path / "memory.json").read_text())["bytes"][-1]["64 x 64, batch 1"]
+    config, tokens = transformer_config(TINY_FLUX), (64 // image_unit(TINY_FLUX)) ** 2
+    width = config.num_attention_heads * config.attention_head_dim
+    shape = 1, tokens, width, 8, 1, 2
+    assert counted == cache_bytes(CacheConfig.preset("easycache"), *shape, channels=config.in_channels)
+    assert counted < cache_bytes(CacheConfig.preset("easycache"), *shape, channels=64)
 
 
 @pytest.mark.parametrize(

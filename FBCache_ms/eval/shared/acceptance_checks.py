@@ -15,7 +15,7 @@ from typing import Optional
 from FBCache_ms.config import PRESETS, CacheConfig
 from FBCache_ms.eval import benchmark, environment
 from FBCache_ms.eval import run_flux_withFBCache_pipeline as fbcache_flux
-from FBCache_ms.eval.shared.arguments import guidance_of
+from FBCache_ms.eval.shared.arguments import branches_of, guidance_of
 from FBCache_ms.eval.shared.cases import BASELINE, ROWS, UNCACHED, Row
 from FBCache_ms.eval.shared.drawing import Painter, Setting, draw_missing
 from FBCache_ms.eval.shared.floors import FLOOR_ELSEWHERE, FLOORS, MOST_LOST_CLIP_SCORE, is_embedded
@@ -229,6 +229,8 @@ def check_speed(run):
         options += ["--image_size", *args.image_size]
     if args.lazy_inline:
         options += ["--lazy_inline"]
+    if args.quantize is not None:
+        options += ["--quantize", args.quantize.quant_type, *args.quantize.components_to_quantize]
     guidance = {**guidance_of(args), "negative_prompt": args.negative_prompt}
     for name, value in {**guidance, "compile_cache": args.compile_cache, "prompts": args.prompts_file}.items():
         if value is not None:
@@ -268,7 +270,7 @@ def check_memory(run):
         off = config.switched_off()
         context = CacheContext(*shape, mindspore_dtype=dtype, config=off, steps=steps, sigmas=sigmas, **settings)
         rows.append((tag, context.nbytes, cache_bytes(config, *shape, itemsize=itemsize, **settings)))
-    formula = cache_bytes(cached.config, *shape, text_len, 1, itemsize)
+    formula = cache_bytes(cached.config, *shape, text_len, branches_of(run.args), itemsize)
     rows.append((f"{ROWS[-1]}, after its run", folders[cached].record(0)["cache_bytes"], formula))
     table = markdown(
         [{"`--cache`": tag, "Allocated (Bytes)": here, "Formula (Bytes)": there} for tag, here, there in rows]
@@ -300,10 +302,7 @@ def check_graph(run):
 
 def check_loop(run):
     """The whole loop against the same graph a step at a time, and against a graph a step in mindone's own pipeline."""
-    import mindone.diffusers
     import numpy as np
-
-    import mindspore as ms
 
     from FBCache_ms import apply_cache_on_pipe
 
@@ -311,7 +310,6 @@ def check_loop(run):
     tolerance, floor = run.agreement
     pipe, config = painter.pipe, CacheConfig.named(ROWS[-1])
     pipe.use_graph_mode = True
-    ms.set_context(mode=ms.GRAPH_MODE)
 
     def draw(pipe, **more):
         return pipe(**painter.arguments(0, prompt, steps), **more)[0][0]
@@ -319,7 +317,7 @@ def check_loop(run):
     whole, whole_stats = draw(pipe, cache_config=config), pipe.cache_stats
     pieces = draw(pipe, cache_config=config, callback_on_step_end=lambda pipe, step, time, tensors: tensors)
     parts = {name: part for name, part in pipe.components.items() if part is not None}
-    mindones = apply_cache_on_pipe(mindone.diffusers.FluxPipeline(**parts), config)
+    mindones = apply_cache_on_pipe(pipe.MINDONES(**parts), config)
     mindones.set_progress_bar_config(disable=True)
     stepwise, stepwise_stats = draw(mindones), mindones.transformer.cache_stats
     equal = np.array_equal(whole, pieces)

@@ -190,10 +190,13 @@ def add_picture_options(add):
     add("--seed", type=int, default=0, metavar="N", help="of the noise that a picture begins as")
 
 
-def add_drawing_options(parser, limit, save_path, deterministic=True, context_parallel=True):
+PROMPTS = "a prompt a line, JSON, DrawBench's CSV or MSCOCO's captions (default: prompts of our own)"
+
+
+def add_drawing_options(parser, limit, save_path, deterministic=True, context_parallel=True, prompts=PROMPTS):
     """The options of every program that draws many prompts; the rest of the arguments are their defaults.
 
-    ``context_parallel`` says whether several devices may share a picture.
+    ``context_parallel`` says whether several devices may share a picture, ``prompts`` what the file of them holds.
     """
     add = parser.add_argument_group("model").add_argument
     add_model_options(add, deterministic)
@@ -204,7 +207,7 @@ def add_drawing_options(parser, limit, save_path, deterministic=True, context_pa
         "--prompts",
         type=Path,
         metavar="FILE",
-        help="a prompt a line, JSON, DrawBench's CSV or MSCOCO's captions (default: prompts of our own)",
+        help=prompts,
     )
     add("--limit", type=int, default=limit, metavar="N", help="how many prompts")
     add_picture_options(add)

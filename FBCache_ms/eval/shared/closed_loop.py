@@ -78,7 +78,7 @@ class ClosedLoop:
             added = []
 
             def keep(pipe, step, timestep, tensors):
-                added.append(to_numpy(pipe.cache_context.derivatives)[0].ravel())
+                added.append(last_residuals(pipe.cache_context).ravel())
                 return {}
 
             self.pipe(**call, callback_on_step_end=keep, cache_config=config)
@@ -93,6 +93,11 @@ class ClosedLoop:
     def error(self, latents):
         """The geometric mean of ``errors``: its logarithm is the mean PSNR, but for its sign and unit."""
         return float(np.exp(np.log(self.errors(latents)).mean()))
+
+
+def last_residuals(context):
+    """What the span of a CacheContext added at the last computed step, of each guidance branch, (branches, B, S, D)."""
+    return to_numpy(context.derivatives).reshape(context.branches, -1, *context.shape)[:, 0]
 
 
 class Ledger:

@@ -25,14 +25,18 @@ def add_costs(cells, branches):
     for cell in cells:
         config, steps = CacheConfig.named(cell["cache"]), cell["steps"]
         computed = min(round(cell["computed_steps"]), steps)
-        saved = -refreshed_steps(config, steps) * SHAPES.costs.refresh
-        for gate in plan(config):
-            start, stop = gate.span(SHAPES.costs.doubles, SHAPES.costs.singles)
-            skipped = SHAPES.costs.total if gate.whole_model else SHAPES.costs.of_blocks(start, stop)
-            saved += (steps - cell["computed_steps"]) * skipped
-        cell["flux_dev_tflops"] = branches * (steps * SHAPES.costs.total - saved) / 1e12
+        cell["flux_dev_tflops"] = branches * tflops(config, steps, cell["computed_steps"], SHAPES.costs)
         gates = len(deciding(plan(config)))
         cell["flux_dev_seconds"] = branches * predict(device, WHOLE_LOOP, config, steps, gates * (computed,))
+
+
+def tflops(config, steps, computed, costs):
+    """The 10^12 operations of a generation that computed so many of its steps, each of these StepCosts."""
+    saved = -refreshed_steps(config, steps) * costs.refresh
+    for gate in plan(config):
+        skipped = costs.total if gate.whole_model else costs.of_blocks(*gate.span(costs.doubles, costs.singles))
+        saved += (steps - computed) * skipped
+    return (steps * costs.total - saved) / 1e12
 
 
 def chart_page(title, cells):
