@@ -5,6 +5,16 @@ from dataclasses import dataclass
 from ..predict.roofline import Work
 
 
+def width(config):
+    """D of a transformer's config."""
+    return config.num_attention_heads * config.attention_head_dim
+
+
+def channels(config):
+    """C of a transformer's config, the velocity's."""
+    return (getattr(config, "out_channels", None) or config.in_channels) * config.patch_size**2
+
+
 @dataclass(frozen=True)
 class BlockCosts:
     """What a kind of block asks for beside attention itself.

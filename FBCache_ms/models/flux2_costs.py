@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 from ..predict.flops import StepCosts
-from .block_costs import BlockCosts, condition_works, ends_works
+from .block_costs import BlockCosts, channels, condition_works, ends_works, width
 
 PIPELINE = "Flux2Pipeline"
 COMPONENTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
@@ -35,16 +35,6 @@ STEP_OPERATORS, CONDITION_OPERATORS = 43, (25, 24)
 def stacks(config):
     """How many double and how many single blocks."""
     return config.num_layers, config.num_single_layers
-
-
-def width(config):
-    """D."""
-    return config.num_attention_heads * config.attention_head_dim
-
-
-def channels(config):
-    """C, the velocity's."""
-    return (getattr(config, "out_channels", None) or config.in_channels) * config.patch_size**2
 
 
 def step_costs(config, batch, image_tokens, text_tokens):

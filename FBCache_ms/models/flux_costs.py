@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from ..predict.flops import StepCosts
 from ..predict.roofline import Work
 from ..rules.refresh import streams
-from .block_costs import BlockCosts, RefreshCosts, condition_works, ends_works
+from .block_costs import BlockCosts, RefreshCosts, channels, condition_works, ends_works, width
 
 PIPELINE = "FluxPipeline"
 COMPONENTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae")
@@ -54,16 +54,6 @@ ROTARY_BYTES = 40
 def stacks(config):
     """How many double and how many single blocks."""
     return config.num_layers, config.num_single_layers
-
-
-def width(config):
-    """D."""
-    return config.num_attention_heads * config.attention_head_dim
-
-
-def channels(config):
-    """C, the velocity's."""
-    return (getattr(config, "out_channels", None) or config.in_channels) * config.patch_size**2
 
 
 def step_costs(config, batch, image_tokens, text_tokens):

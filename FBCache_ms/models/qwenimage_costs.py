@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 from ..predict.flops import StepCosts
 from ..predict.roofline import Work
-from .block_costs import BlockCosts, condition_works, ends_works
+from .block_costs import BlockCosts, channels, condition_works, ends_works, width
 
 PIPELINE = "QwenImagePipeline"
 COMPONENTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
@@ -42,16 +42,6 @@ STEP_OPERATORS, CONDITION_OPERATORS = 28, (45, 0)
 def stacks(config):
     """How many double and how many single blocks."""
     return config.num_layers, 0
-
-
-def width(config):
-    """D."""
-    return config.num_attention_heads * config.attention_head_dim
-
-
-def channels(config):
-    """C, the velocity's."""
-    return (getattr(config, "out_channels", None) or config.in_channels) * config.patch_size**2
 
 
 def step_costs(config, batch, image_tokens, text_tokens):

@@ -2,7 +2,6 @@
 
 import numpy as np
 from mindone.diffusers import FluxPipeline as MindoneFluxPipeline
-from mindone.diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from mindone.diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
 
 import mindspore as ms
@@ -10,7 +9,7 @@ import mindspore as ms
 from ..models import transformer_flux_withFBCache
 from ..models.transformer_flux_withFBCache import attention_inputs, refuse_stg
 from ..runtime.device import prepare_device
-from .whole_loop import DEFAULT, WholeLoop, shift_settings, spread, with_cache_config
+from .whole_loop import DEFAULT, WholeLoop, spread, with_cache_config
 
 _PROMPT = ("prompt", "prompt_2", "prompt_embeds", "pooled_prompt_embeds")
 
@@ -84,12 +83,6 @@ class FluxPipeline(WholeLoop, MindoneFluxPipeline):
             "pooled_prompt_embeds": (layers.get("pooled_projection_dim"),),
         }
 
-    def latents_shape(self, given):
-        """See WholeLoop."""
-        unit = self.vae_scale_factor * 2
-        tokens = given.height // unit * (given.width // unit)
-        return given.pictures, tokens, self.transformer.config.in_channels // 4 * 4
-
     def check_kwargs(self, kwargs):
         """See WholeLoop."""
         refuse_stg(kwargs)
@@ -140,10 +133,6 @@ class FluxPipeline(WholeLoop, MindoneFluxPipeline):
         """mindone's (height * width, 3): zero, row and column of each token. Without assigning to parts of a tensor,
         which takes MindSpore ten milliseconds."""
         return ms.Tensor(np.indices((1, height, width)).reshape(3, -1).T, dtype)
-
-    def shift(self, given, tokens):
-        """See WholeLoop."""
-        return calculate_shift(tokens, **shift_settings(self.scheduler))
 
     def picture(self, given, latents):
         """See WholeLoop."""

@@ -1,7 +1,6 @@
 """QwenImagePipeline: mindone's, with the denoise loop as one cached graph."""
 
 from mindone.diffusers import QwenImagePipeline as MindoneQwenImagePipeline
-from mindone.diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from mindone.diffusers.pipelines.qwenimage.pipeline_output import QwenImagePipelineOutput
 from mindone.diffusers.utils import logging
 
@@ -11,7 +10,7 @@ from ..models import qwenimage
 from ..models.blocks import refuse_kwargs
 from ..models.padding import BUCKETS
 from ..runtime.device import prepare_device
-from .whole_loop import DEFAULT, WholeLoop, has_negative_prompt, shift_settings, spread, with_cache_config
+from .whole_loop import DEFAULT, WholeLoop, has_negative_prompt, spread, with_cache_config
 
 logger = logging.get_logger(__name__)
 
@@ -49,12 +48,6 @@ class QwenImagePipeline(WholeLoop, MindoneQwenImagePipeline):
     def embeds_shapes(self):
         """See WholeLoop."""
         return {"prompt_embeds": (None, self.transformer.config.joint_attention_dim), "prompt_embeds_mask": (None,)}
-
-    def latents_shape(self, given):
-        """See WholeLoop."""
-        unit = self.vae_scale_factor * 2
-        tokens = given.height // unit * (given.width // unit)
-        return given.pictures, tokens, self.transformer.config.in_channels // 4 * 4
 
     def check_kwargs(self, kwargs):
         """See WholeLoop."""
@@ -98,10 +91,6 @@ class QwenImagePipeline(WholeLoop, MindoneQwenImagePipeline):
         latents = self.prepare_latents(*size, dtype, given.generator, given.latents)
         unit = self.vae_scale_factor * 2
         return latents, {"img_shapes": [[(1, given.height // unit, given.width // unit)]]}
-
-    def shift(self, given, tokens):
-        """See WholeLoop."""
-        return calculate_shift(tokens, **shift_settings(self.scheduler))
 
     def picture(self, given, latents):
         """See WholeLoop."""

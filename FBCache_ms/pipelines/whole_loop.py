@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 from mindone.diffusers import DiffusionPipeline
-from mindone.diffusers.pipelines.flux.pipeline_flux import retrieve_timesteps
+from mindone.diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 from mindone.diffusers.utils import logging
 from tqdm.auto import tqdm
 from tqdm.notebook import tqdm_notebook
@@ -86,7 +86,8 @@ class WholeLoop:
     - KWARGS: the argument that goes on to attention;
     - COMPILES_PARTS: whether encoders and autoencoder compile, too;
 
-    and it has the methods that raise NotImplementedError here.
+    and it has the methods that raise NotImplementedError here; those of latents_shape and shift are FLUX.1's and
+    Qwen-Image's.
     """
 
     COMPILES_PARTS = False
@@ -100,8 +101,10 @@ class WholeLoop:
         raise NotImplementedError
 
     def latents_shape(self, given):
-        """The shape of the latents that a call may bring."""
-        raise NotImplementedError
+        """The shape of the latents that a call may bring: four neighbours' channels are a token's."""
+        unit = self.vae_scale_factor * 2
+        tokens = given.height // unit * (given.width // unit)
+        return given.pictures, tokens, self.transformer.config.in_channels // 4 * 4
 
     def begin(self, given):
         """Sets what mindone's properties tell of a call."""
@@ -120,7 +123,7 @@ class WholeLoop:
 
     def shift(self, given, tokens):
         """mu of the scheduler's shift."""
-        raise NotImplementedError
+        return calculate_shift(tokens, **shift_settings(self.scheduler))
 
     def picture(self, given, latents):
         """What the latents (B, S, C) show, as output_type says."""
