@@ -18,8 +18,8 @@ def checkpoint(tmp_path_factory):
 
 
 LAUNCHES = 60
-LEFT = 6e6
-"""Bytes that may be left by so many."""
+LEFT = 10e6
+"""Bytes that may be left by so many. MindSpore keeps some 80 kB a launch; a kilobyte a weight would be 14 MB more."""
 
 
 def test_launches_of_a_loop_leave_no_memory(pipe):
