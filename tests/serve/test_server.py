@@ -163,6 +163,7 @@ def test_at_the_end_running_work_is_finished_and_nothing_is_left(server, client)
         (["--sizes", "big"], "--sizes must be like 1024x1024"),
         (["--presets", "balancd"], "did you mean balanced?"),
         (["--presets", "F9B9_W0_R0.1"], "leave none"),
+        (["--presets", "balanced", "balanced"], "two have the same name"),
         (["--host", "0.0.0.0"], "is open to others"),
         (["--api_keys", "nowhere"], "--api_keys nowhere cannot be read"),
         (["--moderation", "nowhere"], "--moderation nowhere cannot be imported"),
