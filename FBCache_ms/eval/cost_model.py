@@ -352,7 +352,7 @@ def page_of(prediction):
 
 
 def read_run(path):
-    """What a run.json says: tag, steps, image size, number of computed steps, pictures, and whether weights are int8.
+    """What a run.json says: tag, steps, image size, number of computed steps, pictures, and whether it is int8.
 
     Raises OSError or ValueError, naming the file, for one that cannot be read, is none, or cannot be predicted.
     """
@@ -361,7 +361,7 @@ def read_run(path):
         found = run["config"], run["steps"], tuple(run["image_size"]), len(run["computed_steps"]), run["pictures"]
         if [type(value) for value in (*found[:2], *found[2], found[4])] != [str, int, int, int, int]:
             raise TypeError
-        quantized, branches = bool(run.get("quantize")), run.get("branches", 1)
+        quantized, branches = "transformer" in (run.get("quantize") or ()), run.get("branches", 1)
     except OSError as error:
         raise OSError(f"--run {path} cannot be read: {error.strerror}") from None
     except (KeyError, TypeError, ValueError):

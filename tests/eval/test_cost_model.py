@@ -205,9 +205,10 @@ def test_a_run_is_predicted_from_its_file(tmp_path):
     assert args.what.config == CacheConfig.from_tag("F1B0_W0_T1O1_R0.2")
     shapes = args.what.shapes
     assert (shapes.batch, shapes.weight_itemsize) == (2, None)
-    (tmp_path / "run.json").write_text(json.dumps({**run, "quantize": {"transformer": {"quant_type": "int8"}}}))
-    args = cost_model.parse_arguments(["--run", str(tmp_path / "run.json"), "--save_path", str(tmp_path)])
-    assert args.what.shapes.weight_itemsize == 1
+    for component, itemsize in {"transformer": 1, "text_encoder_2": None}.items():
+        (tmp_path / "run.json").write_text(json.dumps({**run, "quantize": {component: {"quant_type": "int8"}}}))
+        args = cost_model.parse_arguments(["--run", str(tmp_path / "run.json"), "--save_path", str(tmp_path)])
+        assert args.what.shapes.weight_itemsize == itemsize
 
 
 def test_a_run_of_true_guidance_is_not_predicted(tmp_path, capsys):
