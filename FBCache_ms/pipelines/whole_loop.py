@@ -86,8 +86,8 @@ class WholeLoop:
     - KWARGS: the argument that goes on to attention;
     - COMPILES_PARTS: whether encoders and autoencoder compile, too;
 
-    and it has the methods that raise NotImplementedError here; those of latents_shape and shift are FLUX.1's and
-    Qwen-Image's.
+    and it has the methods that raise NotImplementedError here. latents_shape and shift are FLUX.1's and Qwen-Image's;
+    another family has its own.
     """
 
     COMPILES_PARTS = False
