@@ -111,8 +111,8 @@ class Gathered:
 
     def __init__(self, ranks, original):
         self.ranks, self.original = ranks, original
-        # The compile cache tells graphs apart by such numbers.
-        self.rank, self.number = ranks.rank, ranks.number
+        # The compile cache tells graphs apart by these.
+        self.rank, self.number, self.group = ranks.rank, ranks.number, ranks.group
 
 
 @ms.jit_class

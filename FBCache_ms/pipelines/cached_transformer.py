@@ -87,7 +87,6 @@ class CachedTransformer(StandIn):
             calls=0,
             sigmas=None,
             thread=None,
-            adapters=((), ()),
             sharing=None,
         )
 
@@ -211,10 +210,10 @@ class CachedTransformer(StandIn):
         """The cached step for these shapes; the first call of a generation resets it."""
         batch_size, seq_len, _ = latents.shape
         key = (batch_size, seq_len, text_len, latents.dtype)
-        layers, strengths = self.adapters
+        step, layers, strengths = self.chosen.get(key, (None, (), ()))
         # All that a callback may change is not looked for in each step: that takes as long as a reused one.
-        if key in self.chosen and strengths == strengths_of(layers):
-            return self.chosen[key]
+        if step is not None and strengths == strengths_of(layers):
+            return step
         begin, whole = scheduler.begin_index or 0, len(scheduler.timesteps)
         steps, sigmas = whole - begin, scheduler.sigmas.asnumpy()[begin:]
         settings, transformer = for_steps(self.cache_settings, steps), self.original
@@ -228,15 +227,14 @@ class CachedTransformer(StandIn):
             current_device().prepare(step, transformer)
             return step
 
-        trace = self.chosen[key].cache_context.trace() if key in self.chosen else None
+        trace = None if step is None else step.cache_context.trace()
         step = self.steps.get(transformer, (*key, settings.structure), make, in_use=len(self.chosen))
-        layers = adapters_of(transformer)
-        self.adapters = layers, strengths_of(layers)
         step.cache_context.forget()
         step.cache_context.configure(settings, steps, sigmas, progress_of(self.sigmas, whole)[begin:])
         if trace is not None:
             step.cache_context.go_on(trace)
-        self.chosen[key] = step
+        layers = adapters_of(transformer)
+        self.chosen[key] = step, layers, strengths_of(layers)
         return step
 
 

@@ -522,7 +522,8 @@ class WholeLoop:
             self.device.prepare(loop, transformer)
             return loop
 
-        structure = (*config.structure, None if inputs.pair is None else inputs.pair.rank)
+        pair = None if inputs.pair is None else (inputs.pair.rank, inputs.pair.group)
+        structure = (*config.structure, pair)
         key = (*whole.shape[:2], inputs.text_len, branches, latents.dtype, structure)
         loop = self._loops.get(transformer, key, make, in_use)
         if self.use_graph_mode:

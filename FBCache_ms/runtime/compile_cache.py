@@ -61,9 +61,6 @@ def graph_key(cell, inputs, model, **structure):
     Raises TypeError for a model that is not mindone's own throughout: another process cannot tell what it computes.
     """
 
-    def description(value):
-        return [list(value.shape), str(value.dtype)] if hasattr(value, "dtype") else str(value)
-
     constants, kinds = constants_of(model, as_text)
     check_authors(kinds)
     parts = {
@@ -83,6 +80,15 @@ def graph_key(cell, inputs, model, **structure):
         "layer_sources": files_checksum({inspect.getfile(kind) for kind in kinds}),
     }
     return json.dumps(parts, indent=1, sort_keys=True, default=str)
+
+
+def description(value):
+    """A tensor's shape and dtype, or of a dictionary, list or tuple those of each; anything else as text."""
+    if isinstance(value, dict):
+        return [[name, description(each)] for name, each in value.items()]
+    if isinstance(value, (list, tuple)):
+        return [description(each) for each in value]
+    return [list(value.shape), str(value.dtype)] if hasattr(value, "dtype") else str(value)
 
 
 def as_text(value):

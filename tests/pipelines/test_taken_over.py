@@ -20,6 +20,7 @@ from FBCache_ms.pipelines import whole_loop
 from FBCache_ms.pipelines.cached_transformer import adapters_scaled, turn
 from FBCache_ms.pipelines.whole_loop import is_watched
 from FBCache_ms.runtime import kept_graphs
+from FBCache_ms.runtime.device import graph_mode
 
 PROMPT, STEPS = "a big red circle in the center, blue background", 4
 CONFIG = CacheConfig(0.99, warmup_steps=1)
@@ -349,6 +350,35 @@ def test_adapters_that_a_callback_sets_act_under_an_applied_cache(adapted, mindo
     changed = draw(mindone_pipe, callback_on_step_end=off)
     assert np.abs(changed - on).max() > 1e-3
     assert mindone_pipe.transformer.cache_stats.reused == (False, True, False, True)
+    remove_cache_from_pipe(mindone_pipe)
+
+
+def test_adapters_that_a_callback_sets_act_on_both_branches_with_texts_of_two_lengths(adapted, mindone_pipe):
+    rng, transformer = np.random.default_rng(0), mindone_pipe.transformer
+    call = {
+        "hidden_states": ms.Tensor(rng.normal(size=(1, 16, 16)), ms.float32),
+        "pooled_projections": ms.Tensor(rng.normal(size=(1, transformer.config.pooled_projection_dim)), ms.float32),
+        "img_ids": ms.Tensor(np.zeros((16, 3)), ms.float32),
+        "guidance": ms.Tensor([3.5], ms.float32),
+    }
+    texts = {
+        name: ms.Tensor(rng.normal(size=(1, length, transformer.config.joint_attention_dim)), ms.float32)
+        for name, length in {"cond": 8, "uncond": 4}.items()
+    }
+    apply_cache_on_pipe(mindone_pipe, CacheConfig(0.99, warmup_steps=100))
+    cached = mindone_pipe.transformer
+    mindone_pipe.scheduler.set_timesteps(4, mu=1.0)
+    for strength in (1.0, 0.0):
+        mindone_pipe.set_adapters(["mine"], [strength])
+        for name, text in texts.items():
+            ids = ms.Tensor(np.zeros((text.shape[1], 3)), ms.float32)
+            call |= {"encoder_hidden_states": text, "txt_ids": ids, "timestep": ms.Tensor([0.5 + strength / 4])}
+            with cached.cache_context(name):
+                got = cached(**call, return_dict=False)[0].asnumpy()
+            with graph_mode(False):
+                want = transformer(**call, return_dict=False)[0].asnumpy()
+            np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
+        cached.end_step()
     remove_cache_from_pipe(mindone_pipe)
 
 

@@ -19,7 +19,7 @@ from narrow import WEIGHTS, make_narrow
 from safetensors.numpy import load_file, save_file
 
 import mindspore as ms
-from mindspore import mint, nn
+from mindspore import mint, mutable, nn
 from mindspore.train.mind_ir_pb2 import ModelProto
 
 import FBCache_ms
@@ -27,6 +27,7 @@ from FBCache_ms import CacheConfig, CacheContext, Device, FluxDenoiseLoop, choos
 from FBCache_ms.eval import run_flux_withFBCache_pipeline as fbcache_flux
 from FBCache_ms.eval import sweep
 from FBCache_ms.eval.shared.arguments import device_of
+from FBCache_ms.models.gathered import GatheredJoint, Ranks
 from FBCache_ms.runtime import compile_cache
 from FBCache_ms.runtime.compile_cache import CompileCache, files_checksum, graph_key, sources_checksum, users_folder
 from FBCache_ms.runtime.cpu import kernels as cpu_kernels
@@ -237,6 +238,30 @@ for tag in tags:
 np.save(out, pictures)
 print(json.dumps(reused))
 """
+
+
+def test_a_prompt_is_in_no_key():
+    """The loop's inputs are a dictionary of tensors."""
+
+    def key(value, text_len=2):
+        transformer = small_transformer()
+        cache = CacheContext(1, 3, 4, config=CacheConfig(), text_len=text_len, steps=8)
+        inputs = {"encoder_hidden_states": np.full((1, text_len, 4), value), "guidance": np.full(1, value)}
+        inputs = mutable({name: ms.Tensor(each, ms.float32) for name, each in inputs.items()})
+        return graph_key(FluxDenoiseLoop(transformer, cache), (None, inputs), transformer)
+
+    assert key(1.0) == key(2.0)
+    assert key(1.0) != key(1.0, text_len=3)
+
+
+def test_another_group_of_devices_is_another_graph():
+    def key(group):
+        transformer = small_transformer()
+        block = transformer.transformer_blocks[0]
+        block.attn.processor = GatheredJoint(Ranks(1, 0, group), block.attn.processor)
+        return key_of(transformer=transformer)
+
+    assert key("fbcache_0_1_2_3") != key("fbcache_4_5_6_7")
 
 
 def draw(ckpt, folder, out, *tags):
