@@ -21,6 +21,9 @@ _LINES = {
 }
 """What a line has in it, a pattern, and its logger."""
 
+_MINDSPORES = ("Module 'mindspore.common.api' is deprecated",)
+"""What MindSpore's logger says of mindone's imports (MindSpore 2.10.0)."""
+
 _WITHOUT_AN_NPU = ("Backend Ascend is not available", "error when loading plugin for MindSpore package")
 """What MindSpore's logger says when it is asked for an NPU; where there is one, it is what keeps MindSpore from it."""
 
@@ -45,10 +48,8 @@ def has_npu():
 
 def leave_out_noise():
     """To be called before mindone is imported, which it does not do itself."""
-    lines = dict(_LINES)
-    if not has_npu():
-        lines.update(dict.fromkeys(_WITHOUT_AN_NPU, f"ME.mindspore.log.{os.getpid()}"))
-    for text, name in lines.items():
+    mindspores = _MINDSPORES if has_npu() else _MINDSPORES + _WITHOUT_AN_NPU
+    for text, name in {**_LINES, **dict.fromkeys(mindspores, f"ME.mindspore.log.{os.getpid()}")}.items():
         logging.getLogger(name).addFilter(lambda record, text=text: not re.search(text, record.getMessage()))
     warnings.filterwarnings("ignore", _WARNING, FutureWarning)
     sys.meta_path.insert(0, _BeforeModels())

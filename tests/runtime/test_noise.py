@@ -63,10 +63,11 @@ MINDSPORE = f"ME.mindspore.log.{os.getpid()}"
         ("transformers", "None of PyTorch, TensorFlow >= 2.0, or Flax have been found. Models", True),
         ("transformers", "another warning", False),
         (MINDSPORE, "Backend Ascend is not available.", not noise.has_npu()),
+        (MINDSPORE, "Module 'mindspore.common.api' is deprecated from version 2.9.0", True),
         (MINDSPORE, "another warning", False),
     ],
     # MindSpore's logger has the process's number in its name, and the workers must agree on the tests' names.
-    ids=["tied", "untied", "both", "truncated", "no torch", "transformers", "no npu", "mindspore"],
+    ids=["tied", "untied", "both", "truncated", "no torch", "transformers", "no npu", "moved", "mindspore"],
 )
 def test_a_line_is_left_out_alone(logger, text, gone):
     assert left_out(logger, text) == gone
