@@ -213,6 +213,16 @@ def check_steps(config, steps):
         weights_table(config, actions, np.linspace(1, 0, steps + 1))
 
 
+def check_noise_levels(config, sigmas):
+    """Raises ValueError where two steps in a row have one noise level, and a configuration divides by the distance."""
+    same = np.flatnonzero(np.diff(sigmas) == 0)
+    if len(same) > 0:
+        step, level = int(same[0]), sigmas[same[0]]
+        raise ValueError(
+            f"{config} divides by distances in the noise level: steps {step} and {step + 1} have {level:g}"
+        )
+
+
 def step_tables(config, steps, sigmas=None, progress=None):
     """A configuration's numbers as the graph's inputs, NumPy arrays.
 
@@ -231,13 +241,15 @@ def step_tables(config, steps, sigmas=None, progress=None):
         numbers (G, numbers_width), float32: gate_numbers of each gate, and at their ends weights_table or
             refreshes_table.
 
-    Raises ValueError for a number of steps out of range, where sigmas are missing, or where a mask or a table is for
-    another number of steps.
+    Raises ValueError for a number of steps out of range, where sigmas are missing or two in a row are equal, or where a
+    mask or a table is for another number of steps.
     """
     if not 1 <= steps <= MAX_STEPS:
         raise ValueError(f"steps must be in [1, {MAX_STEPS}], not {steps}")
     if config.by_noise and sigmas is None:
         raise ValueError(f"{config} measures distances in the noise level and needs the schedule's sigmas")
+    if config.by_noise and config.taylorseer_derivative > 0:
+        check_noise_levels(config, np.asarray(sigmas, np.float32)[: steps + 1])
     gates, forecast = every_gate(plan(config)), FORECASTS[config.forecast]
     limits = np.full((max(len(gates), 1), MAX_STEPS, LIMITS + thresholds_width(config)), -np.inf, np.float32)
     numbers = np.zeros((max(len(gates), 1), numbers_width(config)), np.float32)

@@ -154,6 +154,14 @@ def test_the_relative_difference_is_a_ratio_of_two_means_in_float32(reduction):
         ({"config": CacheConfig(gate="teacache")}, "steps"),
         ({"config": CacheConfig(end=0.5)}, "steps"),
         ({"config": CacheConfig(taylorseer_derivative=1, forecast_coordinate="sigma"), "steps": 4}, "sigmas"),
+        (
+            {
+                "config": CacheConfig(taylorseer_derivative=1, forecast_coordinate="sigma"),
+                "steps": 3,
+                "sigmas": [1, 0.6, 0.6, 0],
+            },
+            "steps 1 and 2 have 0.6",
+        ),
     ],
 )
 def test_a_context_that_cannot_be_is_refused_by_name(arguments, named):
