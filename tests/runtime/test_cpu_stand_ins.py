@@ -839,6 +839,23 @@ def test_what_is_no_number_stays_none(installed):
     check(mint.nn.functional.gelu, x, x, approximate="tanh")
 
 
+def test_int8_products_of_what_is_no_number_are_none():
+    x = np.ones((2, 8), np.float32)
+    x[0, 3] = np.nan
+    weight, scale = ms.Tensor(np.ones((4, 8)), ms.int8), ms.Tensor(np.ones(4), ms.float32)
+    products = stand_ins.int8_product(ms.Tensor(x), weight, scale).asnumpy()
+    assert np.isnan(products[0]).all() and np.isfinite(products[1]).all()
+
+
+def test_a_compiler_that_fails_is_quoted(tmp_path, monkeypatch):
+    said, compiler = [], tmp_path / "g++"
+    compiler.write_text("#!/bin/sh\necho 'kernels.cc:9: fatal error: dlfcn.h: no such file' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setattr(cpu_kernels.logger, "warning", said.append)
+    assert cpu_kernels.compiled(str(compiler), tmp_path / "cache") is None
+    assert len(said) == 1 and "dlfcn.h: no such file" in said[0]
+
+
 @pytest.mark.parametrize("compiler", ["false", "no-such-compiler"])
 def test_without_a_compiler_that_works_there_are_no_kernels(compiler, tmp_path):
     assert cpu_kernels.compiled(compiler, tmp_path / "cache") is None

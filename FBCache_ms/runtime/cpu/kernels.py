@@ -49,7 +49,9 @@ def compiled(compiler, folder):
                 subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(made)], check=True, capture_output=True)
                 made.replace(library)
     except (OSError, subprocess.CalledProcessError) as error:
-        logger.warning(f"kernels.cc cannot be compiled ({error}): MindSpore's own kernels take longer")
+        said = (getattr(error, "stderr", None) or b"").decode(errors="replace").splitlines()
+        reason = next((line for line in said if "error" in line), error)
+        logger.warning(f"kernels.cc cannot be compiled ({reason}): MindSpore's own kernels take longer")
         return None
     return library
 

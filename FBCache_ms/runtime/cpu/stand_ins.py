@@ -405,7 +405,10 @@ EXACT = 1024
 
 
 def int8_product(rows, weight, scale):
-    """quantized.Int8Linear.product: DynamicQuant's numbers, and the exact sums of their products."""
+    """quantized.Int8Linear.product: DynamicQuant's numbers, and the exact sums of their products.
+
+    A row with what is no number gives none: a whole number would hide it.
+    """
     greatest = ops.ReduceMax(keep_dims=True)(ops.abs(rows), -1)
     token_scale = ops.select(greatest > 0, greatest / 127, ops.ones_like(greatest))
     quantised, weight = ops.round(rows / token_scale), ops.cast(weight, rows.dtype)
@@ -414,7 +417,8 @@ def int8_product(rows, weight, scale):
     for start in range(0, width, EXACT):
         stop = min(start + EXACT, width)
         total = total + ops.MatMul(transpose_b=True)(quantised[:, start:stop], weight[:, start:stop]).astype(ms.int32)
-    return total.astype(rows.dtype) * token_scale * scale
+    none = ops.ReduceSum(keep_dims=True)(rows * 0, -1)
+    return total.astype(rows.dtype) * token_scale * scale + none
 
 
 def all_to_all(ranks, values, split, concat):
