@@ -150,9 +150,12 @@ def run(checkpoint, generations, different, kept_shapes, seed=0):
 
 
 def growth(record):
-    """Resident memory's slope over the generations after the last new graph, in MB a hundred generations."""
+    """Resident memory's slope over the generations after the last new graph, in MB a hundred generations.
+
+    Not a number where there are fewer than two.
+    """
     memory = record["resident_MB"][record["last_new"] + 1 :]
-    return 100 * np.polyfit(np.arange(len(memory)), memory, 1)[0]
+    return 100 * np.polyfit(np.arange(len(memory)), memory, 1)[0] if len(memory) > 1 else np.nan
 
 
 def rows_of(record):

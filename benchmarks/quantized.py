@@ -15,6 +15,7 @@ import sys
 import tempfile
 from functools import cache
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 
@@ -27,7 +28,8 @@ from FBCache_ms.eval.shared.machine import machine
 from FBCache_ms.eval.shared.metrics import psnr, ssim
 from FBCache_ms.eval.shared.scenes import held_out_captions
 from FBCache_ms.eval.shared.tables import markdown, publish
-from FBCache_ms.runtime.checkpoint import TINY_FLUX
+from FBCache_ms.runtime.checkpoint import TINY_FLUX, fingerprint
+from FBCache_ms.runtime.compile_cache import sources_checksum
 from FBCache_ms.runtime.quantize import QuantizeConfig, quantize
 
 STEPS, SEED = 28, 7
@@ -245,7 +247,9 @@ def main(argv=None):
         configs = [CacheConfig(value, order) for value in THRESHOLDS for order in ORDERS]
         configs.append(CacheConfig(0))
         rows, sizes = [], []
-        unfinished = args.save_path / f"unfinished_{args.limit}_captions"
+        # What other code or another checkpoint drew is not gone on with.
+        key = f"{crc32(f'{sources_checksum()} {fingerprint(TINY_FLUX)}'.encode()):08x}"
+        unfinished = args.save_path / f"unfinished_{args.limit}_captions_{key}"
         ledger = Ledger(unfinished, (0, 1))
 
         @cache

@@ -45,13 +45,18 @@ MEANT = {200, 429, 503, "painter_died"}
 
 @contextmanager
 def started(folder):
-    """The server's process, and its address, while it still compiles."""
+    """The server's process, and its address, while it still compiles. Raises ValueError where it cannot start."""
     command = [sys.executable, "-m", "FBCache_ms.serve", "--port", "0", "--sizes", *SIZES, "--queue", str(QUEUE)]
     command += ["--compile_cache", folder, "--painter_timeout", str(PAINTER_TIMEOUT)]
     command += ["--start_timeout", str(START_TIMEOUT)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    errors = tempfile.TemporaryFile("w+")
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
     try:
-        yield process, re.search(r"http://\S+", process.stdout.readline())[0]
+        address = re.search(r"http://\S+", process.stdout.readline())
+        if address is None:
+            errors.seek(0)
+            raise ValueError(f"the server has not started: {errors.read().strip()[-500:]}")
+        yield process, address[0]
     finally:
         process.terminate()
         try:

@@ -82,6 +82,8 @@ def main(argv=None):
     def work():
         for name in args.only:
             print(f"{name}: {BENCHMARKS[name]}", file=sys.stderr)
+            # What an earlier run measured is not what one says that fails.
+            (args.save_path / f"{name}.json").unlink(missing_ok=True)
             statuses[name] = subprocess.run(command_of(name, args)).returncode
         collect(args.save_path, [name for name in BENCHMARKS if (args.save_path / f"{name}.json").is_file()])
         say_written(args.save_path, "speed.md", "speed.json")

@@ -1,9 +1,15 @@
 """The arithmetic of benchmarks/overhead.py, sweep_time.py and growth.py."""
 
+import json
+import subprocess
+from types import SimpleNamespace
+
 import cpu_stand_ins
+import long_run
 import numpy as np
 import overhead
 import pytest
+import speed
 from growth import QUANTITIES, TERMS, VALUES, Point, fit_row, measure, power, shares, terms
 from mindone.diffusers import FluxTransformer2DModel
 from narrow import make_narrow
@@ -101,3 +107,18 @@ def test_candidates_for_stand_ins_draw_the_same(installed, strict_graph_mode, tm
 
 def test_the_machine_has_a_name():
     assert machine()["cores"] >= 1 and machine()["processor"] and machine()["mindspore"] == ms.__version__
+
+
+def test_a_benchmark_that_fails_leaves_no_earlier_table(tmp_path, monkeypatch):
+    for name in ("overhead", "growth"):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"of": "last month"}))
+        (tmp_path / f"{name}.md").write_text("last month's")
+    monkeypatch.setattr(subprocess, "run", lambda command: SimpleNamespace(returncode=2))
+    assert speed.main(["--only", "growth", "--save_path", str(tmp_path)]) == 1
+    assert set(json.loads((tmp_path / "speed.json").read_text())) == {"overhead"}
+
+
+@pytest.mark.parametrize("memory, slope", [([5.0, 6.0, 7.0], 100), ([5.0], np.nan), ([], np.nan)])
+def test_a_long_run_that_ends_with_a_new_graph_has_no_slope(memory, slope):
+    record = {"resident_MB": [9.0, *memory], "last_new": 0}
+    assert long_run.growth(record) == pytest.approx(slope, nan_ok=True)
