@@ -4,7 +4,17 @@ None here; the code for a device, such as runtime/cpu/stand_ins.py, puts its own
 """
 
 
-def divided_double(cell, image, text, temb, rotary, attention_kwargs):
+def places(cell):
+    """Where a block's weights lie, a tuple of tensors: what a kernel of the same graph may take in their place."""
+    return None
+
+
+def whole_block(cell, image, text, temb, rotary, attention_kwargs, places):
+    """transformer_flux_withFBCache.whole_block."""
+    return None
+
+
+def divided_double(cell, image, text, temb, rotary, attention_kwargs, places):
     """transformer_flux_withFBCache.divided_double."""
     return None
 

@@ -50,7 +50,8 @@ class FluxModel(Model):
 
     ``given`` holds "temb", the modulation vector (B, D); "rotary", two of (T + S, head_dim); "attention", the keyword
     arguments of attention, or None; and "controlnet" and "controlnet_single", a ControlNet's residuals for either
-    stack, or None, with "in_turn", whether the former are taken in turn.
+    stack, or None, with "in_turn", whether the former are taken in turn; and "places", for each block where its weights
+    lie, or None.
     """
 
     def prepare(self, inputs, constants, dtype):
@@ -62,6 +63,7 @@ class FluxModel(Model):
         text_ids = text_ids[0] if text_ids.ndim == 3 else text_ids
         image_ids = image_ids[0] if image_ids.ndim == 3 else image_ids
         rotary = transformer.pos_embed(mint.cat((text_ids, image_ids), dim=0))
+        cells = [self.cell(index) for index in range(sum(self.stacks))]
         if guidance is not None:
             sinusoids = self.times(guidance, dtype)
             guidance = embedder.guidance_embedder(sinusoids.to(pooled.dtype))
@@ -77,6 +79,7 @@ class FluxModel(Model):
             "controlnet": input_or_none(inputs, "controlnet_block_samples"),
             "controlnet_single": input_or_none(inputs, "controlnet_single_block_samples"),
             "in_turn": constants is not None and constants["controlnet_blocks_repeat"],
+            "places": tuple([kernels.places(cell) if getattr(cell, "is_divisible", False) else None for cell in cells]),
         }
 
     def times(self, timesteps, dtype):
@@ -96,6 +99,7 @@ class FluxModel(Model):
             "controlnet": common["controlnet"],
             "controlnet_single": common["controlnet_single"],
             "in_turn": common["in_turn"],
+            "places": common["places"],
         }
 
     def embed(self, latents):
@@ -104,13 +108,8 @@ class FluxModel(Model):
 
     def block(self, index, image, text, given):
         """See Model.block."""
-        text, image = self.cell(index)(
-            hidden_states=image,
-            encoder_hidden_states=text,
-            temb=given["temb"],
-            image_rotary_emb=given["rotary"],
-            joint_attention_kwargs=given["attention"],
-        )
+        cell, places = self.cell(index), given["places"][index]
+        text, image = whole_block(cell, image, text, given["temb"], given["rotary"], given["attention"], places)
         return self.controlled(index, image, given), text
 
     def controlled(self, index, image, given):
@@ -137,9 +136,12 @@ class FluxModel(Model):
 
     def divided_block(self, index, image, text, given):
         """See Model.divided_block."""
-        divided = divided_double if index < self.stacks[0] else divided_single
-        attention = given["attention"] or {}
-        image, unfinished = divided(self.cell(index), image, text, given["temb"], given["rotary"], attention)
+        cell, temb, rotary, attention = self.cell(index), given["temb"], given["rotary"], given["attention"] or {}
+        if index < self.stacks[0]:
+            places = given["places"][index]
+            image, unfinished = divided_double(cell, image, text, temb, rotary, attention, places)
+        else:
+            image, unfinished = divided_single(cell, image, text, temb, rotary, attention)
         return self.controlled(index, image, given), unfinished
 
     def text_behind(self, index, unfinished):
@@ -203,9 +205,23 @@ FluxSingleTransformerBlock.is_divisible = AtParsing(is_divisible_single)
 FluxTransformer2DModel.cached_model = AtParsing(FluxModel)
 
 
-def divided_double(cell, image, text, temb, rotary, attention_kwargs):
+def whole_block(cell, image, text, temb, rotary, attention_kwargs, places):
+    """A block, by a device's kernel where there is one that does it: both streams, text first."""
+    by_kernel = kernels.whole_block(cell, image, text, temb, rotary, attention_kwargs, places)
+    if by_kernel is not None:
+        return by_kernel
+    return cell(
+        hidden_states=image,
+        encoder_hidden_states=text,
+        temb=temb,
+        image_rotary_emb=rotary,
+        joint_attention_kwargs=attention_kwargs,
+    )
+
+
+def divided_double(cell, image, text, temb, rotary, attention_kwargs, places=None):
     """A double block, divided, by a device's kernel where there is one that does it."""
-    by_kernel = kernels.divided_double(cell, image, text, temb, rotary, attention_kwargs)
+    by_kernel = kernels.divided_double(cell, image, text, temb, rotary, attention_kwargs, places)
     if by_kernel is not None:
         return by_kernel
     return double_equations(cell, image, text, temb, rotary, attention_kwargs)

@@ -55,8 +55,11 @@ def function(library, name):
     return found
 
 
-def call(library, name, inputs):
-    """A kernel's outputs, and what it says where it refuses the inputs; as it does where it is asked for shapes."""
+def call(library, name, inputs, runs=False):
+    """A kernel's outputs, and what it says where it refuses the inputs; as it does where it is asked for shapes.
+
+    What ``runs`` is refused there alone.
+    """
     sizes = (ctypes.c_int64 * 64)(-1)
     refused = function(library, f"{name}_shapes")(*described([x.shape for x in inputs]), sizes)
     numbers, outputs = iter(sizes), []
@@ -65,7 +68,7 @@ def call(library, name, inputs):
     tensors = inputs + outputs
     addresses = (ctypes.c_void_p * len(tensors))(*(x.ctypes.data for x in tensors))
     said = function(library, f"{name}_called")(len(tensors), addresses, *described([x.shape for x in tensors]))
-    assert refused in (None, said), f"{name}: {refused} where it is compiled, {said} where it runs"
+    assert refused in (None, said) or runs, f"{name}: {refused} where it is compiled, {said} where it runs"
     return outputs, said
 
 
@@ -91,15 +94,42 @@ def typed(name, named, inputs):
     return inputs
 
 
+def named_by(library, name):
+    """The sizes of a kernel's inputs, in letters."""
+    return function(library, f"{name}_named")().decode().split(", ")
+
+
+def inputs_of(library, name, sizes, rng):
+    """A kernel's inputs of these sizes; one group, one filled order."""
+    named = named_by(library, name)
+    shapes = [shape_of(each, sizes) for each in named]
+    inputs = [rng.uniform(0.5, 1.5, shape).astype(np.float32) if shape else ONE for shape in shapes]
+    return typed(name, named, inputs)
+
+
+def check_placed(library, name, rng):
+    """A kernel that is told where its weights lie gives what it gives with the weights, and refuses others."""
+    whole, said = name.removesuffix("_placed"), []
+    streams = len(named_by(library, name)) - 1
+    for sizes in SIZES:
+        inputs = inputs_of(library, whole, sizes, rng)
+        (places,), refused = call(library, f"{whole}_places", inputs[streams:])
+        assert refused is None
+        wanted, given = (call(library, *each) for each in ((whole, inputs), (name, inputs[:streams] + [places])))
+        assert wanted[1] is given[1] is None
+        assert all(np.array_equal(*pair) for pair in zip(wanted[0], given[0])), name
+        wider = inputs_of(library, whole, {**sizes, "D": 2 * sizes["D"]}, rng)[:streams]
+        said.append(call(library, name, wider + [places], runs=True)[1])
+        said.append(call(library, name, inputs[:streams] + [places[:-1]], runs=True)[1])
+    assert None not in said, name
+
+
 def check(library, name, rng):
     """Calls a kernel with all that it may be given; its outputs where that fits."""
     fitting = []
-    named = function(library, f"{name}_named")().decode().split(", ")
     for sizes in SIZES:
-        shapes = [shape_of(each, sizes) for each in named]
-        # One group, one filled order.
-        inputs = [rng.uniform(0.5, 1.5, shape).astype(np.float32) if shape else ONE for shape in shapes]
-        inputs = typed(name, named, inputs)
+        inputs = inputs_of(library, name, sizes, rng)
+        shapes = [x.shape for x in inputs]
         outputs, said = call(library, name, inputs)
         assert said is None and all(np.isfinite(y).all() for y in outputs), f"{name}: {said or outputs}"
         fitting += [y.ravel() for y in outputs]
@@ -117,7 +147,11 @@ def main(library, onednn, outputs, *names):
     os.sched_setaffinity(0, range(os.cpu_count()))
     ctypes.CDLL(onednn)
     library = ctypes.CDLL(library)
-    np.savez(outputs, **{name: check(library, name, np.random.default_rng(0)) for name in names})
+    placed = [name for name in names if name.endswith("_placed")]
+    for name in placed:
+        check_placed(library, name, np.random.default_rng(0))
+    others = [name for name in names if not name.endswith(("_placed", "_places"))]
+    np.savez(outputs, **{name: check(library, name, np.random.default_rng(0)) for name in others})
     print(f"{len(names)} kernels")
 
 

@@ -182,41 +182,87 @@ def fused_double_block(
     return behind_double(self.norm2_context, self.ff_context, *unfinished), image
 
 
-def fused_divided_double(cell, image, text, temb, rotary, attention_kwargs):
-    """transformer_flux_withFBCache.divided_double; None for what the kernel does not do."""
-    whole = cell.kernel_weights is not None and len(attention_kwargs) == 0 and image.dtype == ms.float32
-    if not whole or temb.shape[0] != image.shape[0]:
+def fused_places(cell):
+    """models/kernels.py's places; None for what the kernels do not do, and outside a graph.
+
+    Only a graph's launch holds on to all of its weights up to its end.
+    """
+    weights = cell.kernel_weights
+    if weights is None or not in_a_graph():
         return None
-    epsilons = number((cell.norm2.eps, cell.attn.norm_q.eps))
-    double_block = kernels.DOUBLE_BLOCK[matrices_of(cell)]
-    outputs = double_block(image, text, temb, rotary[0], rotary[1], epsilons, *cell.kernel_weights)
+    if isinstance(cell, transformer_flux.FluxSingleTransformerBlock):
+        return (kernels.SINGLE_BLOCK.places[matrices_of(cell)](*weights),)
+    behind = cell.ff_context.kernel_weights
+    if behind is None or cell.norm2_context.kernel_weights is None:
+        return None
+    return (
+        kernels.DOUBLE_BLOCK.places[matrices_of(cell)](*weights),
+        kernels.BEHIND_DOUBLE.places[matrices_of(cell.ff_context)](*behind),
+    )
+
+
+@ms.constexpr
+def in_a_graph():
+    """Whether what asks is compiled."""
+    return ms.get_context("mode") == ms.GRAPH_MODE
+
+
+def fused_whole_block(cell, image, text, temb, rotary, attention_kwargs, places):
+    """transformer_flux_withFBCache.whole_block; None for what the kernels do not do."""
+    if places is None or not is_whole(cell, image, temb, attention_kwargs):
+        return None
+    if len(places) == 1:
+        return single_block(cell, image, text, temb, rotary, places)
+    image, unfinished = fused_divided_double(cell, image, text, temb, rotary, attention_kwargs, places)
+    return fused_behind_double(cell.norm2_context, cell.ff_context, *unfinished, places=places), image
+
+
+def is_whole(cell, image, temb, attention_kwargs):
+    """Whether a block's kernel does all that the block is asked for."""
+    plain = cell.kernel_weights is not None and len(attention_kwargs or {}) == 0 and image.dtype == ms.float32
+    return plain and temb.shape[0] == image.shape[0]
+
+
+def fused_divided_double(cell, image, text, temb, rotary, attention_kwargs, places):
+    """transformer_flux_withFBCache.divided_double; None for what the kernel does not do."""
+    if not is_whole(cell, image, temb, attention_kwargs):
+        return None
+    streams = image, text, temb, rotary[0], rotary[1], number((cell.norm2.eps, cell.attn.norm_q.eps))
+    if places is None:
+        outputs = kernels.DOUBLE_BLOCK.whole[matrices_of(cell)](*streams, *cell.kernel_weights)
+    else:
+        outputs = kernels.DOUBLE_BLOCK.placed[matrices_of(cell)](*streams, places[0])
     return outputs[0], (text,) + outputs[1:]
 
 
-def fused_behind_double(norm, feed_forward, stream, attended, gate, shift, scale, mlp_gate):
+def fused_behind_double(norm, feed_forward, stream, attended, gate, shift, scale, mlp_gate, places=None):
     """blocks.behind_double; None for what the kernel does not do."""
     whole = (
         getattr(norm, "kernel_weights", None) is not None and getattr(feed_forward, "kernel_weights", None) is not None
     )
     if not whole or stream.dtype != ms.float32 or gate.shape[0] != stream.shape[0]:
         return None
-    modulation = gate, shift, scale, mlp_gate
-    behind = kernels.BEHIND_DOUBLE[matrices_of(feed_forward)]
-    return behind(stream, attended, *modulation, number(norm.eps), *feed_forward.kernel_weights)
+    streams = stream, attended, gate, shift, scale, mlp_gate, number(norm.eps)
+    if places is None:
+        return kernels.BEHIND_DOUBLE.whole[matrices_of(feed_forward)](*streams, *feed_forward.kernel_weights)
+    return kernels.BEHIND_DOUBLE.placed[matrices_of(feed_forward)](*streams, places[1])
+
+
+def single_block(cell, image, text, temb, rotary, places=None):
+    """A single block by its kernel."""
+    streams = image, text, temb, rotary[0], rotary[1], number((cell.norm.norm.eps, cell.attn.norm_q.eps))
+    if places is None:
+        return kernels.SINGLE_BLOCK.whole[matrices_of(cell)](*streams, *cell.kernel_weights)
+    return kernels.SINGLE_BLOCK.placed[matrices_of(cell)](*streams, places[0])
 
 
 def fused_single_block(
     self, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, joint_attention_kwargs=None
 ):
     """FluxSingleTransformerBlock.construct."""
-    kwargs = joint_attention_kwargs or {}
-    whole = self.kernel_weights is not None and len(kwargs) == 0 and hidden_states.dtype == ms.float32
-    if whole and temb.shape[0] == hidden_states.shape[0]:
-        cos, sin = image_rotary_emb
-        epsilons = number((self.norm.norm.eps, self.attn.norm_q.eps))
-        single_block = kernels.SINGLE_BLOCK[matrices_of(self)]
-        return single_block(hidden_states, encoder_hidden_states, temb, cos, sin, epsilons, *self.kernel_weights)
-    text_len = encoder_hidden_states.shape[1]
+    if is_whole(self, hidden_states, temb, joint_attention_kwargs):
+        return single_block(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb)
+    kwargs, text_len = joint_attention_kwargs or {}, encoder_hidden_states.shape[1]
     streams = ops.concat((encoder_hidden_states, hidden_states), 1)
     normed, gate = self.norm(streams, emb=temb)
     attended = self.attn(hidden_states=normed, image_rotary_emb=image_rotary_emb, **kwargs)
@@ -237,6 +283,8 @@ FUSED_STAND_INS = (
     (transformer_flux.FluxTransformerBlock, "construct", fused_double_block),
     (transformer_flux.FluxSingleTransformerBlock, "kernel_weights", Weights(single_block_layers, rounded=True)),
     (transformer_flux.FluxSingleTransformerBlock, "construct", fused_single_block),
+    (model_kernels, "places", fused_places),
+    (model_kernels, "whole_block", fused_whole_block),
     (model_kernels, "divided_double", fused_divided_double),
     (model_kernels, "behind_double", fused_behind_double),
 )

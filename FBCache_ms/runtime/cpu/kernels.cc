@@ -270,14 +270,14 @@ class Sizes {
     }
   }
 
-  // Whether a size is what is named; a letter that stands there for the first time is that size from then on.
+  // Whether a size is what is named; a letter that stands there for the first time is what fits from then on.
   bool is_sum(const char **named, int64_t size) {
     for (int64_t sum = 0;; ++*named) {
       char *at = const_cast<char *>(*named);
       int64_t term = std::isdigit(*at) ? std::strtol(at, &at, 10) : 1;
       if (std::isalpha(*at)) {
         int64_t &letter = letters_[static_cast<int>(*at++)];
-        if (letter < 0) letter = size;
+        if (letter < 0 && term > 0) letter = (size - sum) / term;
         term *= letter;
       }
       sum += term;
@@ -889,6 +889,65 @@ struct Inputs {
   }
 };
 
+// Where a kernel's weights lie, one row each: what a kernel can be given in their place, as one input. MindSpore hands a
+// branch or a loop each weight that it may read, at every pass, which for many small blocks takes longer than they do.
+// It says so as of now: only a kernel of the same graph may be given it, while that graph has the weights too.
+struct Place {
+  void *tensor;
+  int64_t rank, shape[2];
+};
+constexpr int64_t kPlace = sizeof(Place) / sizeof(float);
+
+std::vector<int64_t> places_shape(const char *named) {
+  return {1 + std::count(named, named + std::strlen(named), ','), kPlace};
+}
+
+int write_places(int count, void **tensors, const int *ranks, int64_t **shapes) {
+  for (int index = 0; index + 1 < count; ++index) {
+    Place place{tensors[index], ranks[index], {0, 0}};
+    std::copy_n(shapes[index], std::min<int64_t>(place.rank, 2), place.shape);
+    std::memcpy(static_cast<float *>(tensors[count - 1]) + index * kPlace, &place, sizeof(place));
+  }
+  return 0;
+}
+
+// A kernel's inputs and outputs with the weights in the place of the input that says where they lie, which is the last.
+class Placed {
+ public:
+  // Throws unless these are the places of as many weights as are named.
+  Placed(int count, void **tensors, const int *ranks, int64_t **shapes, int places, const char *weights) {
+    const int64_t wanted = places_shape(weights)[0], given = shapes[places][0];
+    if (given != wanted) {
+      throw std::invalid_argument("places of " + std::to_string(given) + " weights, not " + std::to_string(wanted));
+    }
+    add(places, tensors, ranks, shapes);
+    places_.resize(given);
+    std::memcpy(places_.data(), tensors[places], places_.size() * sizeof(Place));
+    for (Place &place : places_) {
+      int64_t *shape = place.shape;
+      const int rank = place.rank;
+      add(1, &place.tensor, &rank, &shape);
+    }
+    const int outputs = places + 1;
+    add(count - outputs, tensors + outputs, ranks + outputs, shapes + outputs);
+  }
+
+  int count() const { return tensors.size(); }
+
+  std::vector<void *> tensors;
+  std::vector<int> ranks;
+  std::vector<int64_t *> shapes;
+
+ private:
+  void add(int count, void **their_tensors, const int *their_ranks, int64_t **their_shapes) {
+    tensors.insert(tensors.end(), their_tensors, their_tensors + count);
+    ranks.insert(ranks.end(), their_ranks, their_ranks + count);
+    shapes.insert(shapes.end(), their_shapes, their_shapes + count);
+  }
+
+  std::vector<Place> places_;
+};
+
 // What a double block has for one stream up to the attention's output projection, its weights in this order.
 struct Attending {
   Linear modulation, query, key, value;
@@ -1128,31 +1187,42 @@ KERNEL(timestep_embedding) {
 #define ATTENDING_INT8 "6D D, 6D, 6D, D D, D, D, D D, D, D, D D, D, D, d, d, D D, D, D"
 #define FEED_FORWARD_INT8 "W D, W, W, D W, D, D"
 
-// A block's kernels, by what its matrices are of.
-#define BLOCK_KERNELS(name)                                                                       \
-  KERNEL(name) { return name##_of({tensors, shapes, 0}, count); }                                 \
-  KERNEL(name##_bfloat16) { return name##_of({tensors, shapes, 0, Matrices::kBfloat16}, count); } \
-  KERNEL(name##_int8) { return name##_of({tensors, shapes, 0, Matrices::kInt8}, count); }
+// A block's kernels of one kind of matrices: with the weights behind the streams, with their places there, and what
+// says these.
+#define INFER_ONE(name, outputs) INFER_TYPE(name) INFER_SHAPE(name)
+#define INFER_MANY(name, outputs) INFER_TYPES(name, outputs) INFER_SHAPES(name)
+#define BLOCK_KERNELS_OF(name, block, of, many, outputs, streams, weights)            \
+  SIZES(name, streams ", " weights)                                                   \
+  INFER_##many(name, outputs) { return block##_outputs(shapes); }                     \
+  KERNEL(name) { return block##_of({tensors, shapes, 0, of}, count); }                \
+  SIZES(name##_placed, streams ", N 8")                                               \
+  INFER_##many(name##_placed, outputs) { return block##_outputs(shapes); }            \
+  KERNEL(name##_placed) {                                                             \
+    Placed all(count, tensors, ranks, shapes, count - (outputs) - 1, weights);        \
+    Sizes(all.ranks.data(), all.shapes.data()).check(#name, name##_sizes);            \
+    return block##_of({all.tensors.data(), all.shapes.data(), 0, of}, all.count());   \
+  }                                                                                   \
+  SIZES(name##_places, weights)                                                       \
+  extern "C" int name##_placesInferType(std::vector<int> types, void *extra) {        \
+    return types.back(); /* a vector's; a matrix may be of another type */            \
+  }                                                                                   \
+  INFER_SHAPE(name##_places) { return places_shape(weights); }                        \
+  KERNEL(name##_places) { return write_places(count, tensors, ranks, shapes); }
+#define BLOCK_KERNELS(name, many, outputs, streams, weights, weights_int8)                          \
+  BLOCK_KERNELS_OF(name, name, Matrices::kFloat, many, outputs, streams, weights)                   \
+  BLOCK_KERNELS_OF(name##_bfloat16, name, Matrices::kBfloat16, many, outputs, streams, weights)     \
+  BLOCK_KERNELS_OF(name##_int8, name, Matrices::kInt8, many, outputs, streams, weights_int8)
 
 // A double block without the end of its text stream: image (B, S, D), text (B, T, D), modulation vector (B, D), cosine
 // and sine (T + S, d), the epsilons of LayerNorm and RMSNorm (2), the image's weights as Attending and FeedForward read
 // them, the text's as Attending does. Then come the image behind the block and what behind_double takes for the text:
 // what it attends to, gate, shift, scale and gate of the MLP.
-#define STREAMS "B S D, B T D, B D, T+S d, T+S d, 2, "
-SIZES(double_block, STREAMS ATTENDING ", " FEED_FORWARD ", " ATTENDING)
-SIZES(double_block_bfloat16, STREAMS ATTENDING ", " FEED_FORWARD ", " ATTENDING)
-SIZES(double_block_int8, STREAMS "12, " ATTENDING_INT8 ", " FEED_FORWARD_INT8 ", " ATTENDING_INT8)
-INFER_TYPES(double_block, 6)
-INFER_TYPES(double_block_bfloat16, 6)
-INFER_TYPES(double_block_int8, 6)
+#define STREAMS "B S D, B T D, B D, T+S d, T+S d, 2"
 std::vector<std::vector<int64_t>> double_block_outputs(int64_t **shapes) {
   const std::vector<int64_t> image(shapes[0], shapes[0] + 3), text(shapes[1], shapes[1] + 3);
   const std::vector<int64_t> vector(shapes[2], shapes[2] + 2);
   return {image, text, vector, vector, vector, vector};
 }
-INFER_SHAPES(double_block) { return double_block_outputs(shapes); }
-INFER_SHAPES(double_block_bfloat16) { return double_block_outputs(shapes); }
-INFER_SHAPES(double_block_int8) { return double_block_outputs(shapes); }
 int double_block_of(Inputs inputs, int count) {
   void **tensors = inputs.tensors;
   int64_t **shapes = inputs.shapes;
@@ -1208,20 +1278,13 @@ int double_block_of(Inputs inputs, int count) {
   in_pieces(rows[0], feed_forward.elements(), feed_forward);
   return 0;
 }
-BLOCK_KERNELS(double_block)
+BLOCK_KERNELS(double_block, MANY, 6, STREAMS, ATTENDING ", " FEED_FORWARD ", " ATTENDING,
+              "12, " ATTENDING_INT8 ", " FEED_FORWARD_INT8 ", " ATTENDING_INT8)
 
 // behind_double: a stream (B, L, D), what it attends to, gate, shift, scale and gate of the MLP (B, D), the epsilons, and
 // the weights as FeedForward reads them.
-#define ATTENDED "B L D, B L D, B D, B D, B D, B D, 1, "
-SIZES(behind_double, ATTENDED FEED_FORWARD)
-SIZES(behind_double_bfloat16, ATTENDED FEED_FORWARD)
-SIZES(behind_double_int8, ATTENDED "2, " FEED_FORWARD_INT8)
-INFER_TYPE(behind_double)
-INFER_TYPE(behind_double_bfloat16)
-INFER_TYPE(behind_double_int8)
-INFER_SHAPE(behind_double) { return {shapes[0], shapes[0] + ranks[0]}; }
-INFER_SHAPE(behind_double_bfloat16) { return {shapes[0], shapes[0] + ranks[0]}; }
-INFER_SHAPE(behind_double_int8) { return {shapes[0], shapes[0] + ranks[0]}; }
+#define ATTENDED "B L D, B L D, B D, B D, B D, B D, 1"
+std::vector<int64_t> behind_double_outputs(int64_t **shapes) { return {shapes[0], shapes[0] + 3}; }
 int behind_double_of(Inputs inputs, int count) {
   void **tensors = inputs.tensors;
   int64_t **shapes = inputs.shapes;
@@ -1234,24 +1297,16 @@ int behind_double_of(Inputs inputs, int count) {
   in_pieces(batch * length, feed_forward.elements(), feed_forward);
   return 0;
 }
-BLOCK_KERNELS(behind_double)
+BLOCK_KERNELS(behind_double, ONE, 1, ATTENDED, FEED_FORWARD, "2, " FEED_FORWARD_INT8)
 
 // A single block: image (B, S, D), text (B, T, D), modulation vector (B, D), cosine and sine (T + S, d), the epsilons,
 // then weights and biases of modulation, queries, keys, values, the RMSNorms' weights, MLP and output. Both streams
 // behind it, text first.
 #define SINGLE "3D D, 3D, D D, D, D D, D, D D, D, d, d, W D, W, D D+W, D"
-SIZES(single_block, STREAMS SINGLE)
-SIZES(single_block_bfloat16, STREAMS SINGLE)
-SIZES(single_block_int8, STREAMS "6, 3D D, 3D, 3D, D D, D, D, D D, D, D, D D, D, D, d, d, W D, W, W, D D+W, D, D")
-INFER_TYPES(single_block, 2)
-INFER_TYPES(single_block_bfloat16, 2)
-INFER_TYPES(single_block_int8, 2)
+#define SINGLE_INT8 "3D D, 3D, 3D, D D, D, D, D D, D, D, D D, D, D, d, d, W D, W, W, D D+W, D, D"
 std::vector<std::vector<int64_t>> single_block_outputs(int64_t **shapes) {
   return {{shapes[1], shapes[1] + 3}, {shapes[0], shapes[0] + 3}};
 }
-INFER_SHAPES(single_block) { return single_block_outputs(shapes); }
-INFER_SHAPES(single_block_bfloat16) { return single_block_outputs(shapes); }
-INFER_SHAPES(single_block_int8) { return single_block_outputs(shapes); }
 int single_block_of(Inputs inputs, int count) {
   void **tensors = inputs.tensors;
   int64_t **shapes = inputs.shapes;
@@ -1298,7 +1353,7 @@ int single_block_of(Inputs inputs, int count) {
   });
   return 0;
 }
-BLOCK_KERNELS(single_block)
+BLOCK_KERNELS(single_block, MANY, 2, STREAMS, SINGLE, "6, " SINGLE_INT8)
 
 // cos(t f), then sin(t f) in a row: times t (N), frequencies f (K). MindSpore takes 3 ms for a thousand times.
 SIZES(sinusoids, "N, K")

@@ -109,21 +109,42 @@ FLOAT32, BFLOAT16, INT8 = range(3)
 """What a block's matrices are of, and where that kernel stands among the block's."""
 
 
-def block_kernels(name, inputs, outputs, matrices, inputs_int8, matrices_int8):
-    """A block's kernels, the last for int8: there a scale stands behind each matrix.
+@ms.jit_class
+class BlockKernels:
+    """A block's kernels, three each, by what its matrices are of.
 
-    Before all weights of int8 stands whether each layer rounds its input, 1 or 0.
+    Args:
+        name: in kernels.cc.
+        streams, outputs: so many inputs before the weights, and outputs.
+        weights: a letter for each, "m" for a matrix and "v" for any other.
+        weights_int8: the same with int8: there a scale stands behind each matrix, and before all weights whether each
+            layer rounds its input, 1 or 0.
+
+    ``whole`` are given the weights behind the streams, ``placed`` there where these lie, as ``places`` say it.
     """
-    return (
-        product_kernel(name, inputs, outputs),
-        product_kernel(f"{name}_bfloat16", inputs, outputs, matrices, DataType.BF16_Default),
-        product_kernel(f"{name}_int8", inputs_int8, outputs, matrices_int8, DataType.I8_Default),
-    )
+
+    def __init__(self, name, streams, outputs, weights, weights_int8):
+        kinds = {
+            name: (weights, DataType.F32_Default),
+            f"{name}_bfloat16": (weights, DataType.BF16_Default),
+            f"{name}_int8": (weights_int8, DataType.I8_Default),
+        }
+        whole, placed, places = [], [], []
+        for each, (letters, kind) in kinds.items():
+            matrices = [index for index, letter in enumerate(letters) if letter == "m"]
+            behind = [streams + index for index in matrices]
+            whole.append(product_kernel(each, streams + len(letters), outputs, behind, kind))
+            placed.append(product_kernel(f"{each}_placed", streams + 1, outputs))
+            places.append(product_kernel(f"{each}_places", len(letters), 1, matrices, kind))
+        self.whole, self.placed, self.places = tuple(whole), tuple(placed), tuple(places)
 
 
-DOUBLE_BLOCK = block_kernels(
-    *("double_block", 34, 6, (6, 8, 10, 12, 16, 18, 20, 22, 24, 26, 28, 32)),
-    *(47, (7, 10, 13, 16, 21, 24, 27, 30, 33, 36, 39, 44)),
+ATTENDING, FEED_FORWARD = "mvmvmvmvvvmv", "mvmv"
+ATTENDING_INT8, FEED_FORWARD_INT8 = "mvvmvvmvvmvvvvmvv", "mvvmvv"
+
+DOUBLE_BLOCK = BlockKernels(
+    *("double_block", 6, 6, ATTENDING + FEED_FORWARD + ATTENDING),
+    "v" + ATTENDING_INT8 + FEED_FORWARD_INT8 + ATTENDING_INT8,
 )
-BEHIND_DOUBLE = block_kernels("behind_double", 11, 1, (7, 9), 14, (8, 11))
-SINGLE_BLOCK = block_kernels("single_block", 20, 2, (6, 8, 10, 12, 16, 18), 27, (7, 10, 13, 16, 21, 24))
+BEHIND_DOUBLE = BlockKernels("behind_double", 7, 1, FEED_FORWARD, "v" + FEED_FORWARD_INT8)
+SINGLE_BLOCK = BlockKernels("single_block", 6, 2, "mvmvmvmvvvmvmv", "vmvvmvvmvvmvvvvmvvmvv")
