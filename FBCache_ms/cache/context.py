@@ -8,6 +8,7 @@ import mindspore as ms
 from mindspore import Parameter, ops
 
 from ..config import CacheConfig
+from ..rules import kernels
 from ..rules.arithmetic import (
     mean,
     probe_ratio,
@@ -121,7 +122,9 @@ class Gate:
         ]
         self.rules = tuple(map(AskedRule, plan.rules, places(plan.rules), references, sums, states))
         self.decides, self.verifies = plan.decides, plan.verifies
-        self.reused = named("reused", (MAX_STEPS,), NOT_REACHED, ms.int32)
+        heard = len(plan.rules) == 1 and plan.rules[0].unasked == 0 and not plan.rules[0].at_the_next
+        self.asks_one_rule = heard and len(plan.inner) == 0 and not plan.refreshes
+        self.reused = named("reused", (MAX_STEPS,), NOT_REACHED)
         self.diffs = named("diffs", (MAX_STEPS,), NOT_COMPARED)
         self.inner = tuple(
             Gate(within, order, config, shape, text_len, channels, dtype, tables, tallies, buffer, over_ranks)
@@ -137,12 +140,33 @@ class Gate:
 
         No limit may be reached, the schedule's among them, and every rule's score must be strictly below its threshold.
         """
+        compared = tuple([self.compare(self.rules[place], probes[place]) for place in range(len(self.rules))])
+        reuse, scores = self.decided(compared)
+        for place in range(len(self.rules)):
+            rule = self.rules[place]
+            if rule.against_previous:
+                rule.reference.write(probes[place])
+            if rule.against_previous or rule.at_the_next:
+                rule.sum.write(ops.where(reuse, scores[place], 0.0))
+        return reuse
+
+    def decided(self, compared):
+        """The decision, written down, from each rule's difference and score; and the scores to accumulate."""
         tallies, limits = self.tallies.values.read(), self.tables.limit(self.index)
+        if self.asks_one_rule:
+            difference, score = compared[0]
+            step, reused, diffs = self.tables.step.read(), self.reused.read(), self.diffs.read()
+            by_kernel = kernels.decision(tallies, limits, step, difference, score, reused, diffs, NOT_COMPARED)
+            if by_kernel is not None:
+                reuse, tallies, reused, diffs = by_kernel
+                self.tallies.values.write(tallies)
+                self.reused.write(reused)
+                self.diffs.write(diffs)
+                return reuse, (score,)
         asked = within_limits(tallies, limits[:LIMITS])
         reuse, differences, scores = asked, (), ()
         for place in range(len(self.rules)):
-            rule = self.rules[place]
-            difference, score = self.compare(rule, probes[place])
+            rule, (difference, score) = self.rules[place], compared[place]
             passes = score < limits[LIMITS + place]
             if rule.unasked > 0:
                 passes = ops.logical_or(tallies[1] < rule.unasked, passes)
@@ -150,14 +174,8 @@ class Gate:
                 passes, score = rule.sum.read() < 1, ops.where(passes, 0.0, 1.0)
             reuse = ops.logical_and(reuse, passes)
             differences, scores = differences + (difference,), scores + (score,)
-        for place in range(len(self.rules)):
-            rule = self.rules[place]
-            if rule.against_previous:
-                rule.reference.write(probes[place])
-            if rule.against_previous or rule.at_the_next:
-                rule.sum.write(ops.where(reuse, scores[place], 0.0))
         self.trace(reuse, asked, differences)
-        return reuse
+        return reuse, scores
 
     def compare(self, rule, probe):
         """A rule's difference and its score."""
@@ -178,9 +196,9 @@ class Gate:
 
     def trace(self, reuse, asked, differences):
         """Writes down the decision, and the first rule's difference if the gate was asked."""
-        here, mark = self.tables.every_step == self.tables.step.read(), reuse.astype(ms.int32)
+        here, mark = self.tables.every_step == self.tables.step.read(), reuse.astype(ms.float32)
         if self.refreshes:
-            mark = ops.where(self.refresh() > 0, REFRESHED, mark)
+            mark = ops.where(self.refresh() > 0, float(REFRESHED), mark)
         self.reused.write(ops.where(here, mark, self.reused.read()))
         if len(differences) > 0:
             difference = ops.where(asked, differences[0], NOT_COMPARED)

@@ -9,6 +9,11 @@ def relative_difference(reference, probe, batch_reduction):
     return None
 
 
+def decision(tallies, limits, step, difference, score, reused, diffs, not_compared):
+    """Gate.decided of one rule: the decision, and tallies, reused and diffs with it."""
+    return None
+
+
 def finite_differences(value, derivatives, filled, gaps):
     """arithmetic.finite_differences."""
     return None

@@ -28,6 +28,9 @@ SIZES = [
 
 ONE = np.ones((), np.float32)
 
+WHOLE = {"decision": 2}
+"""The input that is a whole number: of a step."""
+
 
 def shape_of(named, sizes):
     """The shape that a kernel names, such as "B T+S 3D"; "1" is a scalar."""
@@ -85,6 +88,8 @@ def misfits(shapes):
 
 def typed(name, named, inputs):
     """A kernel's inputs in the types that it reads: a matrix has a vector of as many numbers as its rows behind it."""
+    if name in WHOLE:
+        inputs[WHOLE[name]] = np.zeros((), np.int32)
     for index, axes in enumerate(named[:-1]):
         if len(axes.split()) == 2 and axes.split()[0] == named[index + 1]:
             if name.endswith("_bfloat16"):

@@ -1450,3 +1450,28 @@ KERNEL(relative_difference) {
   *OUTPUT = change / size;
   return 0;
 }
+
+// Whether a step is reused, 1 or 0, and what is written down of that: the tallies and the limits that they have to stay
+// below, and behind these the score's; the number of the step, in int32; difference and score; for each step whether it
+// was reused and what the difference was, or, where the rule was not asked, the last input.
+SIZES(decision, "3, 4, 1, 1, 1, N, N, 1")
+INFER_TYPES(decision, 4)
+INFER_SHAPES(decision) { return {{1}, {3}, {shapes[5][0]}, {shapes[6][0]}}; }
+KERNEL(decision) {
+  const float *tallies = TENSOR(0), *limits = TENSOR(1);
+  const int64_t step = *static_cast<const int32_t *>(tensors[2]), steps = shapes[5][0];
+  const float difference = *TENSOR(3), score = *TENSOR(4);
+  float *decision = OUTPUTS(4, 0), *told = OUTPUTS(4, 1), *reused = OUTPUTS(4, 2), *differences = OUTPUTS(4, 3);
+  const bool asked = tallies[0] < limits[0] && tallies[1] < limits[1] && tallies[2] < limits[2];
+  *decision = asked && score < limits[3];
+  std::copy_n(tallies, 3, told);
+  if (asked && std::isfinite(difference)) told[2] += difference;
+  std::copy_n(TENSOR(5), steps, reused);
+  std::copy_n(TENSOR(6), steps, differences);
+  if (step < 0 || step >= steps) {
+    throw std::invalid_argument("decision: step " + std::to_string(step) + " of " + std::to_string(steps));
+  }
+  reused[step] = *decision;
+  differences[step] = asked ? difference : *TENSOR(7);
+  return 0;
+}

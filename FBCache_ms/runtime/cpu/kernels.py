@@ -97,6 +97,7 @@ GELU_TANH = kernel("gelu_tanh", 1)
 LAYER_NORM = kernel("layer_norm", 2)
 GROUP_NORM = kernel("group_norm", 5)
 RELATIVE_DIFFERENCE = kernel("relative_difference", 2)
+DECISION = kernel("decision", 8, 4, (2,), DataType.I32_Default)
 SINUSOIDS = kernel("sinusoids", 2)
 WEIGHTED_SUM = {order: kernel(f"weighted_sum_{order}", 2 + order) for order in (1, 2, 3)}
 FINITE_DIFFERENCES = {order: kernel(f"finite_differences_{order}", 3 + order) for order in (1, 2, 3)}

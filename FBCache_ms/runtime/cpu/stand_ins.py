@@ -374,6 +374,12 @@ def fused_relative_difference(reference, probe, batch_reduction):
     return kernels.RELATIVE_DIFFERENCE(reference, probe).reshape(())
 
 
+def fused_decision(tallies, limits, step, difference, score, reused, diffs, not_compared):
+    """Gate.decided of one rule."""
+    outputs = kernels.DECISION(tallies, limits, step, difference, score, reused, diffs, number(not_compared))
+    return (outputs[0].reshape(()) > 0,) + outputs[1:]
+
+
 @ms.constexpr
 def number(value):
     """A kernel's scalar."""
@@ -470,6 +476,7 @@ FUSED_STAND_INS = (
     (mint.nn.LayerNorm, "kernel_weights", Weights(layer_norm_layers)),
     (attention.FeedForward, "kernel_weights", Weights(feed_forward_layers, rounded=True)),
     (rule_kernels, "relative_difference", fused_relative_difference),
+    (rule_kernels, "decision", fused_decision),
     (rule_kernels, "weighted_sum", fused_weighted_sum),
     (rule_kernels, "finite_differences", fused_finite_differences),
 )
