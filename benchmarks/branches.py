@@ -37,8 +37,11 @@ def parse_arguments(argv=None):
     return args
 
 
-def loop_of(weights):
-    """A loop of TURNS turns with so many weights in a branch, none for no branch; a function without arguments."""
+def loop_of(weights, taken=()):
+    """A loop of TURNS turns with so many weights in a branch, none for no branch; a function without arguments.
+
+    The turns in ``taken`` take the branch.
+    """
     import numpy as np
 
     import mindspore as ms
@@ -47,9 +50,10 @@ def loop_of(weights):
     class Loop(nn.Cell):
         def __init__(self):
             super().__init__()
-            ones = ms.Tensor(np.ones(SHAPE), ms.float32)
-            self.weights = ms.ParameterTuple([Parameter(ones, name=f"weight_{i}") for i in range(weights)])
-            self.taken = Parameter(ms.Tensor(np.zeros(TURNS), ms.float32), name="taken")
+            twos = ms.Tensor(np.full(SHAPE, 2), ms.float32)
+            self.weights = ms.ParameterTuple([Parameter(twos, name=f"weight_{i}") for i in range(weights)])
+            takes = [float(turn in taken) for turn in range(TURNS)]
+            self.taken = Parameter(ms.Tensor(takes, ms.float32), name="taken")
 
         def construct(self, x, start):
             turn = start
@@ -64,7 +68,8 @@ def loop_of(weights):
                 turn = turn + 1
             return x
 
-    loop, x, start = Loop(), ms.Tensor(np.ones(SHAPE), ms.float32), ms.Tensor(0, ms.int32)
+    values = np.linspace(-1, 1, SHAPE[0] * SHAPE[1]).reshape(SHAPE)
+    loop, x, start = Loop(), ms.Tensor(values, ms.float32), ms.Tensor(0, ms.int32)
     return lambda: loop(x, start).asnumpy()
 
 

@@ -1,14 +1,19 @@
 """benchmarks/branches.py: what it times, and what it refuses."""
 
 import branches
+import numpy as np
 import pytest
 
 
-def test_a_loop_with_a_branch_gives_what_one_without_gives_but_for_its_own_work():
-    """Without a branch nothing is added in 100 turns, in the branch that is taken nothing changes."""
+def test_a_loop_takes_its_branch_in_the_turns_that_it_is_told_and_by_itself_in_none():
     times = branches.microseconds({weights: branches.loop_of(weights) for weights in (0, 2)}, 2)
     assert [len(values) for values in times.values()] == [2, 2] and min(map(min, times.values())) > 0
-    assert branches.loop_of(0)().tolist() == branches.loop_of(2)().tolist()
+    start, turns = branches.loop_of(0)(), (3, 50)
+    assert start.min() < 0 < start.max()
+    np.testing.assert_array_equal(branches.loop_of(2)(), abs(start))
+    # Each turn doubles twice, by two weights; without a branch it adds 1.
+    np.testing.assert_array_equal(branches.loop_of(2, turns)(), 16 * abs(start))
+    np.testing.assert_allclose(branches.loop_of(0, turns)(), start + 2, rtol=1e-6)
 
 
 @pytest.mark.parametrize("options", [["--weights", "0"], ["--runs", "0"], ["--into", "no-such-folder/branches.md"]])
