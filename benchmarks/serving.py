@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from hashlib import sha256
 from itertools import count
 from multiprocessing import get_context
@@ -161,11 +161,16 @@ async def crowd(client, answers, clients, rounds, rng):
     await asyncio.gather(*(one([some_fields(rng) for _ in range(rounds)]) for _ in range(clients)))
 
 
-async def aborts(client, number, rng, longest=0.3):
-    """So many requests whose clients leave at any moment."""
+async def aborts(client, number, rng, longest=0.3, prompt=PROMPT):
+    """So many requests whose clients leave at any moment; returns how many had no answer yet."""
+    left = 0
     for _ in range(number):
-        with suppress(httpx.TimeoutException):
-            await client.post(GENERATIONS, json=some_fields(rng, 28), timeout=rng.uniform(0.01, longest))
+        fields = {**some_fields(rng, 28), "prompt": prompt}
+        try:
+            await client.post(GENERATIONS, json=fields, timeout=rng.uniform(0.01, longest))
+        except httpx.TimeoutException:
+            left += 1
+    return left
 
 
 async def requests(client, answers, number, rng):
