@@ -99,6 +99,12 @@ def test_the_openai_client_streams_previews_and_a_picture(server):
         [("partial_image", 0)],
         [("partial_image", 0), ("partial_image", 1)],
     )
+    # This drawing may be over before anybody looks. A slow one is not.
+    stream = client.images.generate(prompt="slow", stream=True, partial_images=2)
+    preview = next(each for each in stream if each.type == "image_generation.partial_image")
+    stream.close()
+    assert preview.partial_image_index == 0 and picture(preview.b64_json).ndim == 3
+    wait_for(lambda: server.told[-1][0] == "cancel")
 
 
 def test_the_openai_client_is_told_errors_as_it_knows_them(server):
