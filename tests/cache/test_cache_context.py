@@ -95,8 +95,9 @@ def test_foca_with_consistent_slopes_is_newton_of_order_2(nodes):
     r = k / h
     predicted = ((1 + r) ** 2 * values[2] - r**2 * values[1] + k * (1 + r) * np.polyval(slope, x)) / (1 + 2 * r)
     corrected = values[2] + k / 2 * (np.polyval(slope, nodes[2]) + np.polyval(slope, x))
-    newton = ref.newton([(node, np.array(value)) for node, value in zip(nodes, values)], x, 2)
-    np.testing.assert_allclose([predicted, corrected], newton, rtol=1e-9)
+    newton = forecast_from(values, nodes, x, 2, "newton")
+    for each in (predicted, corrected):
+        np.testing.assert_allclose(newton, np.full(SHAPE, each), rtol=1e-5)
 
 
 def test_an_order_ramps_up_with_the_computed_steps(strict_graph_mode):
@@ -183,7 +184,7 @@ def test_buffers_have_the_shapes_of_the_design():
 
 def test_only_what_a_rule_needs_is_allocated():
     """In tensors of the image stream: First-Block Cache 2, a static schedule 1, TaylorSeer's order each one more."""
-    size = 128 * 128 * 4
+    size = 1024 * 128 * 4
     for config, tensors in (
         (CacheConfig(), 2),
         (CacheConfig(taylorseer_derivative=2), 4),
@@ -195,8 +196,9 @@ def test_only_what_a_rule_needs_is_allocated():
         (CacheConfig(Bn_compute_blocks=1), 2 + 0.5),
         (CacheConfig(span="stacks"), 2 + 0.5 + 2 + 0.5),
     ):
-        context = CacheContext(1, 128, 128, config=config, text_len=64, steps=28)
-        assert 0 <= context.nbytes / size - tensors < 1, str(config)
+        context = CacheContext(1, 1024, 128, config=config, text_len=512, steps=28)
+        # Less than the text stream's half is left for tallies and tables.
+        assert 0 <= context.nbytes / size - tensors < 0.25, str(config)
 
 
 @pytest.mark.parametrize("settings", [{}, {"gate": "cg_taylor"}, {"forecast": "dicache"}, {"Bn_compute_blocks": 1}])
