@@ -98,12 +98,22 @@ class Streams:
 _LOOPS = {}
 
 
+def key_of(config):
+    """Whose loop is whose."""
+    # What other files' tests do to a process, MindSpore may compile a loop anew for; and determinism, in any case.
+    return config.structure, ms.get_context("deterministic"), os.environ["PYTEST_CURRENT_TEST"].partition("::")[0]
+
+
+def text_kept(config):
+    """What the gate's buffer has of the text stream after a replay under this config, (K, B, T, D)."""
+    return _LOOPS[key_of(config)].cache.gates[0].text_residual.derivatives.value.asnumpy()
+
+
 def replay(config, streams, sigmas=None, cut=0, progress=None):
     """What the graph makes of these streams: the outputs (N, B, S, D) and the CacheStats; in two pieces at ``cut``."""
     steps = streams.steps
     sigmas = np.linspace(1, 0, steps, endpoint=False) if sigmas is None else sigmas
-    # What other files' tests do to a process, MindSpore may compile a loop anew for; and determinism, in any case.
-    key = config.structure, ms.get_context("deterministic"), os.environ["PYTEST_CURRENT_TEST"].partition("::")[0]
+    key = key_of(config)
     if key not in _LOOPS:
         shape = (BATCH, TOKENS, WIDTH)
         cache = CacheContext(*shape, config=config, text_len=TEXT, steps=steps, sigmas=sigmas, channels=WIDTH)

@@ -5,7 +5,7 @@ import pytest
 import references as ref
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from replay import DOUBLES, SINGLES, Streams, replay
+from replay import DOUBLES, SINGLES, Streams, replay, text_kept
 
 from FBCache_ms import CacheConfig
 from FBCache_ms.config import OPTIONS
@@ -420,6 +420,8 @@ def test_last_blocks_run_on_the_forecast_of_both_streams(steps, seed, threshold)
     outside = streams.span(0, 3) + streams.span(BLOCKS - 2, BLOCKS)
     image = streams.latents[:steps] + outside + streams.span(3, BLOCKS - 2)[last]
     np.testing.assert_allclose(outputs, image, rtol=1e-4, atol=1e-4)
+    text = streams.text[last[-1], 3 : BLOCKS - 2].sum(0)
+    np.testing.assert_allclose(text_kept(config), text[None], rtol=1e-4, atol=1e-4)
 
 
 @quick
