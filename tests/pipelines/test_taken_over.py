@@ -275,7 +275,8 @@ def test_a_watched_loop_runs_in_pieces_of_about_equal_time(pipe, monkeypatch):
     for seconds, expected in ((0.1, [5, 5]), (0.2, [5, 3, 2]), (3.0, [3] + [1] * 7), (0.001, [1, 9])):
         pieces.clear()
         np.testing.assert_array_equal(draw(pipe, num_inference_steps=10), plain)
-        if seconds > 0.1:
+        # The first of these drawings goes by what a step took.
+        if seconds != 0.1:
             assert pieces == expected
         loop.step_seconds = seconds
 
