@@ -15,7 +15,7 @@ from FBCache_ms.runtime.device import prepare_device
 def pytest_addoption(parser):
     """The device, and the options of test_ascend_graph.py and flux_accuracy_test.py."""
     parser.addoption("--device", default="CPU", help="that the tests run on (default: CPU)")
-    parser.addoption("--full_depth", action="store_true", help="compile every Ascend graph at FLUX.1's 57 blocks")
+    parser.addoption("--full_depth", action="store_true", help="compile Ascend graphs at full depth, such as 57 blocks")
     group = parser.getgroup("accuracy")
     group.addoption("--ckpt", help="checkpoint that flux_accuracy_test.py draws with (default: the embedded one)")
     group.addoption("--clip", help="folder of the CLIPModel that scores its pictures")

@@ -1,6 +1,6 @@
 """Qwen-Image and FLUX.2 as an Ascend NPU would get them: compiled in bfloat16 and STRICT syntax, and read back.
 
-One structure of each is compiled at the published model's depth, the others are shallow; with --full_depth all are not.
+One structure of each is compiled at the published model's depth, the others are shallow.
 """
 
 import subprocess
