@@ -59,7 +59,8 @@ def test_a_run_writes_its_pictures_and_says_what_it_did(tmp_path, capsys):
     assert set(report) == KEYS
     parts = {"imports", "load", "encode", "compile", "denoise", "decode"}
     assert set(report["seconds"]) == {*parts, "per_step", "total"}
-    assert 0.9 < sum(report["seconds"][part] for part in parts) / report["seconds"]["total"] <= 1
+    seconds = [report["seconds"][part] for part in parts]
+    assert min(seconds) >= 0 and sum(seconds) <= report["seconds"]["total"]
     assert report["config"] == "F1B0_W2M0MC0_T1O1_R0.3"
     assert (report["seed"], report["steps"], report["image_size"]) == (7, 28, [64, 64])
     assert sorted(report["computed_steps"] + report["cached_steps"]) == list(range(28))
@@ -86,12 +87,12 @@ def test_a_former_runs_pictures_go_away(tmp_path):
 
 
 def test_compare_reports_the_gain_and_the_loss_and_shows_them(tmp_path, capsys):
-    report = run(tmp_path, "--compare", "--num_inference_steps", "10")
+    report = run(tmp_path, "--compare", "--num_inference_steps", "10", "--cache", "F1B0_W1_R0.9")
     assert set(report) == KEYS | {"baseline"}
     assert set(report["baseline"]) == {"denoise", "speedup", "psnr", "ssim"}
     seconds, baseline = report["seconds"], report["baseline"]
     assert baseline["speedup"] == pytest.approx(baseline["denoise"] / seconds["denoise"])
-    assert baseline["psnr"] is None or baseline["psnr"] > 20
+    assert report["cached_steps"] and 20 < baseline["psnr"] < 60
     assert report["graph_compilations"] == 1
     files = ["output_0.png", "baseline_0.png", "comparison_0.png"]
     assert report["files"] == files and written(tmp_path) == sorted([*files, "run.json"])
@@ -253,8 +254,3 @@ def test_bad_arguments_are_told_before_mindspore_is_imported():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
-
-
-def test_psnr_is_that_of_the_squared_error():
-    zeros, grey = np.zeros((8, 8, 3)), np.full((8, 8, 3), 0.1)
-    assert psnr(zeros, grey) == pytest.approx(20)
