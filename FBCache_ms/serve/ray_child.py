@@ -67,7 +67,7 @@ class RayChild:
     """
 
     def __init__(self, actor):
-        self.actor = actor
+        self.actor, self.watch = actor, None
 
     @classmethod
     async def start(cls, settings, place):
@@ -99,6 +99,12 @@ class RayChild:
 
     async def gone(self):
         """Returns once it has died."""
+        # An actor goes on with a call that nobody awaits any more, and has room for 1000.
+        if self.watch is None:
+            self.watch = asyncio.ensure_future(self._gone())
+        await asyncio.shield(self.watch)
+
+    async def _gone(self):
         with suppress(RayError):
             await self.actor.gone.remote()
 

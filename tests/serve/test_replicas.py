@@ -1,5 +1,6 @@
 """Several drawing processes behind one server: on this host, and where a Ray cluster has room for them."""
 
+import asyncio
 import os
 import random
 import re
@@ -9,6 +10,7 @@ import sys
 import time
 from contextlib import contextmanager
 from threading import Thread
+from types import SimpleNamespace
 
 import httpx
 import psutil
@@ -50,6 +52,30 @@ def test_one_process_draws_on_where_another_has_died():
         assert is_ready(client) and client.get(f"/v1/jobs/{slow}").json()["status"] == "running"
         client.delete(f"/v1/jobs/{slow}")
         assert draw(client)["b64_json"]
+
+
+def test_a_host_is_asked_once_whether_its_drawing_process_is_gone():
+    """What nobody awaits any more goes on there."""
+    ray_child = pytest.importorskip("FBCache_ms.serve.ray_child")
+    asked = []
+
+    async def wait():
+        died = asyncio.Event()
+
+        async def gone():
+            asked.append(None)
+            await died.wait()
+
+        child = ray_child.RayChild(SimpleNamespace(gone=SimpleNamespace(remote=gone)))
+        for _ in range(3):
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(child.gone(), 0)
+            await asyncio.sleep(0)
+        died.set()
+        await child.gone()
+
+    asyncio.run(wait())
+    assert len(asked) == 1
 
 
 def test_a_place_that_never_gets_ready_leaves_the_others_alone():
