@@ -315,7 +315,9 @@ def branches_of(args):
 
 
 def check_range(name, value, low, high=None):
-    """Raises ValueError, naming the option, for a number outside [low, high], or what is none."""
+    """Raises ValueError, naming the option, for a number outside [low, high], an infinite one, or what is none."""
+    if high is None and value == math.inf:
+        raise ValueError(f"--{name} must be finite, not {value}")
     if not value >= low or high is not None and not value <= high:
         allowed = f"{low} or more" if high is None else f"in [{low}, {high}]"
         raise ValueError(f"--{name} must be {allowed}, not {value}")
