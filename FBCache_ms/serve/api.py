@@ -156,6 +156,9 @@ def make_app(settings, desk, metrics):
         if fields.negative_prompt is not None:
             await moderated(settings, "check_prompt", fields.negative_prompt, "negative_prompt")
         job = Job(order, owner(request))
+        # A client may have left while its prompts were checked.
+        if await request.is_disconnected():
+            raise ApiError(499, "cancelled")
         desk.submit(job)
         return job
 

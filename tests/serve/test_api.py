@@ -7,6 +7,7 @@ import logging
 import shlex
 import socket
 import subprocess
+import threading
 import time
 from types import SimpleNamespace
 
@@ -366,6 +367,33 @@ def test_moderation_refuses_prompts_and_pictures():
             assert (error["code"], error["param"], error["message"]) == ("moderation_blocked", param, message)
             assert len([each for each in server.told if each[0] == "draw"]) == ("size" in fields)
         assert draw(client).status_code == 200
+
+
+def test_a_client_that_leaves_while_its_prompt_is_checked_gets_nothing_drawn():
+    checking, left = threading.Event(), threading.Event()
+
+    def check_prompt(text):
+        if text == "slow":
+            checking.set()
+            left.wait(20)
+
+    def check_picture(pixels):
+        return None
+
+    moderation = SimpleNamespace(check_prompt=check_prompt, check_picture=check_picture)
+    with serving(moderation=moderation) as server, httpx.Client(base_url=server.url, timeout=20) as client:
+        wait_for(lambda: client.get("/ready").status_code == 200)
+        body = json.dumps({"prompt": "slow", "stream": True}).encode()
+        with socket.create_connection(server.url[7:].split(":")) as other:
+            head = f"POST {GENERATIONS} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            other.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            assert checking.wait(20)
+        # An answer to another client comes after the server has seen that this one has left.
+        assert client.get("/live").status_code == 200
+        left.set()
+        wait_for(lambda: f'path="{GENERATIONS}",status="499"' in client.get("/metrics").text)
+        assert draw(client).status_code == 200
+        assert [each[2][0].prompt for each in server.told if each[0] == "draw"] == ["a big red circle"]
 
 
 def test_a_fault_of_ours_is_a_500_that_tells_nothing(caplog):
