@@ -25,6 +25,9 @@ PAGE = Path(__file__).parent / "page"
 QUIET_SECONDS = 15
 """A stream in which so long nothing happens says so in a comment, so that nobody takes the connection for dead."""
 
+METHODS = "GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"
+"""That are counted by their names."""
+
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -105,8 +108,10 @@ class Envelope:
                 place = place.tb_next
             where = f"{place.tb_frame.f_code.co_filename}:{place.tb_lineno}"
             logger.error("%s in %s", type(error).__name__, where)
-        route = scope.get("route")
-        self.metrics.answers.labels(scope["method"], getattr(route, "path", "other"), str(status or "none")).inc()
+        # A client may make up methods, and each label takes memory for good.
+        method = scope["method"] if scope["method"] in METHODS else "other"
+        path = getattr(scope.get("route"), "path", "other")
+        self.metrics.answers.labels(method, path, str(status or "none")).inc()
 
     def is_foreign(self, scope):
         """Whether a page of another site may have found its way to this machine by a name of its own."""
