@@ -3,7 +3,6 @@
 import asyncio
 import importlib
 import importlib.util
-import ipaddress
 import logging
 import os
 import re
@@ -88,7 +87,7 @@ def settings_of(args):
     if missing:
         raise ValueError(f"{missing[0]} is not installed; install FBCache_ms[serve]")
     from FBCache_ms.serve.child import VISIBLE
-    from FBCache_ms.serve.settings import MOST_GRAPHS, MOST_PICTURES, Settings
+    from FBCache_ms.serve.settings import MOST_GRAPHS, MOST_PICTURES, Settings, is_loopback
 
     check_range("num_inference_steps", args.num_inference_steps, 1, MAX_STEPS)
     check_range("max_steps", args.max_steps, args.num_inference_steps, MAX_STEPS)
@@ -198,14 +197,6 @@ def moderation_of(name):
         if not callable(getattr(module, check, None)):
             raise ValueError(f"--moderation {name} has no function {check}")
     return module
-
-
-def is_loopback(host):
-    """Whether this machine alone reaches an address."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def main(argv=None):

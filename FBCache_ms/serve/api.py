@@ -119,7 +119,7 @@ class Envelope:
             return False
         host = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
         name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
-        return name not in ("localhost", "127.0.0.1", "[::1]")
+        return not limits.is_loopback(name.strip("[]"))
 
 
 def make_app(settings, desk, metrics):

@@ -2,6 +2,7 @@
 
 import hashlib
 import hmac
+import ipaddress
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, Mapping, Optional, Tuple
@@ -119,6 +120,14 @@ class Settings:
             "guidance": dict(self.guidance),
             "prompt_tokens": self.prompt_tokens,
         }
+
+
+def is_loopback(host):
+    """Whether this machine alone reaches an address."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def digest(key):

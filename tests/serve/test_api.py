@@ -336,10 +336,25 @@ def test_keys_keep_others_out():
 
 
 @pytest.mark.parametrize(
-    "host, status", [("evil.example", 403), ("localhost:1", 200), ("[::1]:80", 200), ("127.0.0.1", 200)]
+    "host, status",
+    [
+        ("evil.example", 403),
+        ("10.0.0.1", 403),
+        ("localhost:1", 200),
+        ("[::1]:80", 200),
+        ("127.0.0.1", 200),
+        ("127.0.0.2:80", 200),
+    ],
 )
 def test_a_foreign_host_name_is_refused_without_a_key(client, host, status):
     assert client.get("/live", headers={"Host": host}).status_code == status
+
+
+def test_methods_that_clients_make_up_are_counted_together(client):
+    for method in ("MAKE", "BELIEVE", "PUT"):
+        assert client.request(method, "/live").status_code == 405
+    text = client.get("/metrics").text
+    assert "MAKE" not in text and "BELIEVE" not in text and 'method="other"' in text and 'method="PUT"' in text
 
 
 def test_other_sites_are_not_let_in(client):
