@@ -3,6 +3,7 @@
 import json
 from argparse import Namespace
 
+import numpy as np
 import pytest
 from make_models import make
 from narrow import make_narrow
@@ -14,7 +15,10 @@ from FBCache_ms.eval import ascend_acceptance, benchmark, environment
 from FBCache_ms.eval.environment import Part
 from FBCache_ms.eval.shared import acceptance_checks
 from FBCache_ms.eval.shared.acceptance_checks import CHECKS, STRUCTURES, Finding, agree, floor_of
+from FBCache_ms.eval.shared.drawing import Setting
 from FBCache_ms.eval.shared.floors import FLOOR_ELSEWHERE, FLOORS
+from FBCache_ms.eval.shared.pictures import PictureFolder
+from FBCache_ms.runtime import compile_cache
 from FBCache_ms.runtime.checkpoint import TINY_FLUX
 
 
@@ -50,6 +54,32 @@ def test_loop_and_memory_hold_for_another_model_and_its_guidance(tmp_path, capsy
     options = ["--ckpt", str(make(tmp_path / "model", "qwenimage")), "--negative_prompt", "dark"]
     options += ["--image_size", "64", "64", "--num_inference_steps", "4", "--limit", "1", "--only", "memory", "loop"]
     assert ascend_acceptance.main([*options, "--save_path", str(tmp_path / "out")]) == 0, capsys.readouterr().out
+
+
+def test_pictures_of_other_code_are_drawn_anew(tmp_path, monkeypatch):
+    drawn = []
+
+    class Painter:
+        device, args = Namespace(name="Ascend"), Namespace(num_inference_steps=4)
+
+        def __init__(self, args):
+            pass
+
+        def folder(self, path, setting):
+            return PictureFolder(path / setting.folder, {})
+
+        def draw(self, index, prompt, setting):
+            drawn.append(index)
+            return np.zeros((8, 8, 3), np.uint8), {}, {}
+
+    def draw(sources, cann):
+        monkeypatch.setattr(compile_cache, "sources_checksum", lambda: sources)
+        monkeypatch.setattr(environment, "ascend_parts", lambda: [Part("CANN", cann)])
+        acceptance_checks.Run(Namespace(save_path=tmp_path)).drawn("graph", [Setting.named("fora", 4)], ["a cat"])
+        return len(drawn)
+
+    monkeypatch.setattr(acceptance_checks, "Painter", Painter)
+    assert [draw("a", "8.1"), draw("a", "8.1"), draw("b", "8.1"), draw("b", "8.2")] == [1, 1, 2, 3]
 
 
 @pytest.mark.slow

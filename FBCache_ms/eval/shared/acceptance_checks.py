@@ -11,6 +11,7 @@ from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Optional
+from zlib import crc32
 
 from FBCache_ms.config import PRESETS, CacheConfig
 from FBCache_ms.eval import benchmark, environment
@@ -91,9 +92,22 @@ class Run:
         device = self.painter.device
         return AGREEMENT["CPU" if device.name == "CPU" else device.dtype]
 
+    @cached_property
+    def code(self):
+        """A checksum over what draws beside the painter's settings: our sources, and Ascend's software."""
+        from FBCache_ms.runtime.compile_cache import sources_checksum
+
+        parts = environment.ascend_parts() if self.painter.device.name == "Ascend" else []
+        found = [sources_checksum(), *(f"{part.name} {part.found}" for part in parts)]
+        return f"{crc32(' '.join(found).encode()):08x}"
+
     def drawn(self, name, settings, prompts, in_turn=True):
-        """{Setting: its PictureFolder} within the folder ``name``, with the prompts' pictures; old ones are kept."""
-        folders = {setting: self.painter.folder(self.args.save_path / name, setting) for setting in settings}
+        """{Setting: its PictureFolder} within the folder ``name``, with the prompts' pictures.
+
+        Old ones of the same ``code`` are kept.
+        """
+        folder = self.args.save_path / name / self.code
+        folders = {setting: self.painter.folder(folder, setting) for setting in settings}
         draw_missing(self.painter, folders, prompts, in_turn=in_turn)
         return folders
 
