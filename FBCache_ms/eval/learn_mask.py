@@ -26,7 +26,7 @@ from FBCache_ms.eval.shared.cases import BASELINE, Row
 from FBCache_ms.eval.shared.closed_loop import ClosedLoop, Ledger
 from FBCache_ms.eval.shared.drawing import Setting, draw_missing, session, wait_for_all
 from FBCache_ms.eval.shared.files import check_folder, check_into, json_bytes, put_into, say_written, write_file
-from FBCache_ms.eval.shared.fitting import DAMPINGS, Factors, levenberg_marquardt, stepwise_weights
+from FBCache_ms.eval.shared.fitting import Factors, levenberg_marquardt, stepwise_weights
 from FBCache_ms.eval.shared.masks import Estimate, ShortestPath, anneal, starts
 from FBCache_ms.eval.shared.measure import Judge, cell_of, clip_folder, means, write_sweep
 from FBCache_ms.eval.shared.prompts import choose_prompts
@@ -170,6 +170,7 @@ class Search:
         self.args, self.loop, self.ledger = args, loop, ledger
         self.config = CacheConfig.named(args.cache)
         self.fitted = has_table(self.config)
+        self.runs = {}
 
     def estimate(self):
         """The Estimate of a mask's error, from the uncached run."""
@@ -183,22 +184,29 @@ class Search:
         def measure():
             return self.loop.error(self.loop.latents(configured(self.config, mask)))
 
+        self.runs[name_of(mask)] = 1
         return number(self.ledger.found(name_of(mask), measure))
 
     def fit(self, mask, iterations):
-        """The factors of a mask and its error, after so many iterations or when one has gained nothing."""
+        """The factors of a mask, its error and the iterations done: so many, or up to one that has gained nothing."""
         table = Factors(mask, self.config.taylorseer_derivative + 1)
         factors, error = table.start, self.error(mask)
         for iteration in range(iterations):
             name = f"{name_of(mask)}_fit_{iteration}"
             moved = [factors, *(factors + step for step in np.diag(table.widths))]
             tries = self._drawn(f"{name}_slopes", mask, moved, partial(self._tries, factors, table.widths))
+            self.runs[name] = len(moved) + len(tries)
             errors = list(map(number, self._drawn(name, mask, tries, partial(map, self.loop.error))))
             if not errors or min(errors) >= error:
                 break
             error = min(errors)
             factors = np.array(tries[errors.index(error)])
-        return factors, error
+        return factors, error, iteration + 1
+
+    @property
+    def pictures(self):
+        """How many pictures the last search takes, with those of the uncached run."""
+        return (1 + sum(self.runs.values())) * self.args.learn_from
 
     def _drawn(self, name, mask, points, make):
         """What ``make`` finds, a list, in the final latents at each of some factors."""
@@ -221,7 +229,7 @@ class Search:
         The search begins from the mask of the least Estimate, or from an evenly spaced one where that is better. An
         iteration of the fit is then a mask's error, in a search that begins from the best ones.
         """
-        args = self.args
+        args, self.runs = self.args, {}
         if args.search == SEARCHES[1]:
             return self.along_shortest_path(computed)
         begin = {self.estimate().best(computed), *starts(args.num_inference_steps, computed)}
@@ -233,27 +241,25 @@ class Search:
             "latent_mse_at_the_start": min(errors[mask] for mask in begin),
             "evaluations": len(errors),
             "seed": args.seed,
+            "pictures": self.pictures,
         }
-        evidence["pictures"] = len(errors) * args.learn_from
         if not self.fitted:
             return configured(self.config, best), evidence
         if args.fit == FITS[1]:
-            return self.stepwise(best), {**evidence, "fit": args.fit}
+            return self.stepwise(best), {**evidence, "pictures": self.pictures, "fit": args.fit}
         nearest = sorted(errors, key=errors.get)[: max(args.fitted // 3, 1)]
         fits = self._anneal(lambda mask: self.fit(mask, 1)[1], nearest, args.fitted, "fits")
         best = min(fits, key=fits.get)
-        factors, error = self.fit(best, args.iterations)
+        factors, error, iterations = self.fit(best, args.iterations)
         fit = {"latent_mse_before_the_fit": errors.get(best, self.error(best)), "latent_mse": error}
-        # Each iteration draws with every factor moved, and what it tries.
-        drawn = (len(fits) + args.iterations - 1) * (1 + len(factors) + len(DAMPINGS))
-        evidence["pictures"] += drawn * args.learn_from
         return configured(self.config, best, factors), {
             **evidence,
             **fit,
+            "pictures": self.pictures,
             "fit": args.fit,
             "factors": len(factors),
             "fitted_masks": len(fits),
-            "iterations": args.iterations,
+            "iterations": iterations,
         }
 
     def along_shortest_path(self, computed):
@@ -263,9 +269,9 @@ class Search:
         config = with_mask(self.config, mask, **({"meancache_steps": spans} if spans else {}))
         name = f"path_{name_of(mask)}"
         error = number(self.ledger.found(name, lambda: self.loop.error(self.loop.latents(config))))
-        # The uncached run, and this one.
+        self.runs[name] = 1
         evidence = {"computed": computed, "latent_mse": error, "evaluations": 1, "search": self.args.search}
-        return config, {**evidence, "latent_mse_at_the_start": error, "pictures": 2 * self.args.learn_from}
+        return config, {**evidence, "latent_mse_at_the_start": error, "pictures": self.pictures}
 
     def stepwise(self, mask):
         """The CacheConfig of a mask and of the weights that are best for each step on its own."""
@@ -274,6 +280,7 @@ class Search:
             steps = self.args.num_inference_steps
             return self.loop.products(with_mask(self.config, (1,) * steps)).tolist()
 
+        self.runs["products"] = 1
         products = np.array(self.ledger.found("products", measure))
         weights = stepwise_weights(products, mask, self.config.taylorseer_derivative + 1)
         return with_mask(self.config, mask, forecast_weights=weights)

@@ -13,7 +13,7 @@ import mindspore as ms
 from FBCache_ms.config import CacheConfig
 from FBCache_ms.eval import learn_mask
 from FBCache_ms.eval.learn_mask import with_mask
-from FBCache_ms.eval.shared.closed_loop import ClosedLoop, last_residuals
+from FBCache_ms.eval.shared.closed_loop import ClosedLoop, Ledger, last_residuals
 from FBCache_ms.eval.shared.masks import PEAKS, POWER, Estimate, ShortestPath, anneal, lagrange, starts
 
 
@@ -158,6 +158,30 @@ def test_fitted_weights_lie_nearer_and_a_second_run_draws_nothing_again(options,
     # The uncached pictures alone.
     assert len(drawn) == 1
     assert json.loads(file.read_text())["search"] == first["search"]
+
+
+@pytest.mark.parametrize("size, tries", [(1, 6), (np.nan, 0)])
+def test_a_fit_that_ends_early_tells_what_it_has_drawn(size, tries, tmp_path):
+    """With the uncached run; nothing is tried where the forecast ran away."""
+
+    class Loop:
+        uncached, drawn = np.zeros((1, 2, 3)), 0
+
+        def latents(self, config):
+            self.drawn += 1
+            return size * np.random.default_rng(self.drawn).normal(size=(1, 2, 3))
+
+        def errors(self, latents):
+            return np.ones(1)
+
+        def error(self, latents):
+            return 1.0
+
+    loop, args = Loop(), SimpleNamespace(cache=learn_mask.TABLE, learn_from=2)
+    search = learn_mask.Search(args, loop, Ledger(tmp_path, (0, 1)))
+    factors, _, iterations = search.fit((1, 0, 1, 0), 4)
+    assert iterations == 1 and loop.drawn == 1 + 1 + len(factors) + tries
+    assert search.pictures == 2 * (1 + loop.drawn)
 
 
 def test_the_last_residual_of_each_branch_is_order_0_of_its_differences():
