@@ -181,7 +181,7 @@ class Prediction:
     Args:
         run: the Run.
         fit, fused, check: the best Fit of ATLAS, that with_fusion, and the best one of L20.
-        device: the Accelerator that the run is predicted on.
+        device, fused_device: the Accelerators that the run is predicted on, without and with fused operators.
         changes, parts, growth: as the functions of these names give them.
     """
 
@@ -190,6 +190,7 @@ class Prediction:
     fused: Fit
     check: Fit
     device: Accelerator
+    fused_device: Accelerator
     changes: dict
     parts: dict
     growth: list
@@ -198,16 +199,17 @@ class Prediction:
 def prediction_of(run, figures):
     """The Prediction of a run on the device of ATLAS, some of whose figures the user may have set."""
     fit, fused = best(ATLAS), with_fusion(ATLAS)
-    device = replace(fit.device, **figures)
+    device, fused_device = (replace(each.device, **figures) for each in (fit, fused))
     return Prediction(
         run,
         fit,
         fused,
         best(L20),
         device,
+        fused_device,
         changes(ATLAS, fit, fused),
         parts(device, run),
-        growth(device, replace(fused.device, **figures), run),
+        growth(device, fused_device, run),
     )
 
 
@@ -314,7 +316,7 @@ def text_of(prediction):
         f"Predicted parts of a step of ours, {shapes}:",
         parts_table(prediction.parts),
         f"Predicted growth of ours from {shapes}, {run.steps} steps. Device: {described(prediction.device)}; with "
-        f"fused operators {described(fused.device)}.",
+        f"fused operators {described(prediction.fused_device)}.",
         growth_table(prediction.growth),
     )
     return "\n".join(part + "\n" if isinstance(part, str) else markdown(part) for part in sections)
@@ -326,6 +328,7 @@ def data_of(prediction):
     return {
         "predicted": {
             "device": asdict(prediction.device),
+            "fused_device": asdict(prediction.fused_device),
             "fits": [
                 {"published": (table.uncached, *(cached for _, cached in table.cached)), **asdict(fit)}
                 for table, fit in tables

@@ -169,6 +169,7 @@ def test_the_program_needs_no_mindspore(tmp_path):
 
 
 def test_a_checkpoint_and_a_devices_figures_are_taken(tmp_path, capsys):
+    """By the device with fused operators, too."""
     options = ("--ckpt", str(TINY_FLUX), "--image_size", "64", "64", "--text_tokens", "32", "--cache", "fora")
     figures = (
         "--peak_tflops",
@@ -184,8 +185,10 @@ def test_a_checkpoint_and_a_devices_figures_are_taken(tmp_path, capsys):
     )
     assert run_program(tmp_path, *options, *figures) == 0
     data = json.loads((tmp_path / "cost_model.json").read_text())["predicted"]
-    device = data["device"]
-    assert (device["peak"], device["bandwidth"], device["efficiency"]) == (2e12, 2e10, 0.5)
+    for device in (data["device"], data["fused_device"]):
+        assert (device["peak"], device["bandwidth"], device["efficiency"]) == (2e12, 2e10, 0.5)
+    assert data["device"]["fused"] == 0 < data["fused_device"]["fused"]
+    assert capsys.readouterr().out.count("50% of 2.0 TFLOPS and of 20 GB/s") == 2
     assert math.isclose(sum(pair[0] for pair in data["parts"].values()), data["growth"][-4]["predicted_computed_step"])
     # The 4.5 million parameters are read at each step.
     assert data["growth"][0]["predicted_computed_step"] > 2 * 4.5e6 / 1e10
