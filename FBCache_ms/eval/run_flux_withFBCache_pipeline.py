@@ -26,6 +26,7 @@ from FBCache_ms.eval.shared.arguments import (
     guidance_of,
 )
 from FBCache_ms.eval.shared.files import check_folder, json_bytes, locked, write_file
+from FBCache_ms.eval.shared.pictures import check_numbers
 from FBCache_ms.eval.shared.ranks import group_and_groups, is_follower
 from FBCache_ms.runtime.checkpoint import family_of
 from FBCache_ms.runtime.imports import quick_imports
@@ -103,12 +104,12 @@ def check_arguments(args):
 
 
 def generate(pipe, args, cache_config):
-    """The pictures, as float arrays (number, H, W, 3) in [0, 1]."""
+    """The pictures, as float arrays (number, H, W, 3) in [0, 1]. Raises ValueError for what is not a number."""
     import numpy as np
 
     height, width = args.image_size or (None, None)
     negative = {} if args.negative_prompt is None else {"negative_prompt": args.negative_prompt}
-    return pipe(
+    pictures = pipe(
         prompt=args.prompt,
         **negative,
         **guidance_of(args),
@@ -120,6 +121,8 @@ def generate(pipe, args, cache_config):
         output_type="np",
         cache_config=cache_config,
     )[0]
+    check_numbers(pipe, cache_config)
+    return pictures
 
 
 def compare(pipe, args):

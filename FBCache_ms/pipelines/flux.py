@@ -142,5 +142,4 @@ class FluxPipeline(WholeLoop, MindoneFluxPipeline):
         tiles = getattr(self.vae, "use_tiling", True) or getattr(self.vae, "use_slicing", True)
         if self.use_graph_mode and self.device.compile_cache is not None and not tiles:
             self.device.compile(self.vae.decoder, (latents,), self.vae)
-        picture = self.vae.decode(latents, return_dict=False)[0]
-        return self.image_processor.postprocess(picture, output_type=given.output_type)
+        return self.vae.decode(latents, return_dict=False)[0]

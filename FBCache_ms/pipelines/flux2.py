@@ -145,8 +145,7 @@ class Flux2Pipeline(WholeLoop, MindoneFlux2Pipeline):
         unit = self.vae_scale_factor * 2
         latents = as_grid(latents, given.height // unit, given.width // unit)
         mean, deviation = self._moments(latents.dtype)
-        picture = self.vae.decode(self._unpatchify_latents(latents * deviation + mean), return_dict=False)[0]
-        return self.image_processor.postprocess(picture, output_type=given.output_type)
+        return self.vae.decode(self._unpatchify_latents(latents * deviation + mean), return_dict=False)[0]
 
 
 def as_grid(latents, height, width):

@@ -99,5 +99,4 @@ class QwenImagePipeline(WholeLoop, MindoneQwenImagePipeline):
             ms.Tensor(values, latents.dtype).reshape(1, -1, 1, 1, 1)
             for values in (self.vae.config.latents_mean, self.vae.config.latents_std)
         )
-        picture = self.vae.decode(latents * std + mean, return_dict=False)[0][:, :, 0]
-        return self.image_processor.postprocess(picture, output_type=given.output_type)
+        return self.vae.decode(latents * std + mean, return_dict=False)[0][:, :, 0]

@@ -76,8 +76,9 @@ class WholeLoop:
     ``use_graph_mode``, calls compile, whatever mode the process is in, and without it they run operator by operator.
     ``device`` is the Device that says how they compile; ``graph_compilations`` counts the denoise graphs that have been
     compiled so far, ``graphs_from_cache`` those of them that came from the compile cache. After a call, ``cache_stats``
-    is its CacheStats and ``seconds`` its times: "encode" (the prompts), "compile" (the loop), "denoise", "per_step",
-    "decode" and "total"; encode and decode have their models' compilation in them, the first time.
+    is its CacheStats, ``finite`` whether all that it drew are numbers, and ``seconds`` its times: "encode" (the
+    prompts), "compile" (the loop), "denoise", "per_step", "decode" and "total"; encode and decode have their models'
+    compilation in them, the first time.
 
     A family's pipeline is a class of this one and of mindone's, which it names as
 
@@ -126,7 +127,7 @@ class WholeLoop:
         return calculate_shift(tokens, **shift_settings(self.scheduler))
 
     def picture(self, given, latents):
-        """What the latents (B, S, C) show, as output_type says."""
+        """What the autoencoder makes of the latents (B, S, C), a tensor (B, 3, H, W)."""
         raise NotImplementedError
 
     @property
@@ -151,7 +152,7 @@ class WholeLoop:
         self.use_graph_mode = True
         self.device = current_device()
         self.graph_compilations = self.graphs_from_cache = 0
-        self.cache_stats = None
+        self.cache_stats = self.finite = None
         self.seconds = {}
         self._loops = KeptGraphs()
         self.sharing = None
@@ -329,7 +330,7 @@ class WholeLoop:
                 return self._draw_cached(given, config)
             logger.warning(f"{reason}: this call runs without the cache, step by step")
             drop_stale_graphs(self.transformer)
-            self.cache_stats, self.seconds = None, {}
+            self.cache_stats, self.finite, self.seconds = None, None, {}
             # mindone's FLUX.2 takes an empty dictionary for a full one.
             setattr(given, self.KWARGS, kwargs or None)
             names = signature(self.MINDONES.__call__).parameters
@@ -370,6 +371,10 @@ class WholeLoop:
         self._current_timestep = None
         with self._parts_mode():
             picture = latents if given.output_type == "latent" else self.picture(given, latents)
+            # Of NaN the image processor may make black.
+            self.finite = bool(np.isfinite(picture.float().asnumpy()).all())
+            if given.output_type != "latent":
+                picture = self.image_processor.postprocess(picture, output_type=given.output_type)
         self.seconds.update(encode=encoded - begin, decode=time.perf_counter() - denoised)
         return self.OUTPUT(images=picture) if given.return_dict else (picture,)
 

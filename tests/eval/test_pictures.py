@@ -10,6 +10,7 @@ import pytest
 from narrow import make_narrow
 
 from FBCache_ms.config import CacheConfig
+from FBCache_ms.eval import run_flux_withFBCache_pipeline as fbcache_flux
 from FBCache_ms.eval import sweep
 from FBCache_ms.eval.shared import ranks
 from FBCache_ms.eval.shared.arguments import exit_status
@@ -186,6 +187,19 @@ def test_a_negative_prompt_guides_what_a_program_draws(tmp_path):
     np.testing.assert_array_equal(picture, (expected * 255).round().astype(np.uint8))
     assert guided.common == {**plain.common, "negative_prompt": "dark", "true_cfg_scale": 3.0}
     assert facts["tflops"] == 2 * plain.draw(0, "a cat", setting)[1]["tflops"]
+
+
+def test_a_picture_that_is_not_a_number_is_refused(tmp_path):
+    """MindSpore's clamp makes black of it."""
+    options = ["--ckpt", str(make_narrow(tmp_path / "narrow")), "--num_inference_steps", "2"]
+    options += ["--save_path", str(tmp_path / "out")]
+    painter, setting = Painter(sweep.parse_arguments(options)), Setting(CacheConfig(0.12), 2, graph=False)
+    bias = painter.pipe.vae.decoder.conv_out.bias
+    bias.set_data(bias * float("nan"))
+    with pytest.raises(ValueError, match=f"the picture of prompt 3 is not a number, .* --cache {setting.config}"):
+        painter.draw(3, "a cat", setting)
+    with pytest.raises(ValueError, match="the picture is not a number"):
+        fbcache_flux.generate(painter.pipe, fbcache_flux.parse_arguments(options), setting.config)
 
 
 def test_the_first_rank_waits_for_the_others_but_not_for_ever():

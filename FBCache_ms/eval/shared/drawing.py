@@ -12,7 +12,7 @@ from FBCache_ms.config import CacheConfig
 from FBCache_ms.eval.shared.arguments import branches_of, device_of, guidance_of
 from FBCache_ms.eval.shared.cases import UNCACHED
 from FBCache_ms.eval.shared.files import locked
-from FBCache_ms.eval.shared.pictures import PictureFolder
+from FBCache_ms.eval.shared.pictures import PictureFolder, check_numbers
 from FBCache_ms.eval.shared.ranks import group_and_groups, is_follower, signs_of_life, wait_until_empty
 from FBCache_ms.predict.flops import step_costs
 from FBCache_ms.runtime.checkpoint import family_of, fingerprint, image_size, image_unit
@@ -203,6 +203,7 @@ class Painter:
         pipe.use_graph_mode = setting.graph
         reset_peak(self.device.name)
         picture = pipe(**arguments, cache_config=setting.config)[0][0]
+        check_numbers(pipe, setting.config, f"the picture of prompt {index}")
         stats = pipe.cache_stats
         facts = {
             "reused": [bool(reused) for reused in stats.reused],

@@ -115,6 +115,14 @@ class PictureFolder:
         return [last[index] for index in range(number)]
 
 
+def check_numbers(pipe, config, what="the picture"):
+    """Raises ValueError unless all that a pipeline has drawn last, with a CacheConfig, are numbers."""
+    if not pipe.finite:
+        raise ValueError(
+            f"{what} is not a number, drawn with --cache {config}: another --dtype or another --cache may help"
+        )
+
+
 def read_record(path):
     """The JSON object beside a picture. Raises OSError if it is damaged."""
     try:
