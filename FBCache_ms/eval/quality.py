@@ -18,7 +18,15 @@ import numpy as np
 
 from FBCache_ms.eval.shared.arguments import Parser, add_into_option, check_range, exit_status, reason
 from FBCache_ms.eval.shared.files import check_folder, check_into, json_bytes, put_into, say_written, write_file
-from FBCache_ms.eval.shared.metrics import cosine_similarity, frechet_distance, open_picture, psnr, read_picture, ssim
+from FBCache_ms.eval.shared.metrics import (
+    SSIM_WINDOW,
+    cosine_similarity,
+    frechet_distance,
+    open_picture,
+    psnr,
+    read_picture,
+    ssim,
+)
 from FBCache_ms.eval.shared.tables import markdown, show
 
 TINY_CLIP = Path(__file__).parents[1] / "tiny_clip"
@@ -258,13 +266,15 @@ def _lack(name, path):
             return f"{file}, which is not there: {weights.source}"
 
 
-def check_pairs(pictures, references):
-    """Raises OSError for a file that is no picture, ValueError for a size that is not its reference's."""
+def check_pairs(pictures, references, least):
+    """Raises OSError for a file that is no picture, ValueError for a size that is not its reference's, or too small."""
     for pair in zip(pictures, references):
         sizes = []
         for path in pair:
             with open_picture(path) as picture:
                 sizes.append("{}x{}".format(*picture.size))
+                if min(picture.size) < least:
+                    raise ValueError(f"picture {path} is {sizes[-1]}; ssim needs {least} pixels or more")
         if sizes[0] != sizes[1]:
             raise ValueError(f"picture {pair[0]} is {sizes[0]}, but its reference {pair[1]} is {sizes[1]}")
 
@@ -321,7 +331,7 @@ def parse_arguments(argv=None):
         args.prompts = prompts_of(args.pictures, args.prompts)
         args.metrics = choose_metrics(args)
         if set(PAIRED) & set(args.metrics):
-            check_pairs(args.pictures, counterparts(args))
+            check_pairs(args.pictures, counterparts(args), SSIM_WINDOW if "ssim" in args.metrics else 1)
         if args.save_path.is_dir():
             raise OSError(f"--save_path {args.save_path} is a folder, not a file")
         check_folder(args.save_path.parent)

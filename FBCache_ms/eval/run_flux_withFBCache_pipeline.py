@@ -26,14 +26,12 @@ from FBCache_ms.eval.shared.arguments import (
     guidance_of,
 )
 from FBCache_ms.eval.shared.files import check_folder, json_bytes, locked, write_file
+from FBCache_ms.eval.shared.metrics import SSIM_WINDOW
 from FBCache_ms.eval.shared.pictures import check_numbers
 from FBCache_ms.eval.shared.ranks import group_and_groups, is_follower
 from FBCache_ms.runtime.checkpoint import family_of
 from FBCache_ms.runtime.imports import quick_imports
 from FBCache_ms.runtime.quantize import quantized_as
-
-SSIM_WINDOW = 11
-"""Pixels that SSIM looks at in each direction."""
 
 NAMES = OUTPUT, BASELINE, COMPARISON = "output", "baseline", "comparison"
 """Of the pictures' files: with the cache, without it, and both side by side."""

@@ -239,6 +239,7 @@ def test_other_pictures_are_compared_as_a_set(folders):
         (["damaged"], "00001.png cannot be read"),
         (["a", "--reference", "damaged"], "00001.png cannot be read"),
         (["a", "--reference", "small"], "00002.png is 64x64, but its reference"),
+        (["tiny", "--reference", "tiny"], "tiny/00000.png is 10x10; ssim needs 11 pixels or more"),
         (["a", "--reference", "fewer"], "fewer/00002.png"),
         (["unread"], 'unread/00001.json is not a JSON object with a "prompt"'),
     ],
@@ -255,6 +256,8 @@ def test_what_cannot_be_scored_ends_with_2_and_one_line(options, named, folders,
     Path("damaged/00001.png").write_bytes(Path("a/00001.png").read_bytes()[:150])
     save(Path("small/00002.png"), scene(CAPTIONS[2], 32))
     Path("fewer/00002.png").unlink()
+    Path("tiny").mkdir()
+    save(Path("tiny/00000.png"), scene(CAPTIONS[0])[:10, :10])
     Path("unread/00001.json").write_text("[]")
     assert named in error_of(options, capfd)
 

@@ -171,6 +171,7 @@ def bad(program, *options):
         bad(sweep, "--limit", "0", "limit"),
         bad(sweep, "--seed", "-1", "seed"),
         bad(sweep, "--image_size", "60", "64", "image_size"),
+        bad(sweep, "--image_size", "8", "64", "--image_size must be 11 pixels or more, for SSIM, not 8 64"),
         bad(benchmark, "--runs", "0", "runs"),
         bad(benchmark, "--cache", "F1B0_W0_R7", "not 7"),
         bad(benchmark, "--ckpt", "no/such/place", "no/such/place"),

@@ -4,7 +4,7 @@ import statistics
 from importlib.util import find_spec
 
 from FBCache_ms.eval.quality import TINY_CLIP, ClipScore, clip_lacks, is_scene, prompt_score, summary
-from FBCache_ms.eval.shared.metrics import psnr, read_picture, ssim
+from FBCache_ms.eval.shared.metrics import SSIM_WINDOW, psnr, read_picture, ssim
 from FBCache_ms.eval.shared.tables import markdown, write_tables
 from FBCache_ms.rules.when import GATES
 
@@ -12,10 +12,13 @@ from FBCache_ms.rules.when import GATES
 def clip_folder(args):
     """The folder of the CLIP that scores a program's pictures: --clip, the embedded one for scenes, or None.
 
-    Raises ValueError if what scoring needs is not there.
+    Raises ValueError if what scoring needs is not there, or the pictures are too small for it.
     """
     if find_spec("skimage") is None:
         raise ValueError("PSNR and SSIM need scikit-image; install FBCache_ms[eval]")
+    if args.image_size is not None and min(args.image_size) < SSIM_WINDOW:
+        height, width = args.image_size
+        raise ValueError(f"--image_size must be {SSIM_WINDOW} pixels or more, for SSIM, not {height} {width}")
     folder = args.clip or (TINY_CLIP if all(map(is_scene, args.prompts)) else None)
     lack = folder and clip_lacks(folder)
     if lack:

@@ -7,6 +7,9 @@ from contextlib import contextmanager
 
 import numpy as np
 
+SSIM_WINDOW = 11
+"""Pixels that SSIM looks at in each direction."""
+
 
 @contextmanager
 def open_picture(path):
