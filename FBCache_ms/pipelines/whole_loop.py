@@ -373,6 +373,8 @@ class WholeLoop:
             picture = latents if given.output_type == "latent" else self.picture(given, latents)
             # Of NaN the image processor may make black.
             self.finite = bool(np.isfinite(picture.float().asnumpy()).all())
+            if not self.finite:
+                logger.warning(f"what was drawn is not a number ({config}): another dtype may help")
             if given.output_type != "latent":
                 picture = self.image_processor.postprocess(picture, output_type=given.output_type)
         self.seconds.update(encode=encoded - begin, decode=time.perf_counter() - denoised)

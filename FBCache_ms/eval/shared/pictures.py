@@ -117,7 +117,8 @@ class PictureFolder:
 
 def check_numbers(pipe, config, what="the picture"):
     """Raises ValueError unless all that a pipeline has drawn last, with a CacheConfig, are numbers."""
-    if not pipe.finite:
+    # None where mindone's pipeline has drawn it.
+    if pipe.finite is False:
         raise ValueError(
             f"{what} is not a number, drawn with --cache {config}: another --dtype or another --cache may help"
         )
