@@ -248,8 +248,8 @@ def step_tables(config, steps, sigmas=None, progress=None):
         raise ValueError(f"steps must be in [1, {MAX_STEPS}], not {steps}")
     if config.by_noise and sigmas is None:
         raise ValueError(f"{config} measures distances in the noise level and needs the schedule's sigmas")
-    if config.by_noise and config.taylorseer_derivative > 0:
-        check_noise_levels(config, np.asarray(sigmas, np.float32)[: steps + 1])
+    if config.forecast_coordinate == "sigma" and config.taylorseer_derivative > 0:
+        check_noise_levels(config, np.asarray(sigmas, np.float32)[:steps])
     gates, forecast = every_gate(plan(config)), FORECASTS[config.forecast]
     limits = np.full((max(len(gates), 1), MAX_STEPS, LIMITS + thresholds_width(config)), -np.inf, np.float32)
     numbers = np.zeros((max(len(gates), 1), numbers_width(config)), np.float32)

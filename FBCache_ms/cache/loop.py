@@ -101,8 +101,8 @@ class DenoiseLoop(nn.Cell):
         """Calls that reuse, up to one that has to compute, under the one gate; what that begins with is handed over.
 
         That is ``reached``: what ``approach`` returns, and as "pending" what of ``given`` depends on the step. The loop
-        is one of its own, since a graph's branch is handed the weights of the blocks within it, taken or not, and with
-        57 blocks that takes a CPU's host longer than all that a reuse runs.
+        is one of its own, since a graph's branch is handed the weights of the blocks within it, taken or not, unless a
+        kernel is told where they lie. With 57 blocks that takes a host longer than all that a reuse runs.
         """
         model, gate = self.model, self.cache.gates[0]
         while call < last:

@@ -266,7 +266,7 @@ def _lack(name, path):
             return f"{file}, which is not there: {weights.source}"
 
 
-def check_pairs(pictures, references, least):
+def check_pairs(pictures, references, least=1):
     """Raises OSError for a file that is no picture, ValueError for a size that is not its reference's, or too small."""
     for pair in zip(pictures, references):
         sizes = []

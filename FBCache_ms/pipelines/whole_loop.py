@@ -345,7 +345,7 @@ class WholeLoop:
         """What mindone's __call__ does, by mindone's own parts, but for the denoise loop, which is one graph."""
         begin = time.perf_counter()
         self.begin(given)
-        self._current_timestep, self._interrupt = None, False
+        self._current_timestep, self._interrupt, self.finite = None, False, None
         with self._parts_mode():
             prompts = [self.encode(given, "")]
             if getattr(given, "true_cfg_scale", 1) > 1 and has_negative_prompt(self, given):
@@ -373,9 +373,9 @@ class WholeLoop:
             picture = latents if given.output_type == "latent" else self.picture(given, latents)
             # Of NaN the image processor may make black.
             self.finite = bool(np.isfinite(picture.float().asnumpy()).all())
-            if not self.finite:
-                logger.warning(f"what was drawn is not a number ({config}): another dtype may help")
             if given.output_type != "latent":
+                if not self.finite:
+                    logger.warning(f"what was drawn is not a number ({config}): another dtype may help")
                 picture = self.image_processor.postprocess(picture, output_type=given.output_type)
         self.seconds.update(encode=encoded - begin, decode=time.perf_counter() - denoised)
         return self.OUTPUT(images=picture) if given.return_dict else (picture,)

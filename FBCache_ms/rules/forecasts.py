@@ -136,7 +136,7 @@ def mean_velocity(config, actions, sigmas):
     """v + (s - t) J with J = (u - v_r) / (t - r), u the mean velocity from noise level r to t (MeanCache, ICLR 2026).
 
     t and s are the noise levels before and behind this step, r that of K steps ago; v is the last step's velocity.
-    Raises ValueError where K is more than the velocities that are kept.
+    Raises ValueError where K is more than the velocities that are kept, or r is t.
     """
     kept, spans, strides = config.taylorseer_derivative + 1, config.meancache_steps, np.diff(sigmas)
     if not set(spans) <= set(range(1, kept + 1)):
@@ -147,6 +147,10 @@ def mean_velocity(config, actions, sigmas):
     for step in np.flatnonzero(actions == REUSE):
         span = min(int(spans[min(runs[step], len(spans)) - 1]), step)
         way = sigmas[step] - sigmas[step - span]
+        if way == 0:
+            raise ValueError(
+                f"{config} divides by distances in the noise level: steps {step - span} to {step} have none"
+            )
         slope = np.zeros(kept)
         slope[:span] = strides[step - span : step][::-1] / way
         slope[span - 1] -= 1

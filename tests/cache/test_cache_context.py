@@ -163,6 +163,15 @@ def test_the_relative_difference_is_a_ratio_of_two_means_in_float32(reduction):
             },
             "steps 1 and 2 have 0.6",
         ),
+        (
+            {
+                "config": CacheConfig.named("meancache").changed(meancache_steps=(1,)),
+                "steps": 28,
+                "sigmas": [1.0] * 28 + [0],
+                "channels": 1,
+            },
+            "divides by distances",
+        ),
     ],
 )
 def test_a_context_that_cannot_be_is_refused_by_name(arguments, named):

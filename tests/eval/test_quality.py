@@ -301,6 +301,14 @@ def random_weights(tmp_path_factory):
     return folder
 
 
+def test_lpips_names_pictures_of_other_sizes(tmp_path):
+    paths = [tmp_path / f"{side}.png" for side in (8, 16)]
+    for path, side in zip(paths, (8, 16)):
+        Image.new("RGB", (side, side)).save(path)
+    with pytest.raises(ValueError, match="8x8, but its reference"):
+        quality.lpips(paths[:1], paths[1:], tmp_path / "weights.pth")
+
+
 @needs_torch
 def test_lpips_grows_with_the_noise_and_is_0_without(folders, random_weights):
     for index in range(3):

@@ -375,7 +375,9 @@ def fused_relative_difference(reference, probe, batch_reduction):
 
 
 def fused_decision(tallies, limits, step, difference, score, reused, diffs, not_compared):
-    """Gate.decided of one rule."""
+    """Gate.decided of one rule; None for what the kernel does not do."""
+    if difference.dtype != ms.float32 or score.dtype != ms.float32:
+        return None
     outputs = kernels.DECISION(tallies, limits, step, difference, score, reused, diffs, number(not_compared))
     return (outputs[0].reshape(()) > 0,) + outputs[1:]
 
