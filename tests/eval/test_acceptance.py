@@ -50,6 +50,7 @@ def test_the_speed_table_is_drawn_with_the_guidance_and_the_weights_of_the_run(t
     assert benchmarked.quantize == args.quantize == QuantizeConfig("int8", (), ("transformer", "text_encoder"))
 
 
+@pytest.mark.slow
 def test_loop_and_memory_hold_for_another_model_and_its_guidance(tmp_path, capsys):
     options = ["--ckpt", str(make(tmp_path / "model", "qwenimage")), "--negative_prompt", "dark"]
     options += ["--image_size", "64", "64", "--num_inference_steps", "4", "--limit", "1", "--only", "memory", "loop"]

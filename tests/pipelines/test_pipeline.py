@@ -290,6 +290,7 @@ def test_mindones_own_pipeline_takes_the_cached_step(pipe, mindone_pipe, graph_m
     transformer.compile_cache.clear()
 
 
+@pytest.mark.slow
 def test_the_cache_goes_on_and_off_any_pipeline(pipe, mindone_pipe, graph_mode):
     plain = draw(mindone_pipe)
     transformer, scheduler = mindone_pipe.transformer, mindone_pipe.scheduler

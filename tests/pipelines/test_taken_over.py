@@ -319,6 +319,7 @@ def test_a_strength_that_is_set_while_adapters_are_scaled_stays(adapted):
     assert layer.scaling == {"mine": 3.0}
 
 
+@pytest.mark.slow
 def test_adapters_that_a_callback_sets_act_from_the_next_step_on(adapted, monkeypatch):
     def off(pipe, step, timestep, tensors):
         if step == 1:

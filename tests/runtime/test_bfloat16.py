@@ -85,6 +85,7 @@ def test_only_the_blocks_matrices_are_bfloat16_and_a_picture_is_what_it_was():
     assert 60 < psnr(before, after) < 90
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_other_families_too(name, tmp_path):
     folder = make(tmp_path / name, name)

@@ -364,7 +364,7 @@ def test_a_group_of_one_hands_on_what_it_has():
 
 def test_a_transformer_that_another_pipeline_shares_is_refused(pipe):
     ranks = parallel.Ranks.__new__(parallel.Ranks)
-    ranks.number, ranks.rank = 2, 0
+    ranks.number, ranks.rank, ranks.group = 2, 0, None
     processor = pipe.transformer.transformer_blocks[0].attn.processor
     parallel.share(pipe.transformer, ranks)
     try:
@@ -394,7 +394,7 @@ def test_the_cache_that_is_taken_out_leaves_no_shared_attention(pipe):
     plain = mindone.diffusers.FluxPipeline(**pipe.components)
     applied = apply_cache_on_pipe(plain).transformer
     ranks = parallel.Ranks.__new__(parallel.Ranks)
-    ranks.number, ranks.rank = 2, 0
+    ranks.number, ranks.rank, ranks.group = 2, 0, None
     parallel.share(pipe.transformer, ranks)
     applied.sharing = SimpleNamespace(ranks=ranks)
     remove_cache_from_pipe(plain)
