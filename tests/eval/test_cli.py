@@ -89,10 +89,10 @@ def test_a_former_runs_pictures_go_away(tmp_path):
 def test_compare_reports_the_gain_and_the_loss_and_shows_them(tmp_path, capsys):
     report = run(tmp_path, "--compare", "--num_inference_steps", "10", "--cache", "F1B0_W1_R0.9")
     assert set(report) == KEYS | {"baseline"}
-    assert set(report["baseline"]) == {"denoise", "speedup", "psnr", "ssim"}
+    assert set(report["baseline"]) == {"denoise", "speedup", "runs", "psnr", "ssim"}
     seconds, baseline = report["seconds"], report["baseline"]
     assert baseline["speedup"] == pytest.approx(baseline["denoise"] / seconds["denoise"])
-    assert report["cached_steps"] and 20 < baseline["psnr"] < 60
+    assert report["cached_steps"] and 20 < baseline["psnr"] < 60 and baseline["runs"] >= 3
     assert report["graph_compilations"] == 1
     files = ["output_0.png", "baseline_0.png", "comparison_0.png"]
     assert report["files"] == files and written(tmp_path) == sorted([*files, "run.json"])
