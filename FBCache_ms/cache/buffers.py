@@ -17,6 +17,7 @@ class Buffer:
 
     def __init__(self, name, shape, initial, dtype, branch, branches):
         self.initial, self.shape, self.branch, self.branches = ms.Tensor(initial, dtype), shape, branch, branches
+        self.one = ms.Tensor(1, ms.int32)
         self.rows = ms.Tensor(np.arange(branches).reshape((-1,) + (1,) * len(shape)), ms.int32)
         shape = shape if branches == 1 else (branches, *shape)
         self.value = Parameter(ms.Tensor(np.full(shape, initial), dtype), name=f"cache_{name}", requires_grad=False)
@@ -33,6 +34,10 @@ class Buffer:
         if self.branches > 1:
             value = ops.where(self.rows == self.branch, value.expand_dims(0), self.value)
         ops.assign(self.value, value)
+
+    def count(self):
+        """Adds one to the active branch's part, a whole number."""
+        ops.assign_add(self.value, self.one if self.branches == 1 else (self.rows == self.branch).astype(ms.int32))
 
     def reset(self):
         """Puts the active branch's part back to where a generation starts."""
@@ -81,18 +86,11 @@ class Tallies:
         self.kept = ms.Tensor([np.inf, 0, np.inf], ms.float32)
         self.summed = ms.Tensor([0, 0, 1], ms.float32)
 
-    def hit(self):
-        """Counts a reuse."""
-        self.values.write(self.values.read() + self.reuse)
-
-    def miss(self):
-        """Counts a computed step."""
-        self.values.write(ops.minimum(self.values.read(), self.kept))
-
-    def compare(self, difference, asked):
-        """Adds a difference, if it is a number and the gate was asked."""
-        summed = ops.logical_and(asked, ops.isfinite(difference))
-        self.values.write(self.values.read() + ops.where(summed, difference, 0.0) * self.summed)
+    def count(self, reuse, computes, difference):
+        """Counts a reuse, or the computed step that it is otherwise where ``computes`` says so; adds a difference."""
+        values = self.values.read() + difference * self.summed
+        otherwise = ops.minimum(values, self.kept) if computes else values
+        self.values.write(ops.where(reuse, values + self.reuse, otherwise))
 
 
 @ms.jit_class
@@ -119,10 +117,14 @@ class StepTables:
         ops.assign(self.coordinates, coordinates)
         ops.assign(self.numbers, numbers.reshape(-1))
 
+    def first(self, gate):
+        """Which row of the limits a gate's first step has."""
+        return gate * MAX_STEPS
+
     def limit(self, gate):
         """What a gate's tallies must stay below at this step, and behind these its rules' scores."""
         step = self.step.read()
-        return ops.gather(self.limits, step + gate * MAX_STEPS if gate > 0 else step, 0)
+        return ops.gather(self.limits, step + self.first(gate) if gate > 0 else step, 0)
 
     def number(self, gate, place):
         """One of a gate's numbers."""

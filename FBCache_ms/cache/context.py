@@ -101,7 +101,8 @@ class Gate:
         self.filled = named("filled", (), dtype=ms.int32)
         self.nodes = named("nodes", (self.orders,))
         self.inverse = named("inverse", (self.orders, self.orders)) if self.regresses else None
-        self.unit = ms.Tensor(np.eye(self.orders), ms.float32)
+        self.unit, self.one = ms.Tensor(np.eye(self.orders), ms.float32), ms.Tensor(1, ms.int32)
+        self.not_compared, self.nothing = ms.Tensor(NOT_COMPARED, ms.float32), ms.Tensor(0, ms.float32)
         self.residual = differences("derivatives", shape)
         self.text_residual = differences("text_derivatives", (batch, text_len, width)) if plan.needs_text else None
         probe_shape = (batch, tokens + text_len * plan.probes_text, -(-width // self.factor))
@@ -123,9 +124,11 @@ class Gate:
         self.rules = tuple(map(AskedRule, plan.rules, places(plan.rules), references, sums, states))
         self.decides, self.verifies = plan.decides, plan.verifies
         heard = len(plan.rules) == 1 and plan.rules[0].unasked == 0 and not plan.rules[0].at_the_next
+        # A step that a gate within may still reuse is counted there.
+        self.counts_computed = not any(within.decides for within in plan.inner)
         self.asks_one_rule = heard and len(plan.inner) == 0 and not plan.refreshes
-        self.reused = named("reused", (MAX_STEPS,), NOT_REACHED)
-        self.diffs = named("diffs", (MAX_STEPS,), NOT_COMPARED)
+        # Each step's decision, and the difference that it was made by.
+        self.trace = named("trace", (2, MAX_STEPS), NOT_REACHED)
         self.inner = tuple(
             Gate(within, order, config, shape, text_len, channels, dtype, tables, tallies, buffer, over_ranks)
             for within in plan.inner
@@ -152,17 +155,17 @@ class Gate:
 
     def decided(self, compared):
         """The decision, written down, from each rule's difference and score; and the scores to accumulate."""
-        tallies, limits = self.tallies.values.read(), self.tables.limit(self.index)
+        tallies, tables = self.tallies.values.read(), self.tables
         if self.asks_one_rule:
             difference, score = compared[0]
-            step, reused, diffs = self.tables.step.read(), self.reused.read(), self.diffs.read()
-            by_kernel = kernels.decision(tallies, limits, step, difference, score, reused, diffs, NOT_COMPARED)
+            step, first, trace = tables.step.read(), tables.first(self.index), self.trace.read()
+            by_kernel = kernels.decision(tallies, tables.limits, step, first, difference, score, trace)
             if by_kernel is not None:
-                reuse, tallies, reused, diffs = by_kernel
+                reuse, tallies, trace = by_kernel
                 self.tallies.values.write(tallies)
-                self.reused.write(reused)
-                self.diffs.write(diffs)
+                self.trace.write(trace)
                 return reuse, (score,)
+        limits = tables.limit(self.index)
         asked = within_limits(tallies, limits[:LIMITS])
         reuse, differences, scores = asked, (), ()
         for place in range(len(self.rules)):
@@ -174,7 +177,7 @@ class Gate:
                 passes, score = rule.sum.read() < 1, ops.where(passes, 0.0, 1.0)
             reuse = ops.logical_and(reuse, passes)
             differences, scores = differences + (difference,), scores + (score,)
-        self.trace(reuse, asked, differences)
+        self.write_down(reuse, asked, differences)
         return reuse, scores
 
     def compare(self, rule, probe):
@@ -194,17 +197,18 @@ class Gate:
             return self.probe_differences.forecast(self.weights(1.0))
         return rule.reference.read()
 
-    def trace(self, reuse, asked, differences):
-        """Writes down the decision, and the first rule's difference if the gate was asked."""
-        here, mark = self.tables.every_step == self.tables.step.read(), reuse.astype(ms.float32)
+    def write_down(self, reuse, asked, differences):
+        """Writes the decision down, and the first rule's difference if the gate was asked."""
+        mark, compared, summed = reuse.astype(ms.float32), self.not_compared, self.nothing
         if self.refreshes:
             mark = ops.where(self.refresh() > 0, float(REFRESHED), mark)
-        self.reused.write(ops.where(here, mark, self.reused.read()))
         if len(differences) > 0:
-            difference = ops.where(asked, differences[0], NOT_COMPARED)
-            self.diffs.write(ops.where(here, difference, self.diffs.read()))
-            if len(self.inner) == 0:
-                self.tallies.compare(differences[0], asked)
+            compared = ops.where(asked, differences[0], NOT_COMPARED)
+        if len(differences) > 0 and len(self.inner) == 0:
+            summed = ops.where(ops.logical_and(asked, ops.isfinite(differences[0])), differences[0], 0.0)
+        here = self.tables.every_step == self.tables.step.read()
+        self.trace.write(ops.where(here, ops.stack((mark, compared)).expand_dims(1), self.trace.read()))
+        self.tallies.count(reuse, self.counts_computed, summed)
 
     def refresh(self):
         """Which of the generation's refreshes this step is, from 1 on, int32; 0 for any other step.
@@ -259,9 +263,7 @@ class Gate:
 
     def stats(self, steps, branch):
         """The trace of the first ``steps`` steps of a guidance branch, a GateStats."""
-        reused, diffs = (
-            buffer.value.asnumpy().reshape(-1, MAX_STEPS)[branch, :steps] for buffer in (self.reused, self.diffs)
-        )
+        reused, diffs = self.trace.value.asnumpy().reshape(-1, 2, MAX_STEPS)[branch, :, :steps]
         refreshed = tuple(np.flatnonzero(reused == REFRESHED).tolist())
         decisions = tuple(None if mark == NOT_REACHED else mark in (REUSED, REFRESHED) for mark in reused.tolist())
         compared = (diffs != NOT_COMPARED) & np.isfinite(diffs)
@@ -289,7 +291,7 @@ class Gate:
             self.inverse.write(ridge_inverse(inverse, self.basis()))
         if self.orders > 1:
             self.nodes.write(ops.stack((x,) + nodes[:-1]))
-        self.filled.write(ops.minimum(filled + 1, self.orders))
+        self.filled.write(ops.minimum(filled + 1, self.orders) if self.orders > 1 else self.one)
 
 
 @ms.jit_class
@@ -380,7 +382,7 @@ class CacheContext:
         )
         self.whole_model = any(gate.whole_model for gate in plans)
         self.buffers = tuple(buffers)
-        self.traced = (self.step, *(each for gate in every_gate(self.gates) for each in (gate.reused, gate.diffs)))
+        self.traced = (self.step, *(gate.trace for gate in every_gate(self.gates)))
         self.tallied = tuple(gate.tallies.values for gate in self.gates)
         self.configure(config, steps, sigmas)
 
@@ -443,7 +445,7 @@ class CacheContext:
 
     def end_step(self):
         """Goes on to the next step."""
-        self.step.write(self.step.read() + 1)
+        self.step.count()
 
     def trace(self):
         """The steps, decisions and tallies of the generation so far, NumPy arrays for ``go_on``."""

@@ -6,6 +6,7 @@ import time
 import mindspore as ms
 from mindspore import nn, ops
 
+from ..rules import kernels
 from ..rules.schedules import MAX_STEPS
 from .step import approach, begin, cached_step, compute, part, reached_shapes, reuse, velocity
 
@@ -141,9 +142,9 @@ class DenoiseLoop(nn.Cell):
             both = self.pair.all_gather(output.expand_dims(0))
             output = self.model.guide(both[1], both[0], true_cfg_scale)
         if branches == 1:
-            return euler_step(latents, output, ops.gather(strides, call, 0)), positive
+            return euler_step(latents, output, strides, call), positive
         guided = self.model.guide(output, positive, true_cfg_scale)
-        moved = euler_step(latents, guided, ops.gather(strides, call // branches, 0))
+        moved = euler_step(latents, guided, strides, call // branches)
         return ops.where(call % branches == 1, moved, latents), output
 
     def run(self, inputs, latents, start, stop, wait=True):
@@ -191,6 +192,9 @@ def of_branch(stacked, branch):
     return ops.gather(stacked, branch, 0)
 
 
-def euler_step(latents, velocity, stride):
+def euler_step(latents, velocity, strides, step):
     """x + (sigma' - sigma) v in float32: FlowMatchEulerDiscreteScheduler.step, without noise."""
-    return (latents.float() + stride * velocity.float()).to(latents.dtype)
+    by_kernel = kernels.euler_step(latents, velocity, strides, step)
+    if by_kernel is not None:
+        return by_kernel
+    return (latents.float() + ops.gather(strides, step, 0) * velocity.float()).to(latents.dtype)

@@ -93,7 +93,6 @@ def divides(model, gate, start):
 def reuse(gate, reached):
     """Both streams behind a gate's span, forecast from where ``approach`` has come to."""
     image, text = before_span(gate, reached["image"]), reached["text"]
-    gate.tallies.hit()
     image_forecast, text_forecast = gate.forecast(part(reached, "added"))
     if gate.needs_text:
         text = gate.behind(text, text_forecast)
@@ -104,8 +103,6 @@ def compute(model, gate, reached, given):
     """Both streams behind a gate's span, from where ``approach`` has come to; the gate keeps what the span does."""
     first, last = gate.span(*model.stacks)
     image, text = reached["image"], reached["text"]
-    if not gate.inner:
-        gate.tallies.miss()
     if "unfinished" in reached:
         text = model.text_behind(first - 1, reached["unfinished"])
     before = before_span(gate, image)

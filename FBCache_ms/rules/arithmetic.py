@@ -67,6 +67,8 @@ def finite_differences(value, derivatives, filled, gaps):
     by_kernel = kernels.finite_differences(value, derivatives, filled, gaps)
     if by_kernel is not None:
         return by_kernel
+    if derivatives.shape[0] == 1:
+        return value.expand_dims(0).astype(derivatives.dtype)
     orders = (value.astype(ms.float32),)
     for order in range(derivatives.shape[0] - 1):
         difference = (orders[order] - derivatives[order].astype(ms.float32)) / gaps[order]

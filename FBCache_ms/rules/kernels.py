@@ -9,8 +9,13 @@ def relative_difference(reference, probe, batch_reduction):
     return None
 
 
-def decision(tallies, limits, step, difference, score, reused, diffs, not_compared):
-    """Gate.decided of one rule: the decision, and tallies, reused and diffs with it."""
+def decision(tallies, limits, step, first, difference, score, trace):
+    """Gate.decided of one rule, whose limits begin in row ``first``: the decision, and tallies and trace with it."""
+    return None
+
+
+def euler_step(latents, velocity, strides, step):
+    """loop.euler_step."""
     return None
 
 

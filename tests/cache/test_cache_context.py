@@ -255,8 +255,7 @@ def test_a_difference_that_is_no_number_is_told_as_none():
     context = CacheContext(1, 2, 4)
     differences = np.full(MAX_STEPS, NOT_COMPARED, np.float32)
     differences[:4] = np.nan, np.inf, -np.inf, 0.5
-    ops.assign(context.gates[0].diffs.value, ms.Tensor(differences))
-    ops.assign(context.gates[0].reused.value, ms.Tensor(np.zeros(MAX_STEPS), ms.float32))
+    ops.assign(context.gates[0].trace.value, ms.Tensor(np.stack((np.zeros_like(differences), differences))))
     ops.assign(context.step.value, ms.Tensor(5, ms.int32))
     stats = context.stats()
     assert stats.residual_diffs == (None, None, None, 0.5, None)

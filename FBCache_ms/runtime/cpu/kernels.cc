@@ -1451,27 +1451,53 @@ KERNEL(relative_difference) {
   return 0;
 }
 
-// Whether a step is reused, 1 or 0, and what is written down of that: the tallies and the limits that they have to stay
-// below, and behind these the score's; the number of the step, in int32; difference and score; for each step whether it
-// was reused and what the difference was, or, where the rule was not asked, the last input.
-SIZES(decision, "3, 4, 1, 1, 1, N, N, 1")
-INFER_TYPES(decision, 4)
-INFER_SHAPES(decision) { return {{1}, {3}, {shapes[5][0]}, {shapes[6][0]}}; }
+// The number of a step, which is an int32: throws unless it is one of so many.
+int64_t step_in(const void *tensor, int64_t steps) {
+  const int64_t step = *static_cast<const int32_t *>(tensor);
+  if (step >= 0 && step < steps) return step;
+  throw std::invalid_argument("step " + std::to_string(step) + " of " + std::to_string(steps));
+}
+
+// Whether a step is reused, 1 or 0, and what is written down of that: the tallies; the limits that they have to stay
+// below at each step of each gate, and behind these the score's; the number of the step, in int32, and of the gate's first
+// row of limits; difference and score; for each step whether it was reused, and the difference, -1 where it was not asked.
+SIZES(decision, "3, M 3+L, 1, 1, 1, 1, 2 N")
+INFER_TYPES(decision, 3)
+INFER_SHAPES(decision) { return {{1}, {3}, {2, shapes[6][1]}}; }
 KERNEL(decision) {
-  const float *tallies = TENSOR(0), *limits = TENSOR(1);
-  const int64_t step = *static_cast<const int32_t *>(tensors[2]), steps = shapes[5][0];
-  const float difference = *TENSOR(3), score = *TENSOR(4);
-  float *decision = OUTPUTS(4, 0), *told = OUTPUTS(4, 1), *reused = OUTPUTS(4, 2), *differences = OUTPUTS(4, 3);
+  const int64_t steps = shapes[6][1], step = step_in(tensors[2], steps);
+  const int64_t first = *TENSOR(3), row = first + step_in(tensors[2], shapes[1][0] - first);
+  if (first < 0 || shapes[1][1] < 4) throw std::invalid_argument("decision: " + std::to_string(shapes[1][1]) + " limits");
+  const float *tallies = TENSOR(0), *limits = TENSOR(1) + row * shapes[1][1];
+  const float difference = *TENSOR(4), score = *TENSOR(5);
+  float *decision = OUTPUTS(3, 0), *told = OUTPUTS(3, 1), *trace = OUTPUTS(3, 2);
   const bool asked = tallies[0] < limits[0] && tallies[1] < limits[1] && tallies[2] < limits[2];
-  *decision = asked && score < limits[3];
-  std::copy_n(tallies, 3, told);
-  if (asked && std::isfinite(difference)) told[2] += difference;
-  std::copy_n(TENSOR(5), steps, reused);
-  std::copy_n(TENSOR(6), steps, differences);
-  if (step < 0 || step >= steps) {
-    throw std::invalid_argument("decision: step " + std::to_string(step) + " of " + std::to_string(steps));
-  }
-  reused[step] = *decision;
-  differences[step] = asked ? difference : *TENSOR(7);
+  const bool reused = asked && score < limits[3];
+  *decision = reused;
+  told[0] = tallies[0] + reused;
+  told[1] = reused ? tallies[1] + 1 : std::min(tallies[1], 0.0f);
+  told[2] = asked && std::isfinite(difference) ? tallies[2] + difference : tallies[2];
+  std::copy_n(TENSOR(6), 2 * steps, trace);
+  trace[step] = reused;
+  trace[steps + step] = asked ? difference : -1;
+  return 0;
+}
+
+// x + s v: latents x and velocity v, the strides of all steps, and the number of the step, in int32.
+SIZES(euler_step, "... D, ... D, N, 1")
+INFER_TYPE(euler_step)
+INFER_SHAPE(euler_step) { return {shapes[0], shapes[0] + ranks[0]}; }
+KERNEL(euler_step) {
+  const float *x = TENSOR(0), *velocity = TENSOR(1), stride = TENSOR(2)[step_in(tensors[3], shapes[2][0])];
+  float *y = OUTPUT;
+  const int64_t size = product(shapes[0], 0, ranks[0]);
+  in_pieces(size, size, [=](int64_t begin, int64_t end) {
+#pragma omp simd
+    for (int64_t i = begin; i < end; ++i) y[i] = stride * velocity[i];
+    // The product is rounded too, as mindone's scheduler does: no fused multiplication and addition.
+    asm volatile("" ::: "memory");
+#pragma omp simd
+    for (int64_t i = begin; i < end; ++i) y[i] += x[i];
+  });
   return 0;
 }

@@ -374,12 +374,19 @@ def fused_relative_difference(reference, probe, batch_reduction):
     return kernels.RELATIVE_DIFFERENCE(reference, probe).reshape(())
 
 
-def fused_decision(tallies, limits, step, difference, score, reused, diffs, not_compared):
+def fused_decision(tallies, limits, step, first, difference, score, trace):
     """Gate.decided of one rule; None for what the kernel does not do."""
     if difference.dtype != ms.float32 or score.dtype != ms.float32:
         return None
-    outputs = kernels.DECISION(tallies, limits, step, difference, score, reused, diffs, number(not_compared))
+    outputs = kernels.DECISION(tallies, limits, step, number(first), difference, score, trace)
     return (outputs[0].reshape(()) > 0,) + outputs[1:]
+
+
+def fused_euler_step(latents, velocity, strides, step):
+    """loop.euler_step; None for what the kernel does not do."""
+    if not latents.dtype == velocity.dtype == ms.float32:
+        return None
+    return kernels.EULER_STEP(latents, velocity, strides, step)
 
 
 @ms.constexpr
@@ -479,6 +486,7 @@ FUSED_STAND_INS = (
     (attention.FeedForward, "kernel_weights", Weights(feed_forward_layers, rounded=True)),
     (rule_kernels, "relative_difference", fused_relative_difference),
     (rule_kernels, "decision", fused_decision),
+    (rule_kernels, "euler_step", fused_euler_step),
     (rule_kernels, "weighted_sum", fused_weighted_sum),
     (rule_kernels, "finite_differences", fused_finite_differences),
 )
