@@ -45,7 +45,7 @@ class Adding(Model):
     def divided_block(self, index, image, text, given):
         return image + given["image"][index], (text, given["text"][index])
 
-    def text_behind(self, index, unfinished):
+    def text_behind(self, index, unfinished, given):
         return unfinished[0] + unfinished[1]
 
 

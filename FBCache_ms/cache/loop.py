@@ -64,60 +64,61 @@ class DenoiseLoop(nn.Cell):
         # One loop over the calls of the transformer, two a step under true CFG: an NPU's host reads every condition.
         stop = ops.minimum(stop, min(timesteps.shape[0], MAX_STEPS))
         call, last = start * cache.branches, stop * cache.branches
-        if len(cache.gates) == 1:
+        if len(cache.gates) == 1 and (cache.gates[0].refreshes or model.hands_over_blocks(common)):
             return self.computed_and_reused(call, last, latents, text_shape, conditions, updates)
-        positive = ops.zeros_like(latents)
+        state = self.begun(latents)
         while call < last:
             text, given = self.condition(call, conditions)
-            output = cached_step(model, cache, latents, text, given)
-            latents, positive = self.advance(call, latents, positive, output, updates)
+            output = cached_step(model, cache, self.latents(state), text, given)
+            state = self.advance(call, state, output, updates)
             call = call + 1
-        return latents
+        return self.latents(state)
 
     def computed_and_reused(self, call, last, latents, text_shape, conditions, updates):
-        """The latents after the calls up to ``last``, under one gate: each that computes, and those that reuse it."""
+        """The latents after the calls up to ``last``, under one gate: each that computes, and those that reuse it.
+
+        The latter are a loop of their own, since a graph's branch is handed the weights of the blocks within it, taken
+        or not. With 57 blocks that takes a host longer than all that a reuse runs. Where kernels are told where the
+        weights lie, one loop for all calls hands over less.
+        """
         model, gate, shape = self.model, self.cache.gates[0], self.cache.shape
         shapes = reached_shapes(model, gate, latents.shape if gate.whole_model else shape, text_shape)
         if not gate.whole_model:
             shapes["pending"] = model.pending_shapes(shape[0])
         # Never read; no constants, as which MindSpore 2.10.0 then takes what the loop puts in their places.
         reached = filled(shapes, call.to(latents.dtype))
-        positive = ops.zeros_like(latents)
+        state = self.begun(latents)
         # MindSpore 2.7.0 and 2.10.0 never free what a condition in this place was handed when it ended the loop: a
         # kilobyte a weight and launch.
         while True:
-            call, latents, positive, reached = self.reused_calls(
-                call, last, latents, positive, reached, conditions, updates
-            )
+            call, state, reached = self.reused_calls(call, last, state, reached, conditions, updates)
             if call >= last:
                 break
             given = self.condition(call, conditions)[1]
             given = given if gate.whole_model else model.resume(given, reached["pending"])
             image, text = compute(model, gate, reached, given)
-            latents, positive = self.advance(call, latents, positive, self.output(image, text, given), updates)
+            state = self.advance(call, state, self.output(image, text, given), updates)
             call = call + 1
-        return latents
+        return self.latents(state)
 
-    def reused_calls(self, call, last, latents, positive, reached, conditions, updates):
+    def reused_calls(self, call, last, state, reached, conditions, updates):
         """Calls that reuse, up to one that has to compute, under the one gate; what that begins with is handed over.
 
-        That is ``reached``: what ``approach`` returns, and as "pending" what of ``given`` depends on the step. The loop
-        is one of its own, since a graph's branch is handed the weights of the blocks within it, taken or not, unless a
-        kernel is told where they lie. With 57 blocks that takes a host longer than all that a reuse runs.
+        That is ``reached``: what ``approach`` returns, and as "pending" what of ``given`` depends on the step.
         """
         model, gate = self.model, self.cache.gates[0]
         while call < last:
             text, given = self.condition(call, conditions)
-            reached = approach(model, gate, 0, begin(model, self.cache, latents), text, given)
+            reached = approach(model, gate, 0, begin(model, self.cache, self.latents(state)), text, given)
             # A reuse of the whole model does not embed the time, and has none to hand over.
             if not gate.whole_model:
                 reached["pending"] = model.pending(given)
             if not gate.decide(part(reached, "probes")):
                 break
             image, text = reuse(gate, reached)
-            latents, positive = self.advance(call, latents, positive, self.output(image, text, given), updates)
+            state = self.advance(call, state, self.output(image, text, given), updates)
             call = call + 1
-        return call, latents, positive, reached
+        return call, state, reached
 
     def condition(self, call, conditions):
         """What a call gets beside the latents: the text stream, and what every block gets; turns the cache to it."""
@@ -134,15 +135,24 @@ class DenoiseLoop(nn.Cell):
         start = self.cache.gates[0].span(*self.model.stacks)[1]
         return velocity(self.model, self.cache, start, image, text, given)
 
-    def advance(self, call, latents, positive, output, updates):
-        """The latents after a call, and under true CFG the velocity that the negative prompt's call finds."""
+    def begun(self, latents):
+        """What a call finds: the latents, under true CFG with the velocity of the call before."""
+        return latents if self.cache.branches == 1 else (latents, ops.zeros_like(latents))
+
+    def latents(self, state):
+        """The latents that a call finds."""
+        return state if self.cache.branches == 1 else state[0]
+
+    def advance(self, call, state, output, updates):
+        """What the next call finds."""
         strides, true_cfg_scale = updates
         branches = self.cache.branches
         if self.pair is not None:
             both = self.pair.all_gather(output.expand_dims(0))
             output = self.model.guide(both[1], both[0], true_cfg_scale)
         if branches == 1:
-            return euler_step(latents, output, strides, call), positive
+            return euler_step(state, output, strides, call)
+        latents, positive = state
         guided = self.model.guide(output, positive, true_cfg_scale)
         moved = euler_step(latents, guided, strides, call // branches)
         return ops.where(call % branches == 1, moved, latents), output

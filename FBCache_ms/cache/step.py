@@ -104,7 +104,7 @@ def compute(model, gate, reached, given):
     first, last = gate.span(*model.stacks)
     image, text = reached["image"], reached["text"]
     if "unfinished" in reached:
-        text = model.text_behind(first - 1, reached["unfinished"])
+        text = model.text_behind(first - 1, reached["unfinished"], given)
     before = before_span(gate, image)
     if gate.whole_model:
         image = model.embed(image)

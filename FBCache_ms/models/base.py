@@ -54,6 +54,10 @@ class Model:
         """
         raise NotImplementedError
 
+    def hands_over_blocks(self, common):
+        """Whether a graph hands each of its loops the weights of the blocks that run there."""
+        return True
+
     def times(self, timesteps, dtype):
         """What is known of timesteps (N,) in [0, 1] before the loop, (N, E): a step then reads its own."""
         raise NotImplementedError
@@ -111,7 +115,7 @@ class Model:
         """The image stream behind it, and a tuple of what text_behind takes."""
         raise NotImplementedError
 
-    def text_behind(self, index, unfinished):
+    def text_behind(self, index, unfinished, given):
         """The text stream behind it."""
         raise NotImplementedError
 

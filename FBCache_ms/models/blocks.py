@@ -21,9 +21,9 @@ def controlnet_index(index, blocks, samples, in_turn):
     return index // ((blocks + samples - 1) // samples)
 
 
-def behind_double(norm, feed_forward, stream, attended, gate, shift, scale, mlp_gate):
+def behind_double(norm, feed_forward, stream, attended, gate, shift, scale, mlp_gate, places=None):
     """A double block's stream behind attention, by a device's kernel where there is one that does it."""
-    by_kernel = kernels.behind_double(norm, feed_forward, stream, attended, gate, shift, scale, mlp_gate)
+    by_kernel = kernels.behind_double(norm, feed_forward, stream, attended, gate, shift, scale, mlp_gate, places)
     if by_kernel is not None:
         return by_kernel
     return behind_double_equations(norm, feed_forward, stream, attended, gate, shift, scale, mlp_gate)

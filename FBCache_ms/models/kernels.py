@@ -4,9 +4,12 @@ None here; the code for a device, such as runtime/cpu/stand_ins.py, puts its own
 """
 
 
-def places(cell):
-    """Where a block's weights lie, a tuple of tensors: what a kernel of the same graph may take in their place."""
-    return None
+def places(cells, attention_kwargs, dtype):
+    """Where the weights of blocks lie: for each block what a kernel of the same graph may take in their place, or None.
+
+    All of them lie in one table, since a graph hands each of its loops every tensor that is read there.
+    """
+    return (None,) * len(cells)
 
 
 def whole_block(cell, image, text, temb, rotary, attention_kwargs, places):
@@ -19,7 +22,7 @@ def divided_double(cell, image, text, temb, rotary, attention_kwargs, places):
     return None
 
 
-def behind_double(norm, feed_forward, stream, attended, gate, shift, scale, mlp_gate):
+def behind_double(norm, feed_forward, stream, attended, gate, shift, scale, mlp_gate, places):
     """blocks.behind_double."""
     return None
 

@@ -86,7 +86,7 @@ class QwenImageModel(Model):
     def block(self, index, image, text, given):
         """See Model.block."""
         image, unfinished = self.divided_block(index, image, text, given)
-        return image, self.text_behind(index, unfinished)
+        return image, self.text_behind(index, unfinished, given)
 
     def head(self, image, given):
         """See Model.head."""
@@ -119,7 +119,7 @@ class QwenImageModel(Model):
             image = image + residuals[controlnet_index(index, self.stacks[0], len(residuals), False)]
         return image, (text, text_attended) + text_behind
 
-    def text_behind(self, index, unfinished):
+    def text_behind(self, index, unfinished, given):
         """See Model.text_behind."""
         cell = self.cell(index)
         return finite(behind_double(cell.txt_norm2, cell.txt_mlp, *unfinished))

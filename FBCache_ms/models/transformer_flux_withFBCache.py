@@ -63,15 +63,16 @@ class FluxModel(Model):
         text_ids = text_ids[0] if text_ids.ndim == 3 else text_ids
         image_ids = image_ids[0] if image_ids.ndim == 3 else image_ids
         rotary = transformer.pos_embed(mint.cat((text_ids, image_ids), dim=0))
-        cells = [self.cell(index) for index in range(sum(self.stacks))]
+        cells = tuple([self.cell(index) for index in range(sum(self.stacks))])
         if guidance is not None:
             sinusoids = self.times(guidance, dtype)
             guidance = embedder.guidance_embedder(sinusoids.to(pooled.dtype))
         prompt = embedder.text_embedder(pooled.reshape((-1, pooled.shape[-1])))
+        attention = attention_arguments(transformer, input_or_none(inputs, "joint_attention_kwargs"))
         branch = {
             "text": context.reshape(text.shape[:-1] + context.shape[-1:]),
             "prompt": prompt.reshape(pooled.shape[:-1] + prompt.shape[-1:]),
-            "attention": attention_arguments(transformer, input_or_none(inputs, "joint_attention_kwargs")),
+            "attention": attention,
         }
         return branch, {
             "rotary": rotary,
@@ -79,8 +80,15 @@ class FluxModel(Model):
             "controlnet": input_or_none(inputs, "controlnet_block_samples"),
             "controlnet_single": input_or_none(inputs, "controlnet_single_block_samples"),
             "in_turn": constants is not None and constants["controlnet_blocks_repeat"],
-            "places": tuple([kernels.places(cell) if getattr(cell, "is_divisible", False) else None for cell in cells]),
+            "places": kernels.places(cells, attention, dtype),
         }
+
+    def hands_over_blocks(self, common):
+        """See Model.hands_over_blocks."""
+        for places in common["places"]:
+            if places is None:
+                return True
+        return False
 
     def times(self, timesteps, dtype):
         """The sinusoids (N, 256) of timesteps (N,) in [0, 1], or of guidance scales."""
@@ -144,10 +152,10 @@ class FluxModel(Model):
             image, unfinished = divided_single(cell, image, text, temb, rotary, attention)
         return self.controlled(index, image, given), unfinished
 
-    def text_behind(self, index, unfinished):
+    def text_behind(self, index, unfinished, given):
         """See Model.text_behind."""
         if index < self.stacks[0]:
-            return text_behind_double(self.cell(index), unfinished)
+            return text_behind_double(self.cell(index), unfinished, given["places"][index])
         return behind_single(self.cell(index), *unfinished)
 
     def unfinished_shapes(self, index, image, text):
@@ -249,9 +257,9 @@ def divided_single(cell, image, text, temb, rotary, attention_kwargs):
     return image, (text, normed[:, :text_len], attended[:, :text_len], gate)
 
 
-def text_behind_double(cell, unfinished):
+def text_behind_double(cell, unfinished, places):
     """A double block's text stream, of which divided_double has done the rest."""
-    return finite(behind_double(cell.norm2_context, cell.ff_context, *unfinished))
+    return finite(behind_double(cell.norm2_context, cell.ff_context, *unfinished, places=places))
 
 
 def behind_single(cell, stream, normed, attended, gate):

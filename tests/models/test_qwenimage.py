@@ -113,7 +113,7 @@ def test_a_divided_block_is_the_block(transformer):
     divided, unfinished = model.divided_block(0, image, text, given)
     whole_text, whole = model.cell(0)(image, text, None, given["temb"], complex_table(given["rotary"], text_len))
     np.testing.assert_allclose(divided.asnumpy(), whole.asnumpy(), atol=1e-5)
-    np.testing.assert_allclose(model.text_behind(0, unfinished).asnumpy(), whole_text.asnumpy(), atol=1e-5)
+    np.testing.assert_allclose(model.text_behind(0, unfinished, given).asnumpy(), whole_text.asnumpy(), atol=1e-5)
     assert tuple(each.shape for each in unfinished) == model.unfinished_shapes(0, image.shape, text.shape)
 
 

@@ -130,17 +130,20 @@ def inputs_of(library, name, sizes, rng):
 def check_placed(library, name, rng):
     """A kernel that is told where its weights lie gives what it gives with the weights, and refuses others."""
     whole, said = name.removesuffix("_placed"), []
-    streams = len(named_by(library, name)) - 1
+    streams, last = len(named_by(library, name)) - 2, np.ones((1, 8), np.float32)
     for sizes in SIZES:
         inputs = inputs_of(library, whole, sizes, rng)
         (places,), refused = call(library, f"{whole}_places", inputs[streams:])
         assert refused is None
-        wanted, given = (call(library, *each) for each in ((whole, inputs), (name, inputs[:streams] + [places])))
+        table, row = [np.concatenate((last, places, last))], [np.float32([1])]
+        wanted = call(library, whole, inputs)
+        given = call(library, name, inputs[:streams] + table + row)
         assert wanted[1] is given[1] is None
         assert all(np.array_equal(*pair) for pair in zip(wanted[0], given[0])), name
         wider = inputs_of(library, whole, {**sizes, "D": 2 * sizes["D"]}, rng)[:streams]
-        said.append(call(library, name, wider + [places], runs=True)[1])
-        said.append(call(library, name, inputs[:streams] + [places[:-1]], runs=True)[1])
+        said.append(call(library, name, wider + table + row, runs=True)[1])
+        for beyond in (-1, len(table[0]) - len(places) + 1):
+            said.append(call(library, name, inputs[:streams] + table + [np.float32([beyond])], runs=True)[1])
     assert None not in said, name
 
 

@@ -182,21 +182,39 @@ def fused_double_block(
     return behind_double(self.norm2_context, self.ff_context, *unfinished), image
 
 
-def fused_places(cell):
-    """models/kernels.py's places; None for what the kernels do not do, and outside a graph.
+def fused_places(cells, attention_kwargs, dtype):
+    """models/kernels.py's places, the table and the row of it where each of a block's kernels begins to read.
 
-    Only a graph's launch holds on to all of its weights up to its end.
+    None for what the kernels do not do, and outside a graph: only a graph's launch holds on to all of its weights up to
+    its end.
     """
-    weights = cell.kernel_weights
-    if weights is None or not in_a_graph():
-        return None
+    if not in_a_graph() or len(attention_kwargs or {}) > 0 or dtype != ms.float32:
+        return (None,) * len(cells)
+    every, all_parts = [places_of(cell) for cell in cells], ()
+    for parts in every:
+        all_parts = all_parts + parts
+    if len(all_parts) == 0:
+        return (None,) * len(cells)
+    table, found, row = ops.concat(all_parts), (), 0
+    for parts in every:
+        begins = ()
+        for part in parts:
+            begins, row = begins + ((table, number(row)),), row + part.shape[0]
+        found = found + ((begins if len(parts) > 0 else None),)
+    return found
+
+
+def places_of(cell):
+    """Where a block's weights lie, a tensor for each of its kernels; none for what these do not do."""
+    if not getattr(cell, "is_divisible", False) or cell.kernel_weights is None:
+        return ()
     if isinstance(cell, transformer_flux.FluxSingleTransformerBlock):
-        return (kernels.SINGLE_BLOCK.places[matrices_of(cell)](*weights),)
+        return (kernels.SINGLE_BLOCK.places[matrices_of(cell)](*cell.kernel_weights),)
     behind = cell.ff_context.kernel_weights
     if behind is None or cell.norm2_context.kernel_weights is None:
-        return None
+        return ()
     return (
-        kernels.DOUBLE_BLOCK.places[matrices_of(cell)](*weights),
+        kernels.DOUBLE_BLOCK.places[matrices_of(cell)](*cell.kernel_weights),
         kernels.BEHIND_DOUBLE.places[matrices_of(cell.ff_context)](*behind),
     )
 
@@ -214,7 +232,7 @@ def fused_whole_block(cell, image, text, temb, rotary, attention_kwargs, places)
     if len(places) == 1:
         return single_block(cell, image, text, temb, rotary, places)
     image, unfinished = fused_divided_double(cell, image, text, temb, rotary, attention_kwargs, places)
-    return fused_behind_double(cell.norm2_context, cell.ff_context, *unfinished, places=places), image
+    return fused_behind_double(cell.norm2_context, cell.ff_context, *unfinished, places), image
 
 
 def is_whole(cell, image, temb, attention_kwargs):
@@ -231,11 +249,11 @@ def fused_divided_double(cell, image, text, temb, rotary, attention_kwargs, plac
     if places is None:
         outputs = kernels.DOUBLE_BLOCK.whole[matrices_of(cell)](*streams, *cell.kernel_weights)
     else:
-        outputs = kernels.DOUBLE_BLOCK.placed[matrices_of(cell)](*streams, places[0])
+        outputs = kernels.DOUBLE_BLOCK.placed[matrices_of(cell)](*streams, *places[0])
     return outputs[0], (text,) + outputs[1:]
 
 
-def fused_behind_double(norm, feed_forward, stream, attended, gate, shift, scale, mlp_gate, places=None):
+def fused_behind_double(norm, feed_forward, stream, attended, gate, shift, scale, mlp_gate, places):
     """blocks.behind_double; None for what the kernel does not do."""
     whole = (
         getattr(norm, "kernel_weights", None) is not None and getattr(feed_forward, "kernel_weights", None) is not None
@@ -245,7 +263,7 @@ def fused_behind_double(norm, feed_forward, stream, attended, gate, shift, scale
     streams = stream, attended, gate, shift, scale, mlp_gate, number(norm.eps)
     if places is None:
         return kernels.BEHIND_DOUBLE.whole[matrices_of(feed_forward)](*streams, *feed_forward.kernel_weights)
-    return kernels.BEHIND_DOUBLE.placed[matrices_of(feed_forward)](*streams, places[1])
+    return kernels.BEHIND_DOUBLE.placed[matrices_of(feed_forward)](*streams, *places[1])
 
 
 def single_block(cell, image, text, temb, rotary, places=None):
@@ -253,7 +271,7 @@ def single_block(cell, image, text, temb, rotary, places=None):
     streams = image, text, temb, rotary[0], rotary[1], number((cell.norm.norm.eps, cell.attn.norm_q.eps))
     if places is None:
         return kernels.SINGLE_BLOCK.whole[matrices_of(cell)](*streams, *cell.kernel_weights)
-    return kernels.SINGLE_BLOCK.placed[matrices_of(cell)](*streams, places[0])
+    return kernels.SINGLE_BLOCK.placed[matrices_of(cell)](*streams, *places[0])
 
 
 def fused_single_block(

@@ -911,24 +911,26 @@ int write_places(int count, void **tensors, const int *ranks, int64_t **shapes) 
   return 0;
 }
 
-// A kernel's inputs and outputs with the weights in the place of the input that says where they lie, which is the last.
+// A kernel's inputs and outputs with the weights in the place of the two last inputs: a table that says where they lie,
+// and the row of it where they begin.
 class Placed {
  public:
-  // Throws unless these are the places of as many weights as are named.
+  // Throws unless there are the places of as many weights as are named.
   Placed(int count, void **tensors, const int *ranks, int64_t **shapes, int places, const char *weights) {
-    const int64_t wanted = places_shape(weights)[0], given = shapes[places][0];
-    if (given != wanted) {
-      throw std::invalid_argument("places of " + std::to_string(given) + " weights, not " + std::to_string(wanted));
+    const int64_t wanted = places_shape(weights)[0], first = *static_cast<const float *>(tensors[places + 1]);
+    if (first < 0 || first + wanted > shapes[places][0]) {
+      throw std::invalid_argument("weights " + std::to_string(first) + " to " + std::to_string(first + wanted) + " of " +
+                                  std::to_string(shapes[places][0]));
     }
     add(places, tensors, ranks, shapes);
-    places_.resize(given);
-    std::memcpy(places_.data(), tensors[places], places_.size() * sizeof(Place));
+    places_.resize(wanted);
+    std::memcpy(places_.data(), static_cast<float *>(tensors[places]) + first * kPlace, wanted * sizeof(Place));
     for (Place &place : places_) {
       int64_t *shape = place.shape;
       const int rank = place.rank;
       add(1, &place.tensor, &rank, &shape);
     }
-    const int outputs = places + 1;
+    const int outputs = places + 2;
     add(count - outputs, tensors + outputs, ranks + outputs, shapes + outputs);
   }
 
@@ -1195,10 +1197,10 @@ KERNEL(timestep_embedding) {
   SIZES(name, streams ", " weights)                                                   \
   INFER_##many(name, outputs) { return block##_outputs(shapes); }                     \
   KERNEL(name) { return block##_of({tensors, shapes, 0, of}, count); }                \
-  SIZES(name##_placed, streams ", N 8")                                               \
+  SIZES(name##_placed, streams ", N 8, 1")                                            \
   INFER_##many(name##_placed, outputs) { return block##_outputs(shapes); }            \
   KERNEL(name##_placed) {                                                             \
-    Placed all(count, tensors, ranks, shapes, count - (outputs) - 1, weights);        \
+    Placed all(count, tensors, ranks, shapes, count - (outputs) - 2, weights);        \
     Sizes(all.ranks.data(), all.shapes.data()).check(#name, name##_sizes);            \
     return block##_of({all.tensors.data(), all.shapes.data(), 0, of}, all.count());   \
   }                                                                                   \

@@ -122,7 +122,8 @@ class BlockKernels:
         weights_int8: the same with int8: there a scale stands behind each matrix, and before all weights whether each
             layer rounds its input, 1 or 0.
 
-    ``whole`` are given the weights behind the streams, ``placed`` there where these lie, as ``places`` say it.
+    ``whole`` are given the weights behind the streams, ``placed`` a table of where weights lie, made of what ``places``
+    give, and the row where their own begin.
     """
 
     def __init__(self, name, streams, outputs, weights, weights_int8):
@@ -136,7 +137,7 @@ class BlockKernels:
             matrices = [index for index, letter in enumerate(letters) if letter == "m"]
             behind = [streams + index for index in matrices]
             whole.append(product_kernel(each, streams + len(letters), outputs, behind, kind))
-            placed.append(product_kernel(f"{each}_placed", streams + 1, outputs))
+            placed.append(product_kernel(f"{each}_placed", streams + 2, outputs))
             places.append(product_kernel(f"{each}_places", len(letters), 1, matrices, kind))
         self.whole, self.placed, self.places = tuple(whole), tuple(placed), tuple(places)
 
