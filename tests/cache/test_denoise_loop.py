@@ -1,4 +1,4 @@
-"""The whole loop, whose reuses run in a loop of their own, decides and draws as a graph for each step does."""
+"""The whole loop decides and draws as a graph for each step does, its reuses in a loop of their own or not."""
 
 from types import MethodType
 
@@ -14,7 +14,8 @@ from mindspore import ops
 
 from FBCache_ms import CacheConfig, CacheContext, FluxDenoiseLoop, FluxPipeline, apply_cache_on_pipe
 from FBCache_ms.cache.gates import step_tables
-from FBCache_ms.models.transformer_flux_withFBCache import FBCache_transformer_construct
+from FBCache_ms.models.base import Model
+from FBCache_ms.models.transformer_flux_withFBCache import FBCache_transformer_construct, FluxModel
 from FBCache_ms.rules.schedules import MAX_STEPS
 from FBCache_ms.runtime.device import graph_mode
 
@@ -41,15 +42,18 @@ LIMITS = st.fixed_dictionaries(
 )
 
 
-@pytest.fixture(scope="module")
-def pipelines(tmp_path_factory):
+@pytest.fixture(scope="module", params=["one loop", pytest.param("two loops", marks=pytest.mark.slow)])
+def pipelines(request, tmp_path_factory):
     """Our own pipeline, mindone's with the cached step, and a prompt's embeddings."""
     whole = FluxPipeline.from_pretrained(str(make_narrow(tmp_path_factory.mktemp("loop") / "narrow", 2, 2)))
     stepwise = mindone.diffusers.FluxPipeline(**whole.components)
     prompt = whole.encode_prompt("a red circle", max_sequence_length=32)[:2]
     for pipe in (whole, stepwise):
         pipe.set_progress_bar_config(disable=True)
-    return whole, stepwise, prompt
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "two loops":
+            patch.setattr(FluxModel, "hands_over_blocks", Model.hands_over_blocks)
+        yield whole, stepwise, prompt
 
 
 @pytest.mark.parametrize("tag", TAGS)

@@ -8,6 +8,8 @@ from narrow import make_narrow
 import mindspore as ms
 
 from FBCache_ms import CacheConfig
+from FBCache_ms.models.base import Model
+from FBCache_ms.models.transformer_flux_withFBCache import FluxModel
 
 
 @pytest.fixture(scope="module")
@@ -22,11 +24,16 @@ LEFT = 10e6
 """Bytes that may be left by so many. MindSpore keeps some 80 kB a launch; a kilobyte a weight would be 14 MB more."""
 
 
-def test_launches_of_a_loop_leave_no_memory(pipe):
-    embeds = pipe.embeddings("a big red circle in the center, blue background")
+@pytest.mark.parametrize("hands_over", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_launches_of_a_loop_leave_no_memory(pipe, monkeypatch, hands_over):
+    embeds, config = pipe.embeddings("a big red circle in the center, blue background"), CacheConfig(0.3)
+    if hands_over:
+        monkeypatch.setattr(FluxModel, "hands_over_blocks", Model.hands_over_blocks)
+        # Another structure, and so a graph of its own.
+        config = config.changed(taylorseer_derivative=1)
 
     def draw():
-        pipe(**embeds, num_inference_steps=8, output_type="latent", cache_config=CacheConfig(0.3))
+        pipe(**embeds, num_inference_steps=8, output_type="latent", cache_config=config)
 
     for _ in range(10):
         draw()
