@@ -329,7 +329,7 @@ class Seat:
                 jobs[which].finish(FAILED, ApiError(400, text))
             elif kind == "error":
                 for job in jobs:
-                    job.finish(FAILED, ApiError(500, "drawing this failed"))
+                    job.finish(FAILED, ApiError(500, rest[0]))
             return
 
     def stop(self):

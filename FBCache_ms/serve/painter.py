@@ -20,7 +20,7 @@ is started by the web process, with one end of a socket. Messages are tuples.
 | ("drawn", number, pictures, facts) | a picture of each, (H, W, 3) of uint8 |
 | ("cancelled", number) | it was stopped |
 | ("refused", number, which, text) | the model says that this one of them cannot be drawn |
-| ("error", number, text) | drawing it failed |
+| ("error", number, text) | drawing it failed, in words for the client |
 """
 
 import os
@@ -55,6 +55,13 @@ WARM_UP_STEPS = 8
 
 class Cancelled(Exception):
     """Ends a drawing that nobody waits for any more."""
+
+
+class NotANumber(ArithmeticError):
+    """What was drawn cannot be shown: a model or a forecast has overflowed."""
+
+    def __init__(self):
+        super().__init__("what was drawn is not a number: another preset may help")
 
 
 class Painter:
@@ -170,7 +177,7 @@ class Painter:
             # Of the kind alone: a message may tell the prompt.
             lines = traceback.extract_tb(error.__traceback__)[-1]
             print(f"drawing failed: {type(error).__name__} in {lines.filename}:{lines.lineno}", file=sys.stderr)
-            return "error", number, type(error).__name__
+            return "error", number, str(error) if isinstance(error, NotANumber) else "drawing this failed"
         stats, seconds = self.pipe.cache_stats, self.pipe.seconds
         facts = {
             "computed_steps": stats.computed_steps,
@@ -198,7 +205,7 @@ class Painter:
     def draw(self, drawings, report=None):
         """The pixels of each of some Drawings that differ in prompts and seeds alone, (H, W, 3) of uint8.
 
-        Calls ``report(pipe, step, latents)`` after each step.
+        Calls ``report(pipe, step, latents)`` after each step. Raises NotANumber where one of them cannot be shown.
         """
         drawing, watch = drawings[0], {}
         if report is not None:
@@ -224,6 +231,8 @@ class Painter:
             cache_config=CacheConfig.from_tag(drawing.tag),
             **watch,
         )[0]
+        if not self.pipe.finite:
+            raise NotANumber
         return list((pictures * 255).round().astype(np.uint8))
 
     def reporter(self, drawing):
@@ -278,7 +287,7 @@ def main(fd):
     try:
         painter = Painter(connection, connection.recv())
         painter.warm_up()
-    except (OSError, TypeError, ValueError) as error:
+    except (ArithmeticError, OSError, TypeError, ValueError) as error:
         connection.send(("failed", one_line(reason(error))))
         return
     connection.send(("ready", {"compilations": painter.pipe.graph_compilations}))

@@ -75,7 +75,7 @@ class FakeChild:
                 self.messages.put_nowait(("refused", number, which, "it has to be another"))
                 return
         if drawing.prompt.startswith("fail"):
-            self.messages.put_nowait(("error", number, "it has to be another"))
+            self.messages.put_nowait(("error", number, "it cannot be shown"))
             return
         step = 0
         while step < drawing.steps or drawing.prompt.startswith("slow"):
