@@ -158,6 +158,12 @@ def check(library, name, rng):
         fitting += [y.ravel() for y in outputs]
         # What is no number goes through too, except where it says how many.
         call(library, name, [np.full_like(x, np.nan) if x.ndim and x.dtype == np.float32 else x for x in inputs])
+        if name in WHOLE:
+            place = WHOLE[name]
+            for beyond in (-1, 10**6):
+                others = inputs[:place] + [np.full_like(inputs[place], beyond)] + inputs[place + 1 :]
+                said = call(library, name, others, runs=True)[1]
+                assert said is not None and said.decode().startswith(f"{name}: step {beyond} of "), said
         if sizes is SIZES[0]:
             for index, shape in misfits(shapes):
                 others = inputs[:index] + [np.ones(shape, np.float32)] + inputs[index + 1 :]

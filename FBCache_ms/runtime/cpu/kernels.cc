@@ -1453,11 +1453,11 @@ KERNEL(relative_difference) {
   return 0;
 }
 
-// The number of a step, which is an int32: throws unless it is one of so many.
-int64_t step_in(const void *tensor, int64_t steps) {
+// The number of a step, which is an int32: throws, naming the kernel, unless it is one of so many.
+int64_t step_in(const char *kernel, const void *tensor, int64_t steps) {
   const int64_t step = *static_cast<const int32_t *>(tensor);
   if (step >= 0 && step < steps) return step;
-  throw std::invalid_argument("step " + std::to_string(step) + " of " + std::to_string(steps));
+  throw std::invalid_argument(std::string(kernel) + ": step " + std::to_string(step) + " of " + std::to_string(steps));
 }
 
 // Whether a step is reused, 1 or 0, and what is written down of that: the tallies; the limits that they have to stay
@@ -1467,8 +1467,8 @@ SIZES(decision, "3, M 3+L, 1, 1, 1, 1, 2 N")
 INFER_TYPES(decision, 3)
 INFER_SHAPES(decision) { return {{1}, {3}, {2, shapes[6][1]}}; }
 KERNEL(decision) {
-  const int64_t steps = shapes[6][1], step = step_in(tensors[2], steps);
-  const int64_t first = *TENSOR(3), row = first + step_in(tensors[2], shapes[1][0] - first);
+  const int64_t steps = shapes[6][1], step = step_in("decision", tensors[2], steps);
+  const int64_t first = *TENSOR(3), row = first + step_in("decision", tensors[2], shapes[1][0] - first);
   if (first < 0 || shapes[1][1] < 4) throw std::invalid_argument("decision: " + std::to_string(shapes[1][1]) + " limits");
   const float *tallies = TENSOR(0), *limits = TENSOR(1) + row * shapes[1][1];
   const float difference = *TENSOR(4), score = *TENSOR(5);
@@ -1490,7 +1490,8 @@ SIZES(euler_step, "... D, ... D, N, 1")
 INFER_TYPE(euler_step)
 INFER_SHAPE(euler_step) { return {shapes[0], shapes[0] + ranks[0]}; }
 KERNEL(euler_step) {
-  const float *x = TENSOR(0), *velocity = TENSOR(1), stride = TENSOR(2)[step_in(tensors[3], shapes[2][0])];
+  const float *x = TENSOR(0), *velocity = TENSOR(1);
+  const float stride = TENSOR(2)[step_in("euler_step", tensors[3], shapes[2][0])];
   float *y = OUTPUT;
   const int64_t size = product(shapes[0], 0, ranks[0]);
   in_pieces(size, size, [=](int64_t begin, int64_t end) {
