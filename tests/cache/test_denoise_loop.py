@@ -24,7 +24,7 @@ TAGS = (
     "F1B0_W0_R0.3",
     "F1B0_W0_T1O1_R0.3",
     "F0B0_W0_R0.12,gate=teacache,teacache_threshold=0.3",
-    "F1B0_W0_R0.3,gate=fbcache_or_teacache,teacache_threshold=0.2",
+    pytest.param("F1B0_W0_R0.3,gate=fbcache_or_teacache,teacache_threshold=0.2", marks=pytest.mark.slow),
     "F1B0_W0_R0.3,span=stacks,residual_diff_threshold_single=0.3",
 )
 """A structure each."""

@@ -166,7 +166,7 @@ def test_published_inputs_have_their_defaults_and_limits(nodes):
         ({"preset": "balanst"}, "400: cache: "),
         ({"prompt": ""}, "400: prompt: "),
         ({"steps": 500}, "400: num_inference_steps must be 100 or fewer"),
-        ({"prompt": "fail"}, "drawing this failed"),
+        ({"prompt": "fail"}, "it cannot be shown"),
         ({"prompt": "refuse"}, "it has to be another"),
         ({"preset": "none", "threshold": 0.1}, "fbcache.threshold has no effect"),
     ],

@@ -190,7 +190,7 @@ def test_the_double_gate_goes_through_mindones_blocks_as_described(pipe, graph_m
     np.testing.assert_allclose(latents, expected, atol=1e-3)
 
 
-@pytest.mark.parametrize("repeat", [False, True])
+@pytest.mark.parametrize("repeat", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_controlnet_residuals_go_to_mindones_blocks(pipe, graph_mode, repeat):
     transformer, rng = pipe.transformer, np.random.default_rng(0)
     latents, embeds, pooled, text_ids, image_ids, guidance, *_ = loop_inputs(1)
