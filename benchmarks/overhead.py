@@ -31,7 +31,7 @@ from FBCache_ms.rules.schedules import MAX_STEPS
 PROMPT = "a big red circle in the center, blue background"
 ORDERS = (0, 1, 2)
 THRESHOLDS = {"embedded": (0.05, 0.08, 0.12, 0.2)}
-THRESHOLDS.update(dict.fromkeys(("deep", "large", "wide", "widest"), (0.35, 0.5)))
+THRESHOLDS.update(dict.fromkeys(("deep", "large", "wide"), (0.35, 0.5)), widest=(0.6, 0.8))
 FLUX = {"num_layers": 19, "num_single_layers": 38}
 CHANGES = {
     "embedded": {},
