@@ -61,7 +61,7 @@ class NotANumber(ArithmeticError):
     """What was drawn cannot be shown: a model or a forecast has overflowed."""
 
     def __init__(self):
-        super().__init__("what was drawn is not a number: another preset may help")
+        super().__init__("what was drawn is not a number: another preset, or a server of another --dtype, may help")
 
 
 class Painter:
@@ -117,7 +117,7 @@ class Painter:
     def warm_up(self):
         """Compiles each graph and draws with it, so that nothing that is served compiles.
 
-        Raises ValueError for too many graphs.
+        Raises ValueError for too many graphs, NotANumber for a model that draws none.
         """
         served, scales = self.settings, self.settings["guidance"]
         tags = [
@@ -287,7 +287,7 @@ def main(fd):
     try:
         painter = Painter(connection, connection.recv())
         painter.warm_up()
-    except (ArithmeticError, OSError, TypeError, ValueError) as error:
+    except (NotANumber, OSError, TypeError, ValueError) as error:
         connection.send(("failed", one_line(reason(error))))
         return
     connection.send(("ready", {"compilations": painter.pipe.graph_compilations}))

@@ -98,7 +98,7 @@ class Drawn:
     def compare(self, name, checkpoints):
         """Holds a case against one device's."""
         one = draw(checkpoints, name)
-        # An input that lies between two levels may be rounded to the other one: 0.004 or 0.01, by the processor.
+        # An input that lies between two levels may be rounded to the other one: 0.01 apart without AVX512.
         limit = 2e-2 if name == "int8" else 1e-5
         # SpeCa divides by each number of a stream, however small.
         relative = 2e-2 if name == "SpeCa" else 1e-3
